@@ -1,0 +1,1 @@
+"""Fine-tuning that keeps what alignment put in."""

@@ -1,0 +1,3 @@
+"""Fisher geometry over torch."""
+
+__version__ = "0.1.0"
