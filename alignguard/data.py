@@ -1,0 +1,189 @@
+"""Data in: prompt/response pairs or chat messages, rendered by the model's own chat template, loss on the response."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that torch's cross entropy and every HF model leave out
+
+Row = Mapping[str, Any]
+Source = str | Path | Iterable[Row]
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read a JSONL file of objects.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not a JSON object; the message names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _read(source: Source) -> Iterator[tuple[str, Row]]:
+    """Every row of a source with the name that an error should call it by."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                rows: Iterable[Row] = list(csv.DictReader(file))
+        elif path.suffix in {".jsonl", ".json"}:
+            rows = read_jsonl(path)
+        else:
+            raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; give .jsonl or .csv")
+        name = str(path)
+    elif isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise TypeError(
+            f"data must be a path, a datasets.Dataset or an iterable of rows, not {type(source).__name__}; "
+            "for a DatasetDict, choose a split"
+        )
+    else:
+        rows, name = source, "data"
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{name}, row {number}: expected a mapping, found {type(row).__name__}")
+        yield f"{name}, row {number}", row
+
+
+def conversation(row: Row, where: str = "row") -> list[dict[str, str]]:
+    """The chat messages of one row, the last of them the assistant's.
+
+    Args:
+        row: ``{"prompt": ..., "response": ...}`` or ``{"messages": [{"role": ..., "content": ...}, ...]}``.
+        where: what an error calls the row.
+
+    Raises:
+        ValueError: no prompt, no response, or messages that do not end with the assistant.
+    """
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise ValueError(f"{where}: 'messages' must be a non-empty list of {{role, content}}")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise ValueError(f"{where}: each message needs 'role' and 'content', found {message!r}")
+            if not isinstance(message["content"], str):
+                raise ValueError(f"{where}: 'content' of a message must be text")
+        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise ValueError(f"{where}: 'messages' must end with a non-empty message of the assistant")
+        return [{"role": m["role"], "content": m["content"]} for m in messages]
+    for field in ("prompt", "response"):
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: no {field!r} (found the fields {sorted(map(str, row))})")
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+
+
+def load_conversations(source: Source, name: str = "data") -> list[list[dict[str, str]]]:
+    """Read and check every row of a source.
+
+    Args:
+        source: path of a .jsonl or .csv file, a ``datasets.Dataset``, or any iterable of rows.
+        name: what an error about emptiness calls the source ("task_data", say).
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: each names the file and the row.
+    """
+    conversations = [conversation(row, f"{name}: {where}") for where, row in _read(source)]
+    if not conversations:
+        raise ValueError(f"{name} is empty; it needs at least one row with a prompt and a response")
+    return conversations
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to and including the cue for the assistant."""
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
+        return list(encoded["input_ids"]) if isinstance(encoded, Mapping) else list(encoded)
+    return tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
+
+
+def _render_whole(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(list(messages), tokenize=True)
+        return list(encoded["input_ids"]) if isinstance(encoded, Mapping) else list(encoded)
+    ids = render_prompt(tokenizer, messages[:-1])
+    answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    return ids + answer + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], max_length: int = 512) -> dict[str, Any]:
+    """Token ids and labels of one conversation; only the last message carries labels.
+
+    Truncation drops the end of the response first, then the start of the prompt, so that the cue before the
+    response always stays.
+
+    Returns:
+        ``{"input_ids": list[int], "labels": list[int]}`` of equal length, labels −100 outside the response.
+
+    Raises:
+        ValueError: the chat template renders the prompt otherwise once the response follows.
+    """
+    prompt = render_prompt(tokenizer, messages[:-1])
+    whole = _render_whole(tokenizer, messages)
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(
+            "the chat template renders the prompt differently when the response follows it, so the response's "
+            "tokens cannot be told apart; use a template whose generation prompt is a prefix of the whole"
+        )
+    response = whole[len(prompt) :]
+    keep = max(1, min(len(response), max(max_length - len(prompt), max_length // 2)))
+    prompt, response = prompt[-(max_length - keep) :] if max_length > keep else prompt[-1:], response[:keep]
+    return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+
+
+def encode_example(tokenizer: Any, prompt: str, response: str, max_length: int = 512) -> dict[str, Any]:
+    """:func:`encode_messages` for one prompt and one response."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return encode_messages(tokenizer, messages, max_length)
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
+    """Pad rows of ``input_ids`` and ``labels`` to one batch.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each (n, longest row) int64; padding is masked and −100.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        place = slice(0, n) if side == "right" else slice(width - n, width)
+        ids[i, place] = torch.tensor(row["input_ids"])
+        labels[i, place] = torch.tensor(row["labels"])
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that padding is filled with: the tokenizer's own, else its end of sequence, else 0."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    return 0
