@@ -1,0 +1,213 @@
+"""One scalar objective per example, by the kind of Fisher asked for.
+
+The Fisher of DESIGN-level definition needs G_i, the gradient of example i's own objective. Everything about where
+labels come from lives here; nothing here knows about layers or hooks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["empirical", "mc", "margin"]
+KINDS: tuple[str, ...] = ("empirical", "mc", "margin")
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""``(model, batch) -> (n,)``: one loss an example, each depending on its own example only."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is differentiated on one batch.
+
+    Attributes:
+        values: (n,) one objective an example, attached to the graph: the mean over its supervised tokens.
+        counts: (n,) long, the supervised tokens of each example; an example with none is no datum.
+    """
+
+    values: Tensor
+    counts: Tensor
+
+
+def example_objectives(
+    model: nn.Module,
+    batch: Any,
+    kind: str = "empirical",
+    loss: LossFunction | None = None,
+    generator: torch.Generator | None = None,
+    token_weights: Callable[[Any], Tensor] | None = None,
+) -> Objective:
+    """Objectives of every example in a batch, from one batched forward pass.
+
+    Args:
+        model: a Hugging Face style model (``model(**batch).logits``), or anything at all with a ``loss``.
+        batch: a dict with ``labels`` (−100 is ignored); anything the ``loss`` understands.
+        kind: ``"empirical"``: cross-entropy at the labels of the data. ``"mc"``: cross-entropy at labels drawn from
+            the model at every supervised position, contexts as in the data, one draw, so that the gradients'
+            second moment is an unbiased estimate of the Fisher information. ``"margin"``: log-sum-exp of the other
+            logits minus the label's logit, whose gradient does not vanish where the model is sure.
+        loss: ``(model, batch) -> (n,)`` instead of the model's own; only with ``kind="empirical"``.
+        generator: a CPU generator for ``"mc"``; draws are consumed in the order of the supervised tokens, so they
+            do not depend on how the examples are batched or padded.
+        token_weights: ``batch -> labels-shaped`` non-negative weights; an example's objective is then the weighted
+            mean over its supervised tokens.
+
+    Returns:
+        Objective of n examples.
+
+    Raises:
+        ValueError: for an unknown kind, missing labels, or shapes that do not fit.
+        TypeError: if the batch is not a mapping and no ``loss`` was given.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not known; take one of {', '.join(KINDS)}")
+    if loss is not None:
+        if kind != "empirical":
+            raise ValueError(f"kind={kind!r} needs the model's logits; leave out loss, or use kind='empirical' with it")
+        if token_weights is not None:
+            raise ValueError("token_weights apply to the built-in loss only; weight the tokens inside your loss")
+        values = loss(model, batch)
+        if values.ndim != 1:
+            raise ValueError(f"loss returned shape {tuple(values.shape)}; it must return (n,), one value an example")
+        return Objective(values, torch.ones(len(values), dtype=torch.long, device=values.device))
+    logits, labels = _supervised(model, batch)
+    if not labels.is_floating_point():
+        weights = None if token_weights is None else token_weights(batch)
+        return _categorical(logits, labels, kind, generator, weights)
+    if kind != "empirical":
+        raise ValueError(f"kind={kind!r} needs integer labels, got {labels.dtype}")
+    residual = (logits.float() if logits.dtype != torch.float64 else logits).reshape(len(labels), -1)
+    values = (residual - labels.reshape(len(labels), -1)).square().mean(1)
+    return Objective(values, torch.ones(len(values), dtype=torch.long, device=values.device))
+
+
+def _supervised(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits and the labels that stand against them, before any shift."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batches must yield dicts such as input_ids, attention_mask, labels; got {type(batch).__name__}. "
+            "Pass loss=(model, batch) -> (n,) for any other structure"
+        )
+    if batch.get("labels") is None:
+        raise ValueError(f"a batch has no 'labels' (it has {', '.join(map(str, batch))}); add them or pass loss=")
+    labels = cast(Tensor, batch["labels"])
+    inner = _unwrap(model)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    accepted = _parameters_of(inner)
+    if "use_cache" in accepted:
+        inputs.setdefault("use_cache", False)
+    if _is_encoder_decoder(inner):
+        prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+        if "decoder_input_ids" not in inputs and prepare is not None:
+            inputs["decoder_input_ids"] = prepare(labels=labels)
+        elif "decoder_input_ids" not in inputs:
+            inputs["labels"] = labels
+    else:
+        mask = inputs.get("attention_mask")
+        left_padded = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+        if left_padded and "position_ids" in accepted and "position_ids" not in inputs and _shifts(inner):
+            # Models with learned positions count from the left edge: give every example the positions it has alone.
+            inputs["position_ids"] = (cast(Tensor, mask).long().cumsum(1) - 1).clamp_min(0)
+    output = model(**inputs)
+    logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError("the model's output has no logits; pass loss=(model, batch) -> (n,)")
+    if labels.ndim == 2 and logits.ndim == 3 and _shifts(inner):
+        if logits.shape[1] < labels.shape[1]:
+            raise ValueError(f"logits of shape {tuple(logits.shape)} do not cover labels {tuple(labels.shape)}")
+        logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def _categorical(
+    logits: Tensor, labels: Tensor, kind: str, generator: torch.Generator | None, weights: Tensor | None
+) -> Objective:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass loss=")
+    count = len(labels)
+    valid = labels != -100
+    example = torch.arange(count, device=labels.device).view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[valid]
+    # Only supervised rows are widened to float32: prompts would otherwise pay for a vocabulary-wide copy.
+    rows = logits[valid]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    targets = labels[valid]
+    if kind == "mc":
+        targets = sample_categorical(rows.detach(), generator)
+    if kind == "margin":
+        chosen = rows.gather(1, targets[:, None])
+        others = rows.masked_fill(
+            torch.zeros_like(rows, dtype=torch.bool).scatter_(1, targets[:, None], True), -torch.inf
+        )
+        per_token = torch.logsumexp(others, 1) - chosen[:, 0]
+    else:
+        per_token = nn.functional.cross_entropy(rows, targets, reduction="none")
+    counts = torch.bincount(example, minlength=count)
+    if weights is None:
+        share = 1.0 / counts.clamp_min(1).to(rows.dtype)
+        per_token = per_token * share[example]
+    else:
+        chosen_weights = _aligned(weights, labels)[valid].to(rows.dtype)
+        if bool((chosen_weights < 0).any()) or not bool(torch.isfinite(chosen_weights).all()):
+            raise ValueError("token_weights must be finite and non-negative")
+        total = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add(0, example, chosen_weights)
+        per_token = per_token * (chosen_weights / total.clamp_min(torch.finfo(rows.dtype).tiny)[example])
+    values = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add(0, example, per_token)
+    return Objective(values, counts)
+
+
+def _aligned(weights: Tensor, labels: Tensor) -> Tensor:
+    """Token weights on the positions of (possibly shifted) labels."""
+    if weights.shape == labels.shape:
+        return weights
+    if weights.ndim == 2 and weights.shape == (len(labels), labels.shape[1] + 1):
+        return weights[:, 1:]
+    raise ValueError(f"token_weights returned {tuple(weights.shape)}; it must have the shape of the batch's labels")
+
+
+def sample_categorical(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draws one class a row by inversion of one uniform variate each, the same on every device.
+
+    Args:
+        logits: (m, classes).
+        generator: CPU generator; the default one if None.
+
+    Returns:
+        (m,) long.
+    """
+    uniform = torch.rand(len(logits), generator=generator, dtype=torch.float64).to(logits.device, logits.dtype)
+    cumulative = logits.softmax(1).cumsum(1)
+    index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return index[:, 0].clamp_max(logits.shape[1] - 1)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside an adapter or data-parallel wrapper, whose forward names its arguments."""
+    inner = model
+    while True:
+        if callable(getattr(inner, "get_base_model", None)):
+            deeper = cast(Any, inner).get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            deeper = cast(nn.Module, inner.module)
+        else:
+            return inner
+        if deeper is inner:
+            return inner
+        inner = deeper
+
+
+def _parameters_of(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _shifts(model: nn.Module) -> bool:
+    """Whether position t's logits predict token t + 1: decoder-only language models."""
+    name = str(getattr(model, "loss_type", None) or type(model).__name__)
+    return not (_is_encoder_decoder(model) or "MaskedLM" in name or "TokenClassification" in name)
