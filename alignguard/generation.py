@@ -1,0 +1,156 @@
+"""Greedy answers to many prompts: the chat template rendered, left padding, KV cache, batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from alignguard.data import IGNORED, collate, pad_id, render_prompt
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode without gradients, and each back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts that are answered together.
+
+    Attributes:
+        indices: the places of these prompts in the sequence that was planned.
+        ids: token ids of each rendered prompt, unpadded.
+    """
+
+    indices: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
+
+
+def plan_batches(
+    tokenizer: Any, prompts: Sequence[str], batch_size: int = 32, max_prompt_tokens: int | None = None
+) -> list[PromptBatch]:
+    """Render prompts with the chat template and group them by length, longest first.
+
+    The plan depends on the prompts and the batch size alone, so a run that is resumed sees the very same batches, and
+    the longest batch, which needs the most memory, comes first.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompts: one user message each.
+        batch_size: prompts in a batch.
+        max_prompt_tokens: longer prompts lose their beginning, so that the cue for the assistant stays; None keeps all.
+
+    Raises:
+        ValueError: ``batch_size`` or ``max_prompt_tokens`` below 1, or a prompt that renders to no token at all.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    if max_prompt_tokens is not None and max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens must be at least 1, found {max_prompt_tokens}")
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        if not ids:
+            raise ValueError(f"prompt {i} renders to no token at all: {prompt!r}")
+        encoded.append(tuple(ids if max_prompt_tokens is None else ids[-max_prompt_tokens:]))
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [PromptBatch(tuple(group), tuple(encoded[i] for i in group)) for group in groups]
+
+
+def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
+    """How many prompt tokens leave ``max_new_tokens`` of the model's positions free; None where it sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    if limit <= max_new_tokens:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the model's {limit} positions")
+    return limit - max_new_tokens
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """A configuration of our own: what a model ships (sampling, penalties) must not change a measurement."""
+    own = getattr(model, "generation_config", None)
+    ends: list[int] = []
+    for value in (tokenizer.eos_token_id, getattr(own, "eos_token_id", None)):
+        ends += [value] if isinstance(value, int) else list(value or [])
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=sorted(set(ends)) or None,
+        pad_token_id=pad_id(tokenizer),
+    )
+
+
+def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens: int = 32) -> list[str]:
+    """Greedy answers to one batch, in its order, without special tokens; the model is left as it was.
+
+    Args:
+        model: a Hugging Face causal language model, wrapped by peft or not.
+        tokenizer: its tokenizer.
+        batch: from :func:`plan_batches`.
+        max_new_tokens: longest answer.
+
+    Raises:
+        ValueError: ``max_new_tokens`` below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    device = next(model.parameters()).device
+    rows = [{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in batch.ids]
+    inputs = collate(rows, pad_id(tokenizer), side="left")
+    with evaluation_mode(model):
+        out = model.generate(
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
+            generation_config=_greedy(model, tokenizer, max_new_tokens),
+        )
+    answers = out[:, inputs["input_ids"].shape[1] :].tolist()
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy answers to prompts, in their order.
+
+    Args:
+        model: a Hugging Face causal language model, wrapped by peft or not; left as it was.
+        tokenizer: its tokenizer; a chat template is used where there is one.
+        prompts: one user message each.
+        batch_size: prompts answered together.
+        max_new_tokens: longest answer.
+        progress: show a bar.
+    """
+    answers = [""] * len(prompts)
+    plan = plan_batches(tokenizer, prompts, batch_size, room_for_prompt(model, max_new_tokens))
+    with tqdm(total=len(prompts), desc="answers", unit="prompt", disable=not progress) as bar:
+        for batch in plan:
+            for i, text in zip(batch.indices, answer_batch(model, tokenizer, batch, max_new_tokens), strict=True):
+                answers[i] = text
+            bar.update(len(batch.indices))
+    return answers

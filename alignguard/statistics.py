@@ -1,0 +1,112 @@
+"""Intervals and paired tests for shares measured prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its bootstrap interval.
+
+    Attributes:
+        value: the mean of the ``n`` values.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: number of values.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def _values(values: Sequence[float], name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"{name} must be a non-empty sequence of numbers")
+    return array
+
+
+def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, found {resamples}")
+    generator = np.random.default_rng(seed)
+    # One resample at a time: a matrix of all of them would be large for thousands of prompts.
+    return np.array([values[generator.integers(0, values.size, values.size)].mean() for _ in range(resamples)])
+
+
+def bootstrap(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean and percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13) over prompts.
+
+    Where all values agree the interval has no width; read the exact binomial bound from ``n`` there.
+
+    Raises:
+        ValueError: no values, ``confidence`` outside (0, 1) or ``resamples`` below 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
+    array = _values(values, "values")
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(_resampled_means(array, resamples, seed), [tail, 100 - tail])
+    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The change of one share between two models on the same prompts.
+
+    Attributes:
+        difference: after minus before.
+        low: lower end of the paired bootstrap interval of the difference.
+        high: upper end of it.
+        lost: prompts where the first model has the property and the second has not.
+        gained: prompts where only the second has it.
+        p_value: two-sided exact McNemar test.
+        n: number of prompts.
+    """
+
+    difference: float
+    low: float
+    high: float
+    lost: int
+    gained: int
+    p_value: float
+    n: int
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided exact McNemar test: the discordant pairs against a fair coin (McNemar 1947, exact form).
+
+    Raises:
+        ValueError: a negative count.
+    """
+    if lost < 0 or gained < 0:
+        raise ValueError(f"counts of pairs must not be negative, found {lost} and {gained}")
+    return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+
+
+def paired(
+    before: Sequence[bool],
+    after: Sequence[bool],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare one yes-or-no property of two models, prompt by prompt.
+
+    Raises:
+        ValueError: no values, or two sequences of unequal length.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"before and after must hold the same prompts, found {len(before)} and {len(after)}")
+    first, second = _values(before, "before"), _values(after, "after")
+    estimate = bootstrap((second - first).tolist(), confidence=confidence, resamples=resamples, seed=seed)
+    lost, gained = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
+    return Comparison(estimate.value, estimate.low, estimate.high, lost, gained, mcnemar(lost, gained), estimate.n)
