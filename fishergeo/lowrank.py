@@ -1,0 +1,330 @@
+"""Matrices known by two thin factors, and the algebra that never multiplies them out."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fishergeo._arguments import FLOAT_DTYPES, check_integer, check_same_kind, check_tensor
+
+
+def _check_factor(name: str, factor: object) -> torch.Tensor:
+    """Like `check_tensor`, but the rank (a dimension of size zero) may be 0: the zero matrix has such factors."""
+    if not isinstance(factor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(factor).__name__}")
+    if factor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a real floating tensor, got {factor.dtype}")
+    if factor.ndim < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(factor.shape)}")
+    return factor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The matrix `left @ right`, kept as its factors; for a LoRA update these are s·B and A.
+
+    Sums concatenate factors (so ranks add), products multiply into the thinner side, and norms and inner products
+    go through r×r Gram matrices, tr(LᵀL·RRᵀ): nothing of size p×q is ever formed but by `to_dense`. Leading
+    dimensions are a batch, for example of experts. Everything stays in the factors' dtype and is differentiable.
+
+    Gram matrices square the condition number: where a difference of nearly equal matrices is normed, the result is
+    good to about eps·‖left‖·‖right‖ in absolute terms, not to eps of the small difference.
+
+    Args:
+        left: shape (..., p, r), any real floating dtype.
+        right: shape (..., r, q), the same dtype and device; batch dimensions broadcast against those of `left`.
+
+    Raises:
+        TypeError: a factor is not a floating tensor, or the dtypes differ.
+        ValueError: fewer than two dimensions, an empty p, q or batch, inner sizes that differ, batches that do not
+            broadcast, or factors on different devices. The rank r may be 0: the zero matrix.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def __post_init__(self) -> None:
+        left, right = _check_factor("left", self.left), _check_factor("right", self.right)
+        check_same_kind("left", left, "right", right)
+        if left.shape[-1] != right.shape[-2]:
+            raise ValueError(
+                f"left has shape {tuple(left.shape)} and right {tuple(right.shape)}: the last size of left must "
+                "equal the second to last of right"
+            )
+        if 0 in (*left.shape[:-1], *right.shape[:-2], right.shape[-1]):
+            raise ValueError(f"left or right is empty: shapes {tuple(left.shape)} and {tuple(right.shape)}")
+        if left.shape[:-2] != right.shape[:-2]:
+            try:
+                batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+            except RuntimeError:
+                raise ValueError(
+                    f"left has batch shape {tuple(left.shape[:-2])} and right {tuple(right.shape[:-2])}, "
+                    "which do not broadcast"
+                ) from None
+            object.__setattr__(self, "left", left.expand(*batch, *left.shape[-2:]))
+            object.__setattr__(self, "right", right.expand(*batch, *right.shape[-2:]))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., p, q) of the product."""
+        return torch.Size((*self.left.shape[:-1], self.right.shape[-1]))
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the product, batch included."""
+        return self.left.ndim
+
+    @property
+    def rank(self) -> int:
+        """Inner size r: an upper bound of the true rank, which rank-deficient factors do not reach."""
+        return self.left.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors' dtype."""
+        return self.left.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The factors' device."""
+        return self.left.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether either factor asks for a gradient."""
+        return self.left.requires_grad or self.right.requires_grad
+
+    @property
+    def mT(self) -> "LowRank":
+        """The transpose, rightᵀ @ leftᵀ, shape (..., q, p)."""
+        return LowRank(self.right.mT, self.left.mT)
+
+    def __repr__(self) -> str:
+        return f"LowRank(shape={tuple(self.shape)}, rank={self.rank}, dtype={self.dtype}, device={self.device})"
+
+    def __getitem__(self, index: object) -> "LowRank":
+        """Index the batch dimensions; the matrix dimensions stay whole.
+
+        Raises:
+            IndexError: there is no batch, or the index reaches into the matrix.
+        """
+        if self.ndim == 2:
+            raise IndexError("this LowRank has no batch dimension to index; use to_dense() for entries")
+        left, right = self.left[index], self.right[index]  # type: ignore[index]
+        if left.shape[-2:] != self.left.shape[-2:] or right.shape[-2:] != self.right.shape[-2:]:
+            raise IndexError(f"index {index!r} reaches into the matrix dimensions of a LowRank of shape {self.shape}")
+        return LowRank(left, right)
+
+    def to(self, *args, **kwargs) -> "LowRank":
+        """Factors moved or cast as by `torch.Tensor.to`."""
+        return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
+
+    def detach(self) -> "LowRank":
+        """The same factors, cut from the autograd graph."""
+        return LowRank(self.left.detach(), self.right.detach())
+
+    def to_dense(self) -> torch.Tensor:
+        """Multiply out.
+
+        Returns:
+            Tensor (..., p, q).
+        """
+        return self.left @ self.right
+
+    def _check_like(self, other: "LowRank | torch.Tensor", name: str = "other") -> None:
+        check_same_kind("this LowRank", self, name, other)
+        if other.shape[-2:] != self.shape[-2:]:
+            raise ValueError(f"{name} has shape {tuple(other.shape)}, which does not match {tuple(self.shape)}")
+
+    def __add__(self, other: "LowRank") -> "LowRank":
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        self._check_like(other)
+        batch = torch.broadcast_shapes(self.shape[:-2], other.shape[:-2])
+        lefts = [x.left.expand(*batch, *x.left.shape[-2:]) for x in (self, other)]
+        rights = [x.right.expand(*batch, *x.right.shape[-2:]) for x in (self, other)]
+        return LowRank(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))
+
+    def __sub__(self, other: "LowRank") -> "LowRank":
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        return self + (-other)
+
+    def __neg__(self) -> "LowRank":
+        return LowRank(-self.left, self.right)
+
+    def __mul__(self, scalar: float | torch.Tensor) -> "LowRank":
+        if isinstance(scalar, torch.Tensor):
+            if scalar.ndim != 0:
+                raise ValueError(
+                    f"a LowRank is scaled by a number or a 0-dimensional tensor, got {tuple(scalar.shape)}"
+                )
+            return LowRank(self.left * scalar.to(self.dtype), self.right)
+        if isinstance(scalar, bool) or not isinstance(scalar, (int, float)):
+            return NotImplemented
+        return LowRank(self.left * scalar, self.right)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: float | torch.Tensor) -> "LowRank":
+        if isinstance(scalar, LowRank):
+            return NotImplemented
+        return self * (1 / scalar)
+
+    def __matmul__(self, other: "torch.Tensor | LowRank") -> "LowRank | torch.Tensor":
+        """Product with a matrix (..., q, k), dense or factored, as a LowRank; with a vector (q,), a dense vector."""
+        if not isinstance(other, (torch.Tensor, LowRank)):
+            return NotImplemented
+        check_same_kind("this LowRank", self, "the right operand", other)
+        inner = other.shape[-2] if other.ndim > 1 else other.shape[0] if other.ndim else 0
+        if inner != self.shape[-1]:
+            raise ValueError(f"cannot multiply {tuple(self.shape)} by {tuple(other.shape)}: inner sizes differ")
+        if isinstance(other, torch.Tensor):
+            if other.ndim == 1:
+                return (self.left @ (self.right @ other).unsqueeze(-1)).squeeze(-1)
+            return LowRank(self.left, self.right @ other)
+        middle = self.right @ other.left
+        if self.rank <= other.rank:
+            return LowRank(self.left, middle @ other.right)
+        return LowRank(self.left @ middle, other.right)
+
+    def __rmatmul__(self, other: torch.Tensor) -> "LowRank | torch.Tensor":
+        """Product of a dense matrix (..., k, p) with this, as a LowRank; of a vector (p,), a dense vector."""
+        if not isinstance(other, torch.Tensor):
+            return NotImplemented
+        check_same_kind("the left operand", other, "this LowRank", self)
+        if other.ndim == 0 or other.shape[-1] != self.shape[-2]:
+            raise ValueError(f"cannot multiply {tuple(other.shape)} by {tuple(self.shape)}: inner sizes differ")
+        if other.ndim == 1:
+            return ((other @ self.left).unsqueeze(-2) @ self.right).squeeze(-2)
+        return LowRank(other @ self.left, self.right)
+
+    def inner(self, other: "LowRank | torch.Tensor") -> torch.Tensor:
+        """Frobenius inner product ⟨self, other⟩ = tr(selfᵀ other), in O((p+q)·r·r') for factors.
+
+        Args:
+            other: LowRank or dense tensor of shape (..., p, q), the same dtype and device.
+
+        Returns:
+            Tensor of the batch shape.
+
+        Raises:
+            TypeError: `other` is neither, or has another dtype.
+            ValueError: shapes or devices do not match.
+        """
+        if not isinstance(other, (torch.Tensor, LowRank)):
+            raise TypeError(f"other must be a LowRank or a torch.Tensor, got {type(other).__name__}")
+        self._check_like(other)
+        if isinstance(other, torch.Tensor):
+            return (self.left * (other @ self.right.mT)).sum(dim=(-2, -1))
+        return ((self.left.mT @ other.left) * (self.right @ other.right.mT)).sum(dim=(-2, -1))
+
+    def squared_norm(self) -> torch.Tensor:
+        """Squared Frobenius norm tr(LᵀL·RRᵀ), never negative, of the batch shape; its gradient at zero is zero."""
+        value = self.inner(self)
+        # Rounding may leave a cancelled norm a little below zero. The value is lifted, the gradient stays the true one.
+        return value + (value.clamp(min=0) - value).detach()
+
+    def norm(self) -> torch.Tensor:
+        """Frobenius norm, of the batch shape; at zero its gradient is taken to be zero (the least subgradient)."""
+        squared = self.squared_norm()
+        positive = squared > 0
+        return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+
+    def trace(self) -> torch.Tensor:
+        """Trace, of the batch shape, in O(p·r).
+
+        Raises:
+            ValueError: the matrix is not square.
+        """
+        if self.shape[-1] != self.shape[-2]:
+            raise ValueError(f"only a square LowRank has a trace, this one has shape {tuple(self.shape)}")
+        return (self.left * self.right.mT).sum(dim=(-2, -1))
+
+    def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Thin singular value decomposition by QR of both factors and an SVD of the small core.
+
+        Gradients flow where both factors have full rank and the singular values in use are distinct, as for
+        `torch.linalg.svd`. Half precision is decomposed in float32, LAPACK having nothing narrower.
+
+        Returns:
+            (U, S, Vh) with U (..., p, k), S (..., k) descending, Vh (..., k, q), k = min(p, q, r).
+        """
+        work = torch.promote_types(self.dtype, torch.float32)
+        left_q, left_r = torch.linalg.qr(self.left.to(work))
+        right_q, right_r = torch.linalg.qr(self.right.mT.to(work))
+        u, values, vh = torch.linalg.svd(left_r @ right_r.mT, full_matrices=False)
+        return (left_q @ u).to(self.dtype), values.to(self.dtype), (vh @ right_q.mT).to(self.dtype)
+
+    def truncate(self, k: int) -> "LowRank":
+        """Best approximation of rank at most k (Eckart and Young 1936): left is U·diag(S), right is Vh.
+
+        Args:
+            k: rank to keep, at least 0; more than the present rank changes nothing but the factors.
+
+        Returns:
+            LowRank of rank min(k, p, q, r).
+
+        Raises:
+            TypeError: k is not an int.
+            ValueError: k is negative.
+        """
+        k = check_integer("k", k, low=0)
+        u, values, vh = self.svd()
+        # The values stay whole on one side: their square roots would have no gradient where a value is zero.
+        return LowRank(u[..., :k] * values[..., None, :k], vh[..., :k, :])
+
+    def numerical_rank(self) -> torch.Tensor:
+        """Rank up to rounding: singular values above max(p, q)·eps·Σ_k ‖left_k‖‖right_k‖, integers of the batch shape.
+
+        The threshold is the rounding of the product itself, not of its largest singular value, so that a difference
+        of equal matrices has rank 0.
+        """
+        scale = (self.left.norm(dim=-2) * self.right.norm(dim=-1)).sum(-1, keepdim=True)
+        threshold = max(self.shape[-2:]) * torch.finfo(self.dtype).eps * scale
+        return (self.svd()[1] > threshold).sum(-1)
+
+    def column_basis(self) -> torch.Tensor:
+        """Orthonormal basis of the column space, most important direction first.
+
+        Returns:
+            Tensor (..., p, k), k the numerical rank.
+
+        Raises:
+            ValueError: the matrices of a batch have different ranks, so no one tensor holds their bases.
+        """
+        ranks = self.numerical_rank()
+        if int(ranks.min()) != int(ranks.max()):
+            raise ValueError(
+                f"the matrices of the batch have ranks {int(ranks.min())} to {int(ranks.max())}; index the batch and "
+                "take the bases one by one"
+            )
+        return self.svd()[0][..., : int(ranks.max())]
+
+    def row_basis(self) -> torch.Tensor:
+        """Orthonormal basis of the row space as columns.
+
+        Returns:
+            Tensor (..., q, k), k the numerical rank.
+
+        Raises:
+            ValueError: the matrices of a batch have different ranks.
+        """
+        return self.mT.column_basis()
+
+
+def as_update(name: str, value: object) -> LowRank | torch.Tensor:
+    """Return `value` if it is an update: a LowRank, or a dense floating tensor of at least two dimensions.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+
+    Raises:
+        TypeError: neither LowRank nor floating tensor.
+        ValueError: a dense tensor of fewer than two dimensions, or empty.
+    """
+    if isinstance(value, LowRank):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a LowRank or a torch.Tensor, got {type(value).__name__}")
+    return check_tensor(name, value, min_dim=2)

@@ -1,0 +1,260 @@
+"""Projectors onto subspaces of a weight's output or input side, and the split of an update that they make.
+
+An update ΔW (..., p, q) is split into ΔW_A = PΔW and ΔW_T = ΔW − ΔW_A. P acts on one factor of a LowRank, so both
+parts keep its rank, and no p×p matrix is formed.
+"""
+
+from typing import Self, overload
+
+import torch
+
+from fishergeo._arguments import check_choice, check_finite, check_same_kind, check_tensor
+from fishergeo.lowrank import LowRank, as_update
+
+SIDES = ("output", "input")
+
+
+def orthonormality_defect(basis: torch.Tensor) -> float:
+    """Largest entry of |UᵀU − I| over the batch, computed in float32 or wider.
+
+    Args:
+        basis: shape (..., p, m).
+
+    Returns:
+        The defect; 0 for m = 0.
+    """
+    wide = basis.detach().to(torch.promote_types(basis.dtype, torch.float32))
+    gram = wide.mT @ wide
+    if gram.numel() == 0:
+        return 0.0
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return float(gram.abs().max())
+
+
+def check_basis(name: str, basis: object) -> torch.Tensor:
+    """Return `basis` if its columns are orthonormal to within the square root of its dtype's epsilon.
+
+    Args:
+        name: the argument's name, for the message.
+        basis: shape (..., p, m), m from 0 to p.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: fewer than two dimensions, more columns than rows, NaN or infinity, or columns that are not
+            orthonormal; the message prints the defect.
+    """
+    if isinstance(basis, torch.Tensor) and basis.ndim >= 2 and basis.shape[-1] == 0:
+        check_tensor(name, basis.new_zeros(*basis.shape[:-1], 1), min_dim=2)
+        return basis
+    checked = check_tensor(name, basis, min_dim=2)
+    if checked.shape[-1] > checked.shape[-2]:
+        raise ValueError(
+            f"{name} has shape {tuple(checked.shape)}: more columns than rows cannot be orthonormal; is it transposed?"
+        )
+    check_finite(name, checked)
+    defect, allowed = orthonormality_defect(checked), torch.finfo(checked.dtype).eps ** 0.5
+    if defect > allowed:
+        raise ValueError(
+            f"{name} is not orthonormal: the largest entry of |UᵀU − I| is {defect:.3g}, allowed is {allowed:.1g} for "
+            f"{checked.dtype}; orthonormalise its columns, e.g. with torch.linalg.qr({name}).Q"
+        )
+    return checked
+
+
+class _SubspaceMap:
+    """What all projectors share: a linear map P on updates, its application and the split it makes."""
+
+    def apply(self, delta: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
+        """Return P applied to an update, of the same shape and kind.
+
+        Args:
+            delta: LowRank or dense tensor (..., p, q) of the basis' dtype and device.
+
+        Raises:
+            TypeError: not an update, or of another dtype than the basis.
+            ValueError: the side that P acts on has another size, or another device.
+        """
+        return self.split(delta)[0]
+
+    __call__ = apply
+
+    @overload
+    def split(self, delta: LowRank) -> tuple[LowRank, LowRank]: ...
+    @overload
+    def split(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def split(self, delta):
+        """Return (part, rest) = (PΔ, Δ − PΔ), each of the same shape and kind as `delta`.
+
+        Args:
+            delta: LowRank or dense tensor (..., p, q) of the basis' dtype and device.
+
+        Raises:
+            TypeError: not an update, or of another dtype than the basis.
+            ValueError: the side that P acts on has another size, or another device.
+        """
+        raise NotImplementedError
+
+    @property
+    def complement(self) -> "Complement":
+        """The map I − P, formed without a matrix."""
+        return Complement(self)
+
+
+class Complement(_SubspaceMap):
+    """I − P for a projector P; its split is P's with the parts exchanged.
+
+    Args:
+        of: the projector P.
+    """
+
+    def __init__(self, of: _SubspaceMap) -> None:
+        self.of = of
+
+    def __repr__(self) -> str:
+        return f"Complement({self.of!r})"
+
+    def split(self, delta):
+        """Return ((I − P)Δ, PΔ); see `Projector.split`."""
+        part, rest = self.of.split(delta)
+        return rest, part
+
+    @property
+    def complement(self) -> _SubspaceMap:  # type: ignore[override]
+        """P itself."""
+        return self.of
+
+
+class SoftProjector(_SubspaceMap):
+    """S = U·diag(w)·Uᵀ with w in [0, 1]: protects each direction as far as its weight says.
+
+    Between 0 and 1 the parts SΔ and (I − S)Δ are no longer orthogonal, so the paper's geodesic term means something.
+
+    Args:
+        basis: orthonormal columns, (..., p, m) for side="output", (..., q, m) for side="input"; leading dimensions
+            are a batch that broadcasts against the update's.
+        weights: shape (m,) or (..., m), in [0, 1], the basis' dtype and device.
+        side: "output": ΔW → SΔW; "input": ΔW → ΔW·S.
+
+    Raises:
+        TypeError: basis or weights are not floating tensors, or their dtypes differ.
+        ValueError: the basis is not orthonormal or has NaN, weights lie outside [0, 1] or do not match its columns.
+    """
+
+    def __init__(self, basis: torch.Tensor, weights: torch.Tensor, side: str = "output") -> None:
+        self.basis = check_basis("basis", basis)
+        self.side = check_choice("side", side, SIDES)
+        self.weights = self._check_weights(weights)
+
+    @classmethod
+    def from_spectrum(
+        cls, basis: torch.Tensor, values: torch.Tensor, epsilon: float, side: str = "output"
+    ) -> "SoftProjector":
+        """Weights λ/(λ + ε), the ridge filter of a curvature's eigenvalues: one half where λ = ε.
+
+        Args:
+            basis: eigenvectors, (..., p, m).
+            values: eigenvalues, (..., m), not negative.
+            epsilon: ε > 0 in the eigenvalues' unit.
+            side: as in the constructor.
+
+        Raises:
+            TypeError: basis or values are not floating tensors, or their dtypes differ.
+            ValueError: negative eigenvalues, ε ≤ 0, or a basis that is not orthonormal.
+        """
+        check_finite("values", check_tensor("values", values, min_dim=1))
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {epsilon}")
+        if bool((values < 0).any()):
+            raise ValueError(f"values must not be negative, the least is {float(values.min()):.3g}; clamp them first")
+        return cls(basis, values / (values + epsilon), side)
+
+    def _check_weights(self, weights: object) -> torch.Tensor:
+        if isinstance(weights, torch.Tensor) and weights.ndim and weights.shape[-1] == 0 == self.basis.shape[-1]:
+            return weights
+        checked = check_tensor("weights", weights, min_dim=1)
+        check_same_kind("weights", checked, "basis", self.basis)
+        check_finite("weights", checked)
+        if checked.shape[-1] != self.basis.shape[-1]:
+            raise ValueError(f"weights has {checked.shape[-1]} entries for a basis of {self.basis.shape[-1]} columns")
+        low, high = float(checked.min()), float(checked.max())
+        if low < 0 or high > 1:
+            raise ValueError(f"weights must lie in [0, 1], they span [{low:.3g}, {high:.3g}]")
+        return checked
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(basis={tuple(self.basis.shape)}, side={self.side!r})"
+
+    @property
+    def rank(self) -> int:
+        """Number m of directions."""
+        return self.basis.shape[-1]
+
+    def to(self, *args, **kwargs) -> Self:
+        """The projector moved or cast as by `torch.Tensor.to`, without checking it a second time."""
+        return self._with(self.basis.to(*args, **kwargs), self.weights.to(*args, **kwargs), self.side)
+
+    def to_dense(self) -> torch.Tensor:
+        """The matrix S, (..., p, p); for tests and small sizes."""
+        return (self.basis * self.weights.unsqueeze(-2)) @ self.basis.mT
+
+    def _scale(self, coefficients: torch.Tensor) -> torch.Tensor:
+        return self.weights.unsqueeze(-1) * coefficients
+
+    def _apply_left(self, matrix: torch.Tensor) -> torch.Tensor:
+        return self.basis @ self._scale(self.basis.mT @ matrix)
+
+    def split(self, delta):
+        """Return (part, rest) = (SΔ, Δ − SΔ), or (ΔS, Δ − ΔS) for side="input", each of the kind of `delta`.
+
+        A LowRank keeps its rank and the factor on the other side.
+
+        Args:
+            delta: LowRank or dense tensor (..., p, q) of the basis' dtype and device.
+
+        Raises:
+            TypeError: not an update, or of another dtype than the basis.
+            ValueError: the side that the projector acts on has another size, or another device.
+        """
+        delta = as_update("delta", delta)
+        check_same_kind("delta", delta, "the projector's basis", self.basis)
+        axis = -2 if self.side == "output" else -1
+        if delta.shape[axis] != self.basis.shape[-2]:
+            raise ValueError(
+                f"delta has shape {tuple(delta.shape)}, but the basis has {self.basis.shape[-2]} rows and acts on the "
+                f"{self.side} side, of size {delta.shape[axis]}"
+            )
+        if self.side == "input":
+            part, rest = self._with(self.basis, self.weights, "output").split(delta.mT)
+            return part.mT, rest.mT
+        if isinstance(delta, LowRank):
+            left = self._apply_left(delta.left)
+            return LowRank(left, delta.right), LowRank(delta.left - left, delta.right)
+        dense = self._apply_left(delta)
+        return dense, delta - dense
+
+    def _with(self, basis: torch.Tensor, weights: torch.Tensor, side: str) -> Self:
+        twin = object.__new__(type(self))
+        twin.basis, twin.weights, twin.side = basis, weights, side
+        return twin
+
+
+class Projector(SoftProjector):
+    """The orthogonal projector P = UUᵀ onto the span of `basis`.
+
+    Args:
+        basis: orthonormal columns, (..., p, m) for side="output", (..., q, m) for side="input"; leading dimensions
+            are a batch that broadcasts against the update's. m may be 0 (nothing is protected) or p (everything is).
+        side: "output": ΔW → PΔW; "input": ΔW → ΔW·P.
+
+    Raises:
+        TypeError: the basis is not a floating tensor.
+        ValueError: the basis is not orthonormal (the defect is printed), has NaN, or more columns than rows.
+    """
+
+    def __init__(self, basis: torch.Tensor, side: str = "output") -> None:
+        self.basis = check_basis("basis", basis)
+        self.side = check_choice("side", side, SIDES)
+        self.weights = self.basis.new_ones(self.basis.shape[-1])
+
+    def _scale(self, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficients

@@ -1,0 +1,73 @@
+"""The energy rule keeps the fewest leading directions that hold the share."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fishergeo as fg
+
+SPECTRA = st.lists(st.floats(0, 1e6), min_size=1, max_size=12).map(lambda x: sorted(x, reverse=True))
+
+
+@given(SPECTRA, st.floats(0.01, 1.0))
+def test_the_share_is_reached_and_not_with_one_direction_fewer(values, energy):
+    m, total = fg.rank_for_energy(values, energy=energy), sum(values)
+    if total == 0:
+        assert m == 0
+    else:
+        assert 1 <= m <= len(values)
+        assert sum(values[:m]) >= energy * total * (1 - 1e-9)
+        assert sum(values[: m - 1]) < energy * total or m == 1
+
+
+@given(SPECTRA, st.floats(1e-3, 1e3))
+def test_the_rank_does_not_depend_on_the_unit(values, unit):
+    # A share on the edge could fall either way by rounding, so the unit is a power of two.
+    scale = 2.0 ** round(unit**0.3)
+    assert fg.rank_for_energy([v * scale for v in values]) == fg.rank_for_energy(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "total", "energy", "expected"),
+    [
+        ([5.0, 3.0, 2.0], None, 0.8, 2),
+        ([5.0, 3.0, 2.0], None, 0.81, 3),
+        ([5.0, 3.0, 2.0], 12.5, 0.8, 3),
+        ([5.0, 3.0, 2.0], 20.0, 0.8, 3),
+        ([1.0] * 10, None, 0.3, 3),
+        ([5.0], 5.0 - 1e-7, 1.0, 1),
+        ([4.0, 0.0], None, 1.0, 1),
+    ],
+)
+def test_known_cases(values, total, energy, expected):
+    assert fg.rank_for_energy(values, total, energy) == expected
+    assert fg.rank_for_energy(torch.tensor(values), total, energy=energy) == expected
+
+
+def test_the_default_share_is_80_percent_and_a_total_may_be_a_tensor():
+    assert fg.rank_for_energy([7.9, 2.0, 0.1]) == 2
+    assert fg.rank_for_energy([8.0, 1.0], torch.tensor(10.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "keywords", "error", "message"),
+    [
+        ([1.0, 2.0], {}, ValueError, "values must be descending"),
+        ([1.0, -1.0], {}, ValueError, "values must not be negative"),
+        ([float("nan")], {}, ValueError, "values has 1 entries"),
+        ([], {}, ValueError, "values is empty"),
+        (torch.ones(2, 2), {}, ValueError, "values must have one dimension"),
+        (torch.ones(2, dtype=torch.int64), {}, TypeError, "values must be a real floating"),
+        (3.0, {}, TypeError, "values must be a tensor or a sequence"),
+        ([1.0], {"energy": 0.0}, ValueError, "energy must lie"),
+        ([1.0], {"energy": 1.1}, ValueError, "energy must be a finite number"),
+        ([1.0], {"energy": float("nan")}, ValueError, "energy"),
+        ([1.0], {"total": 0.5}, ValueError, "total is 0.5, less than the sum"),
+        ([1.0], {"total": float("inf")}, ValueError, "total must be a finite"),
+        ([1.0], {"total": "1"}, TypeError, "total must be a real number"),
+    ],
+)
+def test_bad_input_is_refused_by_name(values, keywords, error, message):
+    with pytest.raises(error, match=message):
+        fg.rank_for_energy(values, **keywords)
