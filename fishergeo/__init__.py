@@ -2,6 +2,7 @@
 
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.fisher import Fisher, FisherHeader, estimate_fisher
+from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
 from fishergeo.lowrank import LowRank
 from fishergeo.operators import (
     DenseOperator,
@@ -10,17 +11,20 @@ from fishergeo.operators import (
     SpectralOperator,
     SymmetricOperator,
 )
-from fishergeo.projector import Projector, SoftProjector
+from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Complement",
     "DenseOperator",
     "DiagonalOperator",
     "Fisher",
     "FisherHeader",
+    "KroneckerMaskProjector",
     "KroneckerOperator",
+    "KroneckerProjector",
     "LowRank",
     "Projector",
     "SampledOverlap",

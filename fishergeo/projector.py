@@ -61,7 +61,7 @@ def check_basis(name: str, basis: object) -> torch.Tensor:
     return checked
 
 
-class _SubspaceMap:
+class SubspaceMap:
     """What all projectors share: a linear map P on updates, its application and the split it makes."""
 
     def apply(self, delta: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
@@ -100,14 +100,14 @@ class _SubspaceMap:
         return Complement(self)
 
 
-class Complement(_SubspaceMap):
+class Complement(SubspaceMap):
     """I − P for a projector P; its split is P's with the parts exchanged.
 
     Args:
         of: the projector P.
     """
 
-    def __init__(self, of: _SubspaceMap) -> None:
+    def __init__(self, of: SubspaceMap) -> None:
         self.of = of
 
     def __repr__(self) -> str:
@@ -119,12 +119,12 @@ class Complement(_SubspaceMap):
         return rest, part
 
     @property
-    def complement(self) -> _SubspaceMap:  # type: ignore[override]
+    def complement(self) -> SubspaceMap:  # type: ignore[override]
         """P itself."""
         return self.of
 
 
-class SoftProjector(_SubspaceMap):
+class SoftProjector(SubspaceMap):
     """S = U·diag(w)·Uᵀ with w in [0, 1]: protects each direction as far as its weight says.
 
     Between 0 and 1 the parts SΔ and (I − S)Δ are no longer orthogonal, so the paper's geodesic term means something.
