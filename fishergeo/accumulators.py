@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fishergeo.capture import Record
+from fishergeo.gram import add_gram_, mirrored
 from fishergeo.operators import DenseOperator, DiagonalOperator, KroneckerOperator, SpectralOperator, SymmetricOperator
-from fishergeo.sketch import nystrom_eigh, test_matrix
+from fishergeo.sketch import PsdSketch, compress, factor_eigh
 
 Side = Literal["output", "input"]
 
@@ -65,6 +66,9 @@ class Accumulator:
     def dtype(self) -> torch.dtype:
         """Of the sums."""
         return next(iter(self.sums.values())).dtype
+
+    def finish(self) -> None:
+        """Called once after the last batch."""
 
     def _cast(self, record: Record, shared: Shared) -> tuple[Tensor, Tensor]:
         a = shared.get(record.source, f"inputs {self.dtype}", lambda: record.inputs.to(self.dtype))
@@ -172,7 +176,7 @@ class InputMoment:
             return
         self._latest = (batch, record.source)
         flat = a.flatten(0, 1)
-        self.total.addmm_(flat.T, flat)
+        add_gram_(self.total, flat)
         self.tokens += float(len(flat) if record.mask is None else record.mask.sum())
 
 
@@ -203,23 +207,23 @@ class KfacAccumulator(Accumulator):
         a, d = self._cast(record, shared)
         self.moment.add(record, batch, a)
         flat = d.flatten(0, 1)
-        self.sums["output"].addmm_(flat.T, flat)
+        add_gram_(self.sums["output"], flat)
 
     def operator(self, count: float) -> SymmetricOperator:
         """kron(S, A), (pq, pq)."""
         s = self.sums["output"] / count
         a = self.sums["input"] / self.sums["tokens"].clamp_min(1e-300).to(s.dtype)
-        return KroneckerOperator((s + s.T) / 2, (a + a.T) / 2)
+        return KroneckerOperator(mirrored(s), mirrored(a))
 
 
 class SketchAccumulator(Accumulator):
-    """Y = Σ G Gᵀ Ω (or Gᵀ G Ω) and the exact trace: O((p + q)·columns) memory and no (p, p) matrix."""
+    """A factor V with V Vᵀ ≤ Σ G Gᵀ (or Σ Gᵀ G) and the exact trace: O((p + q)·rank) memory, no (p, p) matrix."""
 
-    def __init__(self, sums: dict[str, Tensor], unit: str, side: str, rank: int, omega: Tensor) -> None:
+    def __init__(self, sums: dict[str, Tensor], unit: str, side: str, rank: int, sketch: PsdSketch) -> None:
         super().__init__(sums, unit)
         self.side = side
         self.rank = rank
-        self.omega = omega
+        self.sketch = sketch
 
     @classmethod
     def empty(
@@ -236,39 +240,63 @@ class SketchAccumulator(Accumulator):
     ) -> SketchAccumulator:
         """The sums of nothing."""
         size = p if side == "output" else q
-        columns = min(rank, size)
-        sums = {
-            "product": torch.zeros(size, columns, dtype=dtype, device=device),
-            "trace": torch.zeros(1, dtype=torch.float64, device=device),
-        }
-        return cls(sums, unit, side, rank, orthonormal_test_matrix(size, columns, seed, name).to(device, dtype))
+        sketch = PsdSketch(size, rank, seed, name, dtype, device)
+        trace = torch.zeros(1, dtype=torch.float64, device=device)
+        return cls({"factor": sketch.factor, "trace": trace}, unit, side, rank, sketch)
 
     def add(self, record: Record, shared: Shared) -> None:
-        """Adds one batch of one layer, by the order of multiplication that is cheapest."""
+        """Adds one batch of one layer."""
         a, d = self._cast(record, shared)
         near, far = (d, a) if self.side == "output" else (a, d)
         n, t, size = near.shape
-        flat = near.reshape(n * t, size)
         if self.unit == "token" or t == 1:
             weights = far.square().sum(2, keepdim=True)
             self.sums["trace"] += (near.square().sum(2, keepdim=True) * weights).sum()
-            inner = (flat @ self.omega) * weights.reshape(-1, 1)
-        else:
+            self._stream(n, lambda i, j, omega: _product(near[i:j], (near[i:j] @ omega) * weights[i:j]))
+        elif t * (size + far.shape[2]) <= size * far.shape[2]:
             if self.side == "output":
                 kernel = shared.get(record.source, "kernel", lambda: torch.bmm(far, far.mT))
             else:
                 kernel = torch.bmm(far, far.mT)
             self.sums["trace"] += (kernel * torch.bmm(near, near.mT)).sum()
-            inner = torch.bmm(kernel, (flat @ self.omega).reshape(n, t, -1)).reshape(n * t, -1)
-        self.sums["product"].addmm_(flat.T, inner)
+            self._stream(n, lambda i, j, omega: _product(near[i:j], torch.bmm(kernel[i:j], near[i:j] @ omega)))
+        else:  # long sequences: the weight gradient of one example is smaller than its kernels
+            for i in range(n):
+                gradient = near[i].T @ far[i]
+                self.sums["trace"] += gradient.square().sum()
+                self._stream(1, lambda _i, _j, omega, g=gradient: g @ (g.T @ omega))  # type: ignore[misc]
+
+    def _stream(self, examples: int, product: Callable[[int, int, Tensor], Tensor]) -> None:
+        """Feeds examples i to j at a time, so that segments end at the same example however they are batched."""
+        start = 0
+        while start < examples:
+            stop = min(examples, start + self.sketch.room)
+            self.sketch.add(product(start, stop, self.sketch.omega), stop - start)
+            start = stop
+
+    def finish(self) -> None:
+        """Folds the open segment into the factor."""
+        self.sums["factor"] = self.sketch.close()
 
     def operator(self, count: float) -> SymmetricOperator:
         """The leading ``rank`` pairs of F; ``full_trace`` is exact."""
-        values, vectors = nystrom_eigh(self.sums["product"] / count, self.omega, self.rank)
+        values, vectors = factor_eigh(self.sums["factor"], self.rank)
         trace = self.sums["trace"][0] / count
-        return SpectralOperator(values.to(self.dtype), vectors.to(self.dtype), trace.to(self.dtype), self.side)
+        return SpectralOperator(
+            (values / count).to(self.dtype), vectors.to(self.dtype), trace.to(self.dtype), self.side
+        )
+
+    def merged(self, other: Accumulator) -> dict[str, Tensor]:
+        """Sums of both: the factors side by side, cut back to three times the rank."""
+        both = torch.cat([self.sums["factor"], other.sums["factor"].to(self.sums["factor"].device)], 1)
+        width = 3 * min(self.rank, len(both))
+        trace = self.sums["trace"] + other.sums["trace"].to(both.device)
+        return {"factor": compress(both, width), "trace": trace}
+
+    def weighted(self, weight: float) -> dict[str, Tensor]:
+        """Sums that count ``weight`` times as much."""
+        return {"factor": self.sums["factor"] * weight**0.5, "trace": self.sums["trace"] * weight}
 
 
-def orthonormal_test_matrix(size: int, columns: int, seed: int, name: str) -> Tensor:
-    """A random orthonormal (size, columns) basis, float64, the same on every device."""
-    return torch.linalg.qr(test_matrix(size, columns, seed, name))[0]
+def _product(near: Tensor, inner: Tensor) -> Tensor:
+    return near.flatten(0, 1).T @ inner.flatten(0, 1)

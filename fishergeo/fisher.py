@@ -20,7 +20,6 @@ from fishergeo.accumulators import (
     KfacAccumulator,
     Shared,
     SketchAccumulator,
-    orthonormal_test_matrix,
 )
 from fishergeo.capture import (
     Capture,
@@ -35,6 +34,7 @@ from fishergeo.capture import (
 )
 from fishergeo.losses import KINDS, LossFunction, Objective, example_objectives
 from fishergeo.operators import SymmetricOperator
+from fishergeo.sketch import PsdSketch
 
 STRUCTURES = ("sketch", "gram", "diagonal", "kfac")
 UNITS = ("sequence", "token")
@@ -111,12 +111,12 @@ class Fisher(Mapping[str, SymmetricOperator]):
         return f"Fisher({h.structure}, {h.kind}, unit={h.unit}, {len(self)} layers, N={h.examples:g})"
 
     def merge(self, other: Fisher) -> Fisher:
-        """The Fisher of both data sets together: sums and counts add. Sketches must share seed and rank.
+        """The Fisher of both data sets together: sums and counts add. Sketches must share their rank.
 
         Raises:
-            ValueError: if the two are not of the same structure, kind, unit, side, rank, seed, dtype and layers.
+            ValueError: if the two are not of the same structure, kind, unit, side, rank, dtype and layers.
         """
-        free = {"examples", "tokens", "fingerprint"}
+        free = {"examples", "tokens", "fingerprint", "seed"}
         mine, theirs = asdict(self.header), asdict(other.header)
         for key in mine:
             if key not in free and mine[key] != theirs[key]:
@@ -126,20 +126,19 @@ class Fisher(Mapping[str, SymmetricOperator]):
             examples=self.header.examples + other.header.examples,
             tokens=self.header.tokens + other.header.tokens,
         )
-        known: dict[tuple[int, int], Tensor] = {}
-        sums = {
-            name: {
-                key: known.setdefault((id(tensor), id(other.accumulators[name].sums[key])), tensor)
-                for key, tensor in accumulator.sums.items()
-            }
-            for name, accumulator in self.accumulators.items()
-        }
-        added: dict[int, Tensor] = {}
-        for name, tensors in sums.items():
-            for key, tensor in tensors.items():
-                if id(tensor) not in added:
-                    added[id(tensor)] = tensor + other.accumulators[name].sums[key].to(tensor.device)
-                sums[name][key] = added[id(tensor)]
+        # Layers that share a sum (the input factor of q, k and v) go on sharing it.
+        done: dict[int, Tensor] = {}
+        sums: dict[str, dict[str, Tensor]] = {}
+        for name, mine_sums in self.accumulators.items():
+            theirs_sums = other.accumulators[name]
+            if isinstance(mine_sums, SketchAccumulator):
+                sums[name] = mine_sums.merged(theirs_sums)
+                continue
+            sums[name] = {}
+            for key, tensor in mine_sums.sums.items():
+                if id(tensor) not in done:
+                    done[id(tensor)] = tensor + theirs_sums.sums[key].to(tensor.device)
+                sums[name][key] = done[id(tensor)]
         return _assemble(header, sums)
 
     def scaled(self, weight: float) -> Fisher:
@@ -154,6 +153,9 @@ class Fisher(Mapping[str, SymmetricOperator]):
         done: dict[int, Tensor] = {}
         sums: dict[str, dict[str, Tensor]] = {}
         for name, accumulator in self.accumulators.items():
+            if isinstance(accumulator, SketchAccumulator):
+                sums[name] = accumulator.weighted(weight)
+                continue
             sums[name] = {key: done.setdefault(id(t), t * weight) for key, t in accumulator.sums.items()}
         return _assemble(header, sums)
 
@@ -205,15 +207,14 @@ def _assemble(header: FisherHeader, sums: dict[str, dict[str, Tensor]]) -> Fishe
     for name, tensors in sums.items():
         p, q = header.shapes[name]
         size = p if header.side == "output" else q
-        columns = min(header.rank, size)
-        expected: dict[str, tuple[int, ...]] = {
+        expected: dict[str, tuple[int | None, ...]] = {
             "gram": {"gram": (size, size)},
             "diagonal": {"squares": (p, q)},
             "kfac": {"output": (p, p), "input": (q, q), "tokens": (1,)},
-            "sketch": {"product": (size, columns), "trace": (1,)},
+            "sketch": {"factor": (size, None), "trace": (1,)},
         }[header.structure]  # type: ignore[assignment]
         for key, shape in expected.items():
-            if key not in tensors or tuple(tensors[key].shape) != shape:
+            if key not in tensors or not _fits(tuple(tensors[key].shape), shape):
                 raise ValueError(f"layer {name!r} needs {key} of shape {shape}")
         if header.structure == "gram":
             accumulators[name] = GramAccumulator(tensors, header.unit, header.side)
@@ -222,10 +223,14 @@ def _assemble(header: FisherHeader, sums: dict[str, dict[str, Tensor]]) -> Fishe
         elif header.structure == "kfac":
             accumulators[name] = KfacAccumulator(tensors, header.unit)
         else:
-            product = tensors["product"]
-            omega = orthonormal_test_matrix(size, columns, header.seed, name).to(product.device, product.dtype)
-            accumulators[name] = SketchAccumulator(tensors, header.unit, header.side, header.rank, omega)
+            factor = tensors["factor"]
+            sketch = PsdSketch(size, header.rank, header.seed, name, factor.dtype, factor.device, factor)
+            accumulators[name] = SketchAccumulator(tensors, header.unit, header.side, header.rank, sketch)
     return Fisher(header, accumulators)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(e is None or s == e for s, e in zip(shape, expected, strict=True))
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -359,6 +364,8 @@ def estimate_fisher(
             examples += int((result.counts > 0).sum())
             tokens += int(result.counts.sum())
             _check_finite(accumulators, number)
+    for accumulator in accumulators.values():
+        accumulator.finish()
     if examples == 0:
         raise ValueError("batches held no example with a supervised token")
     unseen = [name for name in chosen if name not in seen]

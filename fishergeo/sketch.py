@@ -1,4 +1,10 @@
-"""Randomised Nyström: the leading eigenpairs of a positive semi-definite F from Y = F Ω alone."""
+"""Randomised Nyström sketches of positive semi-definite sums that are seen once.
+
+A stream is cut into segments of growing length (8 examples, then up to 24, 72, ...). Within a segment the test matrix
+Ω is fixed and Y = F_segment Ω is summed; at its end the segment is replaced by its Nyström factor B, B Bᵀ ≤ F_segment.
+The first Ω is random, every later one is an orthonormal basis of F̂ Ω with F̂ all that is known so far: one step of
+block power iteration for which no second pass over the data is needed. The sum of factors never exceeds F.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +15,11 @@ from torch import Tensor
 
 from fishergeo.operators import fix_signs
 
+FIRST_SEGMENT = 8
+GROWTH = 3
 
-def test_matrix(size: int, columns: int, seed: int, name: str = "") -> Tensor:
+
+def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
     """A Gaussian (size, columns) matrix in float64 that depends on seed and name only, whatever the device.
 
     Args:
@@ -23,40 +32,150 @@ def test_matrix(size: int, columns: int, seed: int, name: str = "") -> Tensor:
     return torch.randn(size, columns, generator=generator, dtype=torch.float64)
 
 
-def nystrom_eigh(product: Tensor, omega: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of the Nyström approximation Y (Ωᵀ Y)⁺ Yᵀ, which never exceeds F.
+def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
+    """B with B Bᵀ = Y (Ωᵀ Y)⁺ Yᵀ, the Nyström approximation, which never exceeds F.
 
     Shift-corrected for stability (Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a
-    positive-semidefinite matrix from streaming data", Algorithm 3): Y + νΩ is factored and ν is taken off again.
+    positive-semidefinite matrix from streaming data", Algorithm 3): Y + νΩ is factored with ν at rounding level.
 
     Args:
-        product: Y = F Ω, (size, columns).
-        omega: Ω, the same shape.
-        k: how many pairs; all columns by default.
+        product: Y = F Ω, (size, columns), of a positive semi-definite F.
+        omega: Ω, the same shape, orthonormal columns.
 
     Returns:
-        (values (k,) descending and non-negative, vectors (size, k) orthonormal), float64.
+        (size, columns), the dtype of ``product``; computed in float64.
+
+    Raises:
+        FloatingPointError: if Ωᵀ Y is far from positive semi-definite.
     """
-    y, w = product.double(), omega.to(product.device).double()
-    k = min(y.shape) if k is None else min(k, *y.shape)
-    # An orthonormal test matrix spans the same space and is better conditioned.
-    w, r = torch.linalg.qr(w)
-    y = torch.linalg.solve_triangular(r, y, upper=True, left=False)
+    y, w = product.double(), omega.double()
     norm = torch.linalg.matrix_norm(y)
     if not bool(norm > 0):
-        return y.new_zeros(k), torch.linalg.qr(w)[0][:, :k]
-    accuracy = torch.finfo(product.dtype).eps
-    shift = accuracy * norm
-    for _ in range(8):
+        return torch.zeros_like(product)
+    shift = torch.finfo(product.dtype).eps * norm
+    for _ in range(6):
         shifted = y + shift * w
         core = w.T @ shifted
         factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
         if not int(failed):
-            break
+            return (
+                torch.linalg.solve_triangular(factor.T, shifted, upper=True, left=False).to(product.dtype).contiguous()
+            )
         shift = shift * 10
-    else:
-        raise FloatingPointError("the sketch is not positive semi-definite; was something else than PSD added to it?")
-    half = torch.linalg.solve_triangular(factor.T, shifted, upper=True, left=False)
-    vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    values = (singular.square() - shift).clamp_min(0)
-    return values[:k], fix_signs(vectors[:, :k])
+    raise FloatingPointError("the sketch is not positive semi-definite: was something that is not added to it?")
+
+
+def factor_eigh(factor: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k leading eigenpairs of V Vᵀ, in float64.
+
+    Args:
+        factor: V, (size, columns).
+        k: at most; fewer if V is smaller.
+
+    Returns:
+        (values descending, vectors (size, k) orthonormal with the sign convention of the package).
+    """
+    wide = factor.double()
+    if wide.shape[1] and k <= wide.shape[1] < len(wide):
+        squares, rotation = torch.linalg.eigh(wide.T @ wide)
+        squares, rotation = squares[-k:].flip(0), rotation[:, -k:].flip(1)
+        if bool(squares[-1] > 1e-8 * squares[0]):
+            return squares, fix_signs(wide @ rotation / squares.sqrt())
+    # Small pairs stay orthonormal only without squaring; this is several times as slow.
+    left, singular, _ = torch.linalg.svd(wide, full_matrices=False)
+    return singular[:k].square(), fix_signs(left[:, :k])
+
+
+def compress(factor: Tensor, columns: int) -> Tensor:
+    """The best factor of ``columns`` columns for V Vᵀ; what is dropped only lowers it."""
+    if factor.shape[1] <= columns:
+        return factor
+    wide = factor.double()
+    _, rotation = torch.linalg.eigh(wide.T @ wide)
+    return (wide @ rotation[:, -columns:].flip(1)).to(factor.dtype).contiguous()
+
+
+class PsdSketch:
+    """A stream of positive semi-definite terms, known through a factor of bounded width.
+
+    Use: multiply a term by :attr:`omega`, give the product to :meth:`add`, and read :attr:`factor` after
+    :meth:`close`. No call to ``add`` may carry more than :attr:`room` examples.
+
+    Args:
+        size: of the matrix.
+        columns: of Ω; with ``columns >= size`` the sketch is exact.
+        seed: of the random directions.
+        name: of the layer.
+        dtype: of the sums.
+        device: of the sums.
+        factor: to continue from.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        columns: int,
+        seed: int,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        factor: Tensor | None = None,
+    ) -> None:
+        self.columns = min(columns, size)
+        self.seed = seed
+        self.name = name
+        self.factor = torch.zeros(size, 0, dtype=dtype, device=device) if factor is None else factor
+        self._segment = 0
+        self._seen = 0
+        self._end = FIRST_SEGMENT
+        self._product: Tensor | None = None
+        self._omega: Tensor | None = None
+        self._last: Tensor | None = None
+
+    @property
+    def omega(self) -> Tensor:
+        """(size, columns), orthonormal: the present test matrix."""
+        if self._omega is None:
+            if self._last is None:
+                random = gaussian(len(self.factor), self.columns, self.seed, self.name)
+                start = random.to(self.factor.device, self.factor.dtype)
+            else:
+                start = self._last
+            if self.factor.shape[1]:
+                # A step of power iteration with F̂ + a little of the identity: what the data have not shown yet keeps
+                # its random direction and is not filled with rounding errors.
+                known = self.factor @ (self.factor.T @ start)
+                start = known / torch.linalg.matrix_norm(known).clamp_min(torch.finfo(known.dtype).tiny) + 1e-6 * start
+            self._omega = torch.linalg.qr(start)[0]
+        return self._omega
+
+    @property
+    def room(self) -> int:
+        """How many more examples the present segment takes."""
+        return self._end - self._seen
+
+    def add(self, product: Tensor, examples: int) -> None:
+        """Adds F_part Ω of so many examples.
+
+        Raises:
+            ValueError: if they do not fit into the segment.
+        """
+        if examples > self.room:
+            raise ValueError(f"examples={examples} exceed the room of {self.room} in this segment")
+        self._product = product if self._product is None else self._product.add_(product)
+        self._seen += examples
+        if self._seen == self._end:
+            self._end = self._seen * GROWTH
+            if self.columns < len(self.factor):  # a complete basis has nothing to learn from a new one
+                self.close()
+
+    def close(self) -> Tensor:
+        """Ends the segment; :attr:`factor` then stands for everything added. Returns the factor."""
+        if self._product is not None:
+            latest = nystrom_factor(self._product, self.omega)
+            if self.factor.shape[1] + self.columns > 3 * self.columns:
+                self.factor = compress(self.factor, 2 * self.columns)
+            self.factor = torch.cat([self.factor, latest], 1)
+            self._last, self._omega, self._product = self._omega, None, None
+            self._segment += 1
+        return self.factor
