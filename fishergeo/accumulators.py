@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fishergeo.capture import Record
 from fishergeo.gram import add_gram_, mirrored
-from fishergeo.operators import DenseOperator, DiagonalOperator, KroneckerOperator, SpectralOperator, SymmetricOperator
+from fishergeo.layer_operators import DiagonalOperator, KroneckerOperator
+from fishergeo.operators import DenseOperator, SpectralOperator, SymmetricOperator
 from fishergeo.sketch import PsdSketch, compress, factor_eigh
 
 Side = Literal["output", "input"]

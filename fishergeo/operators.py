@@ -7,6 +7,7 @@ two-sided one acts on vec(W), row-major, and has shape (pq, pq).
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,64 @@ class SymmetricOperator(abc.ABC):
             return ((right @ self._matmat(right.T)) * (left.T @ left)).sum()
         raise NotImplementedError(f"{type(self).__name__} has no factored quadratic form")
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        """The operator with the same vectors and ``function`` of the eigenvalues (float64 in, float64 out)."""
+        values, vectors = torch.linalg.eigh(self.to_dense().double())
+        return DenseOperator(((vectors * function(values)) @ vectors.T).to(self.dtype), self.side)
+
+    def _eigenvalues(self) -> Tensor:
+        """All eigenvalues in float64, in any order."""
+        return torch.linalg.eigvalsh(self.to_dense().double())
+
+    def power(self, exponent: float, damping: float = 0.0) -> SymmetricOperator:
+        """(F + damping·I) to a real power, of a positive semi-definite F; rounding below zero is taken as zero.
+
+        Raises:
+            ValueError: for a negative exponent of a singular matrix, or a negative damping.
+        """
+        _check_damping(damping)
+
+        def function(values: Tensor) -> Tensor:
+            shifted = values.clamp_min(0) + damping
+            if exponent < 0 and bool((shifted <= 0).any()):
+                raise ValueError(f"exponent={exponent} of a singular operator; pass damping > 0")
+            return shifted**exponent
+
+        return self._map(function)
+
+    def sqrt(self) -> SymmetricOperator:
+        """The positive semi-definite square root."""
+        return self.power(0.5)
+
+    def inverse(self, damping: float = 0.0) -> SymmetricOperator:
+        """(F + damping·I)⁻¹.
+
+        Raises:
+            ValueError: if that is singular.
+        """
+        return self.power(-1.0, damping)
+
+    def solve(self, rhs: Tensor, damping: float = 0.0) -> Tensor:
+        """(F + damping·I)⁻¹ rhs, for a vector (size,) or a block (size, k)."""
+        return self.inverse(damping) @ rhs
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """The logarithm of det(F + damping·I), scalar; −inf if that is singular."""
+        _check_damping(damping)
+        return (self._eigenvalues().clamp_min(0) + damping).log().sum().to(self.dtype)
+
+    def __mul__(self, factor: float) -> SymmetricOperator:
+        if isinstance(factor, SymmetricOperator) or not isinstance(factor, int | float):
+            return NotImplemented
+        return SumOperator([self], [float(factor)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
+        if not isinstance(other, SymmetricOperator):
+            return NotImplemented
+        return SumOperator([self, other], [1.0, 1.0])
+
 
 class DenseOperator(SymmetricOperator):
     """A symmetric matrix held whole.
@@ -189,25 +248,35 @@ class DenseOperator(SymmetricOperator):
 
 
 class SpectralOperator(SymmetricOperator):
-    """U diag(λ) Uᵀ: an operator known through its leading eigenpairs.
+    """U diag(λ) Uᵀ + rest·(I − U Uᵀ): an operator known through some eigenpairs.
 
-    ``trace()`` and ``diagonal()`` are of this operator, the truncated one; ``full_trace`` is that of the operator it
-    stands for, where that is known.
+    ``trace()`` and ``diagonal()`` are of this operator; ``full_trace`` is that of the operator it stands for, where
+    that is known. The difference bounds the spectral norm of what is missing if the missing part is positive
+    semi-definite, as it is for a sketch.
 
     Args:
         values: (k,), descending.
         vectors: (size, k), orthonormal columns.
         full_trace: scalar tensor or None.
         side: see :class:`SymmetricOperator`.
+        rest: the eigenvalue of everything orthogonal to ``vectors``.
     """
 
-    def __init__(self, values: Tensor, vectors: Tensor, full_trace: Tensor | None = None, side: str = "output") -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        vectors: Tensor,
+        full_trace: Tensor | None = None,
+        side: str = "output",
+        rest: float = 0.0,
+    ) -> None:
         if values.ndim != 1 or vectors.ndim != 2 or vectors.shape[1] != len(values):
             raise ValueError(f"values {tuple(values.shape)} and vectors {tuple(vectors.shape)} do not pair up")
         self.values = values
         self.vectors = vectors
         self.full_trace = full_trace
         self.side = side
+        self.rest = rest
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -225,15 +294,16 @@ class SpectralOperator(SymmetricOperator):
         return self.vectors.device
 
     def _matmat(self, block: Tensor) -> Tensor:
-        return self.vectors @ (self.values[:, None] * (self.vectors.T @ block))
+        inside = self.vectors @ ((self.values - self.rest)[:, None] * (self.vectors.T @ block))
+        return inside + self.rest * block if self.rest else inside
 
     def diagonal(self) -> Tensor:
         """(size,)."""
-        return (self.vectors.square() * self.values).sum(1)
+        return (self.vectors.square() * (self.values - self.rest)).sum(1) + self.rest
 
     def trace(self) -> Tensor:
-        """Sum of the eigenvalues known."""
-        return self.values.sum()
+        """Sum of the eigenvalues."""
+        return self.values.sum() + self.rest * (self.shape[0] - len(self.values))
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
         """The k largest eigenpairs; by default all that are known.
@@ -241,172 +311,86 @@ class SpectralOperator(SymmetricOperator):
         Raises:
             ValueError: if k exceeds the known rank.
         """
+        if self.rest:
+            return super().eigh(k)
         k = checked_rank(k, len(self.values))
         return self.values[:k], self.vectors[:, :k]
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        ends = torch.tensor([self.rest], dtype=torch.float64)
+        complete = len(self.values) == self.shape[0]
+        rest = 0.0 if complete else float(function(ends)[0])
+        values = function(self.values.double()).to(self.dtype)
+        order = values.argsort(descending=True)
+        return SpectralOperator(values[order], self.vectors[:, order], None, self.side, rest)
+
+    def _eigenvalues(self) -> Tensor:
+        others = self.values.new_full((self.shape[0] - len(self.values),), self.rest)
+        return torch.cat([self.values, others]).double()
+
     def _quadratic_dense(self, delta: Tensor) -> Tensor:
-        inner = self.vectors.T @ (delta.T if self.side == "input" else delta)
-        return (self.values[:, None] * inner.square()).sum()
+        delta = delta.T if self.side == "input" else delta
+        inside = ((self.values - self.rest)[:, None] * (self.vectors.T @ delta).square()).sum()
+        return inside + self.rest * delta.square().sum() if self.rest else inside
 
 
-class DiagonalOperator(SymmetricOperator):
-    """A diagonal on vec(W), row-major.
+class SumOperator(SymmetricOperator):
+    """Σ w_j F_j, by the products of its terms.
 
     Args:
-        entries: (p, q).
+        terms: operators of one shape and side.
+        weights: one real number each.
     """
 
-    side = "both"
-
-    def __init__(self, entries: Tensor) -> None:
-        if entries.ndim != 2:
-            raise ValueError(f"entries must be (p, q), got shape {tuple(entries.shape)}")
-        self.entries = entries
+    def __init__(self, terms: list[SymmetricOperator], weights: list[float]) -> None:
+        if not terms or len(terms) != len(weights):
+            raise ValueError(f"{len(terms)} terms and {len(weights)} weights do not make a sum")
+        first = terms[0]
+        for term in terms[1:]:
+            if term.shape != first.shape or term.side != first.side:
+                raise ValueError(f"terms differ: {first.shape} {first.side!r} and {term.shape} {term.side!r}")
+        self.terms = terms
+        self.weights = weights
+        self.side = first.side
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        return self.entries.numel(), self.entries.numel()
+        """(size, size)."""
+        return self.terms[0].shape
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of products."""
-        return self.entries.dtype
+        return self.terms[0].dtype
 
     @property
     def device(self) -> torch.device:
         """The device of products."""
-        return self.entries.device
+        return self.terms[0].device
+
+    def _total(self, function: Callable[[SymmetricOperator], Tensor]) -> Tensor:
+        parts = [w * function(t).to(self.dtype) for w, t in zip(self.weights, self.terms, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def _matmat(self, block: Tensor) -> Tensor:
-        return self.entries.reshape(-1, 1) * block
+        return self._total(lambda term: term @ block)
 
     def diagonal(self) -> Tensor:
-        """(pq,)."""
-        return self.entries.flatten()
-
-    def to_dense(self) -> Tensor:
-        """(pq, pq)."""
-        return torch.diag(self.entries.flatten())
-
-    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest entries and their unit vectors."""
-        k = checked_rank(k, self.shape[0])
-        values, index = self.entries.flatten().topk(k)
-        vectors = torch.zeros(self.shape[0], k, dtype=self.dtype, device=self.device)
-        vectors[index, torch.arange(k, device=self.device)] = 1
-        return values, vectors
-
-    def _check_delta(self, rows: int, columns: int) -> None:
-        _check_exact(self.entries.shape[0], self.entries.shape[1], rows, columns)
-
-    def _quadratic_dense(self, delta: Tensor) -> Tensor:
-        return (self.entries * delta.square()).sum()
-
-    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
-        return _TiledSquares.apply(self.entries, left, right)  # type: ignore[no-untyped-call]
-
-
-class _TiledSquares(torch.autograd.Function):
-    """Σ F_ij (L R)²_ij over tiles of rows; the backward recomputes each tile, so memory is one tile."""
-
-    TILE = 128
-
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(entries, left, right)
-        total = torch.zeros((), dtype=left.dtype, device=left.device)
-        for start in range(0, len(left), _TiledSquares.TILE):
-            rows = slice(start, start + _TiledSquares.TILE)
-            total += (entries[rows] * (left[rows] @ right).square()).sum()
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
-        entries, left, right = ctx.saved_tensors
-        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
-        for start in range(0, len(left), _TiledSquares.TILE):
-            rows = slice(start, start + _TiledSquares.TILE)
-            tile = (left[rows] @ right).mul_(entries[rows]).mul_(2 * upstream)
-            grad_left[rows] = tile @ right.T
-            grad_right += left[rows].T @ tile
-        return None, grad_left, grad_right
-
-
-class KroneckerOperator(SymmetricOperator):
-    """kron(S, A) on vec(W), row-major: vec(ΔW) goes to vec(S ΔW A).
-
-    Args:
-        output_factor: S, (p, p), symmetric positive semi-definite.
-        input_factor: A, (q, q), the same.
-    """
-
-    side = "both"
-
-    def __init__(self, output_factor: Tensor, input_factor: Tensor) -> None:
-        for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
-            if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
-                raise ValueError(f"{name} must be square, got shape {tuple(factor.shape)}")
-        self.output_factor = output_factor
-        self.input_factor = input_factor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        size = len(self.output_factor) * len(self.input_factor)
-        return size, size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.output_factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.output_factor.device
-
-    def _matmat(self, block: Tensor) -> Tensor:
-        p, q = len(self.output_factor), len(self.input_factor)
-        cube = block.T.reshape(-1, p, q)
-        return (self.output_factor @ cube @ self.input_factor).reshape(-1, p * q).T
-
-    def diagonal(self) -> Tensor:
-        """(pq,)."""
-        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal()).flatten()
+        """(size,)."""
+        return self._total(lambda term: term.diagonal())
 
     def trace(self) -> Tensor:
-        """tr(S)·tr(A)."""
-        return self.output_factor.trace() * self.input_factor.trace()
+        """Scalar tensor."""
+        return self._total(lambda term: term.trace())
 
-    def to_dense(self) -> Tensor:
-        """(pq, pq)."""
-        return torch.kron(self.output_factor, self.input_factor)
-
-    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest products of the factors' eigenvalues, and the Kronecker products of their vectors."""
-        k = checked_rank(k, self.shape[0])
-        s, u = torch.linalg.eigh(self.output_factor.double())
-        a, v = torch.linalg.eigh(self.input_factor.double())
-        values, index = torch.outer(s, a).flatten().topk(k)
-        rows, columns = index // len(a), index % len(a)
-        vectors = (u[:, None, rows] * v[None, :, columns]).reshape(-1, k)
-        return values.to(self.dtype), fix_signs(vectors).to(self.dtype)
-
-    def _check_delta(self, rows: int, columns: int) -> None:
-        _check_exact(len(self.output_factor), len(self.input_factor), rows, columns)
-
-    def _quadratic_dense(self, delta: Tensor) -> Tensor:
-        return ((self.output_factor @ delta) * (delta @ self.input_factor)).sum()
-
-    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
-        return ((left.T @ (self.output_factor @ left)) * (right @ (self.input_factor @ right.T))).sum()
+    def quadratic(self, delta: Any) -> Tensor:
+        """The same sum of the terms' quadratic forms."""
+        return self._total(lambda term: term.quadratic(delta))
 
 
-def _check_exact(p: int, q: int, rows: int, columns: int) -> None:
-    if (rows, columns) != (p, q):
-        raise ValueError(f"delta of shape ({rows}, {columns}) does not fit an operator of a layer of shape ({p}, {q})")
+def _check_damping(damping: float) -> None:
+    if not damping >= 0:
+        raise ValueError(f"damping={damping} must not be negative")
 
 
 def checked_rank(k: int | None, most: int) -> int:

@@ -1,0 +1,257 @@
+"""Operators on both sides of a layer's W at once: they act on vec(W), row-major, of shape (pq, pq)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishergeo.operators import SymmetricOperator, checked_rank, fix_signs
+
+
+class DiagonalOperator(SymmetricOperator):
+    """A diagonal on vec(W), row-major.
+
+    Args:
+        entries: (p, q).
+    """
+
+    side = "both"
+
+    def __init__(self, entries: Tensor) -> None:
+        if entries.ndim != 2:
+            raise ValueError(f"entries must be (p, q), got shape {tuple(entries.shape)}")
+        self.entries = entries
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(pq, pq)."""
+        return self.entries.numel(), self.entries.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return self.entries.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        return self.entries.device
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        return self.entries.reshape(-1, 1) * block
+
+    def diagonal(self) -> Tensor:
+        """(pq,)."""
+        return self.entries.flatten()
+
+    def to_dense(self) -> Tensor:
+        """(pq, pq)."""
+        return torch.diag(self.entries.flatten())
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest entries and their unit vectors."""
+        k = checked_rank(k, self.shape[0])
+        values, index = self.entries.flatten().topk(k)
+        vectors = torch.zeros(self.shape[0], k, dtype=self.dtype, device=self.device)
+        vectors[index, torch.arange(k, device=self.device)] = 1
+        return values, vectors
+
+    def _check_delta(self, rows: int, columns: int) -> None:
+        _check_exact(self.entries.shape[0], self.entries.shape[1], rows, columns)
+
+    def _quadratic_dense(self, delta: Tensor) -> Tensor:
+        return (self.entries * delta.square()).sum()
+
+    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
+        return _TiledSquares.apply(self.entries, left, right)  # type: ignore[no-untyped-call]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        return DiagonalOperator(function(self.entries.double()).to(self.dtype))
+
+    def _eigenvalues(self) -> Tensor:
+        return self.entries.double().flatten()
+
+
+class _TiledSquares(torch.autograd.Function):
+    """Σ F_ij (L R)²_ij over tiles of rows; the backward recomputes each tile, so memory is one tile."""
+
+    TILE = 128
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(entries, left, right)
+        total = torch.zeros((), dtype=left.dtype, device=left.device)
+        for start in range(0, len(left), _TiledSquares.TILE):
+            rows = slice(start, start + _TiledSquares.TILE)
+            total += (entries[rows] * (left[rows] @ right).square()).sum()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
+        entries, left, right = ctx.saved_tensors
+        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
+        for start in range(0, len(left), _TiledSquares.TILE):
+            rows = slice(start, start + _TiledSquares.TILE)
+            tile = (left[rows] @ right).mul_(entries[rows]).mul_(2 * upstream)
+            grad_left[rows] = tile @ right.T
+            grad_right += left[rows].T @ tile
+        return None, grad_left, grad_right
+
+
+class KroneckerOperator(SymmetricOperator):
+    """kron(S, A) on vec(W), row-major: vec(ΔW) goes to vec(S ΔW A).
+
+    Args:
+        output_factor: S, (p, p), symmetric positive semi-definite.
+        input_factor: A, (q, q), the same.
+    """
+
+    side = "both"
+
+    def __init__(self, output_factor: Tensor, input_factor: Tensor) -> None:
+        for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
+            if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+                raise ValueError(f"{name} must be square, got shape {tuple(factor.shape)}")
+        self.output_factor = output_factor
+        self.input_factor = input_factor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(pq, pq)."""
+        size = len(self.output_factor) * len(self.input_factor)
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return self.output_factor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        return self.output_factor.device
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        p, q = len(self.output_factor), len(self.input_factor)
+        cube = block.T.reshape(-1, p, q)
+        return (self.output_factor @ cube @ self.input_factor).reshape(-1, p * q).T
+
+    def diagonal(self) -> Tensor:
+        """(pq,)."""
+        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal()).flatten()
+
+    def trace(self) -> Tensor:
+        """tr(S)·tr(A)."""
+        return self.output_factor.trace() * self.input_factor.trace()
+
+    def to_dense(self) -> Tensor:
+        """(pq, pq)."""
+        return torch.kron(self.output_factor, self.input_factor)
+
+    def rotated(self) -> EigenKroneckerOperator:
+        """The same operator in the eigenbases of its factors."""
+        s, u = torch.linalg.eigh(self.output_factor.double())
+        a, v = torch.linalg.eigh(self.input_factor.double())
+        return EigenKroneckerOperator(u.to(self.dtype), v.to(self.dtype), torch.outer(s, a).to(self.dtype))
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest products of the factors' eigenvalues, and the Kronecker products of their vectors."""
+        return self.rotated().eigh(k)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        return self.rotated()._map(function)
+
+    def _eigenvalues(self) -> Tensor:
+        return self.rotated()._eigenvalues()
+
+    def _check_delta(self, rows: int, columns: int) -> None:
+        _check_exact(len(self.output_factor), len(self.input_factor), rows, columns)
+
+    def _quadratic_dense(self, delta: Tensor) -> Tensor:
+        return ((self.output_factor @ delta) * (delta @ self.input_factor)).sum()
+
+    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
+        return ((left.T @ (self.output_factor @ left)) * (right @ (self.input_factor @ right.T))).sum()
+
+
+class EigenKroneckerOperator(SymmetricOperator):
+    """kron(U, V) diag(vec(values)) kron(U, V)ᵀ on vec(W): what EKFAC and every function of KFAC is.
+
+    Args:
+        output_basis: U, (p, p), orthogonal.
+        input_basis: V, (q, q), orthogonal.
+        values: (p, q).
+    """
+
+    side = "both"
+
+    def __init__(self, output_basis: Tensor, input_basis: Tensor, values: Tensor) -> None:
+        if values.shape != (output_basis.shape[-1], input_basis.shape[-1]):
+            raise ValueError(
+                f"values {tuple(values.shape)} do not fit bases {tuple(output_basis.shape)}, {tuple(input_basis.shape)}"
+            )
+        self.output_basis = output_basis
+        self.input_basis = input_basis
+        self.values = values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(pq, pq)."""
+        return self.values.numel(), self.values.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        return self.values.device
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        cube = block.T.reshape(-1, *self.values.shape)
+        inside = self.values * (self.output_basis.T @ cube @ self.input_basis)
+        return (self.output_basis @ inside @ self.input_basis.T).reshape(-1, self.shape[0]).T
+
+    def diagonal(self) -> Tensor:
+        """(pq,)."""
+        return (self.output_basis.square() @ self.values @ self.input_basis.square().T).flatten()
+
+    def trace(self) -> Tensor:
+        """Sum of the eigenvalues."""
+        return self.values.sum()
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest values and the Kronecker products of their vectors."""
+        k = checked_rank(k, self.shape[0])
+        values, index = self.values.flatten().topk(k)
+        width = self.values.shape[1]
+        left, right = self.output_basis[:, index // width], self.input_basis[:, index % width]
+        return values, fix_signs((left[:, None] * right[None]).reshape(-1, k))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        values = function(self.values.double()).to(self.dtype)
+        return EigenKroneckerOperator(self.output_basis, self.input_basis, values)
+
+    def _eigenvalues(self) -> Tensor:
+        return self.values.double().flatten()
+
+    def _check_delta(self, rows: int, columns: int) -> None:
+        _check_exact(self.values.shape[0], self.values.shape[1], rows, columns)
+
+    def _quadratic_dense(self, delta: Tensor) -> Tensor:
+        return (self.values * (self.output_basis.T @ delta @ self.input_basis).square()).sum()
+
+    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
+        inside = self.output_basis.T @ left, right @ self.input_basis
+        return _TiledSquares.apply(self.values, *inside)  # type: ignore[no-untyped-call]
+
+
+def _check_exact(p: int, q: int, rows: int, columns: int) -> None:
+    if (rows, columns) != (p, q):
+        raise ValueError(f"delta of shape ({rows}, {columns}) does not fit an operator of a layer of shape ({p}, {q})")

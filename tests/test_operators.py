@@ -1,0 +1,163 @@
+"""One conformance suite for every symmetric operator: each claim against the dense matrix."""
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fisher_oracle import assert_close
+
+import fishergeo as fg
+
+P, Q = 4, 3
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def psd(size, seed=0):
+    factor = random(size, size, seed=seed)
+    return factor @ factor.T
+
+
+def orthogonal(rows, columns, seed=0):
+    return torch.linalg.qr(random(rows, columns, seed=seed))[0]
+
+
+CASES = {
+    "dense output": lambda: fg.DenseOperator(psd(P)),
+    "dense input": lambda: fg.DenseOperator(psd(Q), side="input"),
+    "spectral output": lambda: fg.SpectralOperator(torch.tensor([3.0, 1.0]).double(), orthogonal(P, 2)),
+    "spectral input": lambda: fg.SpectralOperator(torch.tensor([3.0, 1.0]).double(), orthogonal(Q, 2), side="input"),
+    "spectral with rest": lambda: fg.SpectralOperator(torch.tensor([3.0, 0.1]).double(), orthogonal(P, 2), rest=0.7),
+    "diagonal": lambda: fg.DiagonalOperator(random(P, Q).square()),
+    "kronecker": lambda: fg.KroneckerOperator(psd(P), psd(Q, 1)),
+    "eigen-kronecker": lambda: fg.EigenKroneckerOperator(orthogonal(P, P), orthogonal(Q, Q, 1), random(P, Q).square()),
+    "sum": lambda: fg.DenseOperator(psd(P)) + 0.5 * fg.DenseOperator(psd(P, 1)),
+    "sum of sides": lambda: fg.KroneckerOperator(psd(P), psd(Q, 1)) * 2.0 + fg.DiagonalOperator(random(P, Q).square()),
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
+def operator(request):
+    return CASES[request.param]()
+
+
+def test_the_dense_matrix_is_symmetric_and_of_the_shape(operator):
+    dense = operator.to_dense()
+    assert tuple(dense.shape) == operator.shape and dense.dtype == operator.dtype
+    assert_close(dense, dense.T, 1e-14)
+
+
+def test_products_with_vectors_and_blocks(operator):
+    block = random(operator.shape[0], 5, seed=7)
+    assert_close(operator @ block, operator.to_dense() @ block, 1e-13)
+    assert_close(operator @ block[:, 0], operator.to_dense() @ block[:, 0], 1e-13)
+    with pytest.raises(ValueError, match=r"operator of shape"):
+        operator @ random(operator.shape[0] + 1)
+
+
+def test_diagonal_and_trace(operator):
+    assert_close(operator.diagonal(), operator.to_dense().diagonal(), 1e-13)
+    assert_close(operator.trace(), operator.to_dense().trace(), 1e-13)
+
+
+def test_eigenpairs_are_the_largest_descending_and_orthonormal(operator):
+    k = 2
+    values, vectors = operator.eigh(k)
+    expected = torch.linalg.eigvalsh(operator.to_dense()).flip(0)[:k]
+    assert_close(values, expected, 1e-12)
+    assert_close(vectors.T @ vectors, torch.eye(k, dtype=torch.float64), 1e-12)
+    assert_close(operator.to_dense() @ vectors, vectors * values, 1e-10)
+    assert bool((vectors.gather(0, vectors.abs().argmax(0)[None]) > 0).all())
+    for wrong in (0, operator.shape[0] + 1):
+        with pytest.raises(ValueError, match="k="):
+            operator.eigh(wrong)
+
+
+def test_scipy_sees_the_same_operator(operator):
+    linear = operator.to_scipy()
+    block = random(operator.shape[0], 2, seed=3).numpy()
+    assert np.allclose(linear @ block, operator.to_dense().numpy() @ block)
+    value = scipy.sparse.linalg.eigsh(linear, k=1, return_eigenvectors=False)[0]
+    assert np.isclose(value, float(operator.eigh(1)[0][0]))
+
+
+@pytest.mark.parametrize("damping", [0.3, 2.0])
+def test_inverse_solve_power_and_logdet_with_damping(operator, damping):
+    shifted = operator.to_dense() + damping * torch.eye(operator.shape[0], dtype=torch.float64)
+    rhs = random(operator.shape[0], 2, seed=5)
+    assert_close(operator.inverse(damping).to_dense(), torch.linalg.inv(shifted), 1e-11)
+    assert_close(operator.solve(rhs, damping), torch.linalg.solve(shifted, rhs), 1e-11)
+    assert_close(operator.solve(rhs[:, 0], damping), torch.linalg.solve(shifted, rhs[:, 0]), 1e-11)
+    assert_close(operator.logdet(damping), torch.logdet(shifted), 1e-11)
+    cube_root = operator.power(1 / 3, damping).to_dense()
+    assert_close(cube_root @ cube_root @ cube_root, shifted, 1e-11)
+    half = operator.power(-0.5, damping)
+    assert_close(half @ (shifted @ half.to_dense()), torch.eye(operator.shape[0], dtype=torch.float64), 1e-11)
+
+
+def test_the_square_root_squares_back(operator):
+    root = operator.sqrt()
+    assert_close(root @ root.to_dense(), operator.to_dense(), 1e-11)
+    assert float(torch.linalg.eigvalsh(root.to_dense())[0]) >= -1e-9
+
+
+def test_sums_and_multiples(operator):
+    both = 2.0 * operator + operator * 0.5
+    assert_close(both.to_dense(), 2.5 * operator.to_dense(), 1e-13)
+    with pytest.raises(ValueError, match="differ"):
+        operator + fg.DenseOperator(psd(P + 17))
+    with pytest.raises(TypeError):
+        operator * operator
+
+
+def dense_quadratic(operator, delta):
+    dense = operator.to_dense()
+    if operator.side == "output":
+        return torch.trace(delta.T @ dense @ delta)
+    if operator.side == "input":
+        return torch.trace(delta @ dense @ delta.T)
+    return delta.flatten() @ dense @ delta.flatten()
+
+
+def test_quadratic_forms_of_dense_and_factored_updates_and_their_gradients(operator):
+    left, right = random(P, 2, seed=8).requires_grad_(), random(2, Q, seed=9).requires_grad_()
+    expected = dense_quadratic(operator, left @ right)
+    expected_gradients = torch.autograd.grad(expected, (left, right), retain_graph=True)
+    for actual in (operator.quadratic(left @ right), operator.quadratic(fg.LowRank(left, right))):
+        assert_close(actual, expected, 1e-12)
+        for one, other in zip(torch.autograd.grad(actual, (left, right)), expected_gradients, strict=True):
+            assert_close(one, other, 1e-12)
+
+
+def test_quadratic_forms_refuse_what_does_not_fit(operator):
+    with pytest.raises(ValueError, match="does not fit"):
+        operator.quadratic(random(P + 1, Q + 1))
+    with pytest.raises(ValueError, match="does not fit"):
+        operator.quadratic(fg.LowRank(random(P + 1, 1), random(1, Q + 1)))
+
+
+def test_products_are_differentiable(operator):
+    block = random(operator.shape[0], 2, seed=4).requires_grad_()
+    (gradient,) = torch.autograd.grad((operator @ block).square().sum(), block)
+    assert_close(gradient, 2 * operator.to_dense() @ (operator.to_dense() @ block), 1e-12)
+
+
+def test_singular_operators_need_damping_for_negative_powers():
+    singular = CASES["spectral output"]()
+    with pytest.raises(ValueError, match="damping"):
+        singular.inverse()
+    with pytest.raises(ValueError, match="negative"):
+        singular.inverse(-1.0)
+    assert singular.logdet() == -torch.inf
+
+
+@settings(deadline=None, max_examples=20)
+@given(rank=st.integers(1, 4), rows=st.integers(1, 300), seed=st.integers(0, 20))
+def test_tiles_of_the_factored_diagonal_form_cover_every_row(rank, rows, seed):
+    operator = fg.DiagonalOperator(random(rows, 5, seed=seed).square())
+    left, right = random(rows, rank, seed=seed + 1), random(rank, 5, seed=seed + 2)
+    assert_close(operator.quadratic(fg.LowRank(left, right)), operator.quadratic(left @ right), 1e-12)
