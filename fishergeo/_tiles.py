@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fishergeo._autograd import refuse_second_order
+
 # Entries and columns of a tile. On a CPU the seven live tiles should stay near the L2 cache (64K entries measured best
 # of 32K to 64K, r = 16); on an accelerator a tile should be large enough to hide the launches.
 CPU_TILE = 1 << 16
@@ -66,13 +68,6 @@ def _tile_gradient(a, t, beta: float, d, s, x, by_a, by_t) -> None:
     by_a.copy_(x)
 
 
-def _refuse_second_order() -> None:
-    # torch's once_differentiable lets create_graph=True pass when the incoming gradient is a constant, and would then
-    # treat our gradient as one: a silently wrong second derivative.
-    if torch.is_grad_enabled():
-        raise RuntimeError("riemannian_overlap has no second derivatives: call backward without create_graph=True")
-
-
 class FactoredOverlap(torch.autograd.Function):
     """The term for A = la @ ra and T = lt @ rt: (totals (B,), row sums (B, p)); only the totals have a gradient."""
 
@@ -106,7 +101,7 @@ class FactoredOverlap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _grad_sums):
-        _refuse_second_order()
+        refuse_second_order("riemannian_overlap")
         scale = grad_total[:, None, None]
         return *(None if g is None else g * scale for g in ctx.saved_tensors), None, None, None
 
@@ -130,7 +125,7 @@ class DenseOverlap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _grad_sums):
-        _refuse_second_order()
+        refuse_second_order("riemannian_overlap")
         part, rest, base = ctx.saved_tensors
         batch, p, q = part.shape
         grad_part, grad_rest = (torch.empty_like(part) if need else None for need in ctx.needs_input_grad[:2])

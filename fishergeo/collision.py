@@ -208,8 +208,9 @@ def _check_metric(metric: object, update: LowRank | torch.Tensor) -> None:
         check_finite("metric", checked)
         if checked.shape[-2:] != (p, p):
             raise ValueError(f"metric has shape {tuple(checked.shape)}, it acts on the output side and must be {p}×{p}")
-        tolerance = torch.finfo(checked.dtype).eps ** 0.5 * float(checked.abs().max())
-        defect = float((checked - checked.mT).abs().max())
+        plain = checked.detach()
+        tolerance = torch.finfo(checked.dtype).eps ** 0.5 * float(plain.abs().max())
+        defect = float((plain - plain.mT).abs().max())
         if defect > tolerance:
             raise ValueError(f"metric must be symmetric, the largest entry of |M − Mᵀ| is {defect:.3g}")
     elif not hasattr(metric, "__matmul__"):
@@ -254,7 +255,7 @@ def _metric_squares(parts, images) -> tuple[torch.Tensor, torch.Tensor]:
     for x, y, size in zip(parts, images, sizes, strict=True):
         square, eps = _inner(x, y), torch.finfo(size.dtype).eps
         if bool((square < -(eps**0.5) * scale * size).any()):
-            raise ValueError(f"metric is not positive semidefinite: ⟨X, MX⟩ is {float(square.min()):.3g} for a part X")
+            raise ValueError(f"metric is not positive semidefinite: ⟨X, MX⟩ is {square.min().item():.3g} for a part X")
         squares.append(torch.where(square > eps * scale * size, square, 0))
     return squares[0], squares[1]
 

@@ -125,7 +125,7 @@ class KroneckerMaskProjector(SubspaceMap):
             if values.ndim != 1 or (isinstance(vectors, torch.Tensor) and values.shape[0] != vectors.shape[-1]):
                 raise ValueError(f"{name} has shape {tuple(values.shape)}, expected one value for each vector")
             if bool((values < 0).any()):
-                raise ValueError(f"{name} must not be negative, the least is {float(values.min()):.3g}; clamp them")
+                raise ValueError(f"{name} must not be negative, the least is {values.min().item():.3g}; clamp them")
         check_same_kind("output_values", output_values, "input_values", input_values)
         products = torch.outer(output_values, input_values)
         kept = products.flatten().topk(check_integer("pairs", pairs, low=0, high=products.numel())).indices

@@ -330,7 +330,7 @@ def hard_splits(draw, side="output"):
 
 def value_and_gradient(left, right, projector, metric):
     value = fg.geodesic_separation(*projector.split(fg.LowRank(left, right)), metric)
-    return float(value), max(float(g.abs().max()) for g in torch.autograd.grad(value, (left, right)))
+    return value.item(), max(float(g.abs().max()) for g in torch.autograd.grad(value, (left, right)))
 
 
 def well_sized(left, right, projector):

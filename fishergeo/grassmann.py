@@ -1,0 +1,232 @@
+"""The Grassmann manifold for geoopt, and the Karcher mean of subspaces."""
+
+import geoopt
+import torch
+from geoopt.utils import size2shape
+
+from fishergeo._arguments import check_finite, check_integer, check_number, check_same_kind, check_tensor
+from fishergeo.angles import angles_between
+from fishergeo.projector import check_basis
+
+
+def _cos_and_sinc(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos √G and sin √G/√G of positive semidefinite G (..., k, k), smooth in G, zero included.
+
+    Both stand in exp [[0, −G/a], [a·I, 0]]; a, about ‖G‖^½, balances the blocks so that large steps stay accurate.
+    """
+    k = gram.shape[-1]
+    size = gram.detach().diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1).sqrt()[..., None, None]
+    zero = torch.zeros_like(gram)
+    lower = (size * torch.eye(k, dtype=gram.dtype, device=gram.device)).expand_as(gram)
+    block = torch.cat((torch.cat((zero, -gram / size), -1), torch.cat((lower, zero), -1)), -2)
+    exponential = torch.linalg.matrix_exp(block)
+    return exponential[..., :k, :k], exponential[..., k:, :k] / size
+
+
+class Grassmann(geoopt.manifolds.base.Manifold):
+    r"""Subspaces of dimension k in R^n, each given by an n×k matrix with orthonormal columns that spans it.
+
+    Bases with the same span are the same point. Tangent vectors at x are the horizontal ones, xᵀu = 0, with the
+    Euclidean inner product (Edelman, Arias and Smith 1998; Bendokat, Zimmermann and Absil 2024). The last two
+    dimensions of a tensor are the point, those before are a batch. It works with geoopt.optim.RiemannianAdam and
+    RiemannianSGD on a geoopt.ManifoldParameter.
+    """
+
+    ndim = 2
+    reversible = False
+    name = "Grassmann"
+
+    def _check_shape(self, shape, name):
+        ok, reason = super()._check_shape(shape, name)
+        if ok and shape[-1] > shape[-2]:
+            ok, reason = False, f"`{name}` should have shape[-1] <= shape[-2], got {shape[-1]} > {shape[-2]}"
+        return ok, reason
+
+    def _check_point_on_manifold(self, x, *, atol=1e-5, rtol=1e-5):
+        gram = x.mT @ x
+        identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(gram)
+        if torch.allclose(gram, identity, atol=atol, rtol=rtol):
+            return True, None
+        return False, f"`X^T X != I` with atol={atol}, rtol={rtol}"
+
+    def _check_vector_on_tangent(self, x, u, *, atol=1e-5, rtol=1e-5):
+        vertical = x.mT @ u
+        if torch.allclose(vertical, torch.zeros_like(vertical), atol=atol, rtol=rtol):
+            return True, None
+        return False, f"`x^T u != 0` with atol={atol}, rtol={rtol}"
+
+    def projx(self, x: torch.Tensor) -> torch.Tensor:
+        """Nearest matrix with orthonormal columns, the polar factor of x (..., n, k); the span is that of x."""
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        return u @ vh
+
+    def proju(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Horizontal part u − x(xᵀu)."""
+        return u - x @ (x.mT @ u)
+
+    def egrad2rgrad(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Riemannian gradient of a function with Euclidean gradient u: its horizontal part."""
+        return self.proju(x, u)
+
+    def inner(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None = None, *, keepdim=False) -> torch.Tensor:
+        """Inner product tr(uᵀv) of tangent vectors, of the batch shape, or (..., 1, 1) with `keepdim`."""
+        return (u * (u if v is None else v)).sum(dim=(-2, -1), keepdim=keepdim)
+
+    def norm(self, x: torch.Tensor, u: torch.Tensor, *, keepdim=False) -> torch.Tensor:
+        """Length of a tangent vector; its gradient at zero is zero."""
+        return torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=keepdim)
+
+    def expmap(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """End of the geodesic from x along u, x·cos √(uᵀu) + u·sin √(uᵀu)/√(uᵀu): smooth at zero, gradients too."""
+        cosine, sinc = _cos_and_sinc(u.mT @ u)
+        return x @ cosine + u @ sinc
+
+    def retr(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Polar retraction of x + u, of second order."""
+        return self.projx(x + u)
+
+    def logmap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Tangent vector at x whose geodesic reaches the span of y at time one, the shortest there is.
+
+        After Bendokat, Zimmermann and Absil (2024, alg. 5.3), but with θ/sin θ from both sine and cosine, so that it
+        is exact to rounding at zero and at right angles; there, on the cut locus, it is one of several shortest.
+        Differentiable where the cosines of the angles are distinct.
+        """
+        u, cosine, vh = torch.linalg.svd(x.mT @ y, full_matrices=False)
+        away = self.proju(x, self.proju(x, y @ vh.mT))
+        sine = torch.linalg.vector_norm(away, dim=-2)
+        positive = sine > 0
+        ratio = torch.where(positive, torch.atan2(sine, cosine) / torch.where(positive, sine, 1), 1)
+        return (away * ratio.unsqueeze(-2)) @ u.mT
+
+    def dist(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
+        """Arc length ‖θ‖ over the principal angles; its gradient where x and y span the same is zero."""
+        return self._shape(torch.linalg.vector_norm(angles_between(x, y), dim=-1), keepdim)
+
+    def dist2(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
+        """Squared arc length, with gradient −2·logmap(x, y) by x."""
+        return self._shape(angles_between(x, y).square().sum(-1), keepdim)
+
+    @staticmethod
+    def _shape(value: torch.Tensor, keepdim: bool) -> torch.Tensor:
+        return value[..., None, None] if keepdim else value
+
+    def geodesic(self, t: torch.Tensor | float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Point at time t of the shortest geodesic from x (t = 0) to the span of y (t = 1), of constant speed.
+
+        Args:
+            t: number, or tensor whose shape broadcasts against the batch of x once two dimensions are added to it.
+            x: start, (..., n, k).
+            y: end, (..., n, k).
+        """
+        time = t[..., None, None] if isinstance(t, torch.Tensor) else t
+        return self.expmap(x, time * self.logmap(x, y))
+
+    def transp_follow_expmap(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Parallel transport of v along the geodesic from x in direction u (Edelman, Arias, Smith 1998, eq. 2.68)."""
+        q, values, wh = torch.linalg.svd(u, full_matrices=False)
+        along = q.mT @ v
+        turned = (torch.cos(values) - 1).unsqueeze(-1) * along
+        return v + q @ turned - x @ (wh.mT @ (torch.sin(values).unsqueeze(-1) * along))
+
+    def transp(self, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Parallel transport of v from x to y along the shortest geodesic, as a tangent vector at the basis y."""
+        u = self.logmap(x, y)
+        return self.transp_follow_expmap(x, u, v) @ (self.expmap(x, u).mT @ y)
+
+    def expmap_transp(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`expmap` and `transp_follow_expmap` at once."""
+        return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
+
+    def transp_follow_retr(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Vector transport to retr(x, u): the horizontal part of v there."""
+        return self.proju(self.retr(x, u), v)
+
+    def retr_transp(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`retr` and `transp_follow_retr` at once."""
+        y = self.retr(x, u)
+        return y, self.proju(y, v)
+
+    def random(self, *size, dtype=None, device=None, generator=None) -> geoopt.ManifoldTensor:
+        """Uniformly random subspace: the span of a Gaussian matrix.
+
+        Args:
+            size: shape (..., n, k), as integers or one tuple.
+            dtype: torch dtype.
+            device: torch device.
+            generator: torch.Generator on that device, or None for the global one.
+        """
+        shape = size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        gaussian = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        return geoopt.ManifoldTensor(torch.linalg.qr(gaussian).Q, manifold=self)
+
+    def origin(self, *size, dtype=None, device=None, seed=42) -> geoopt.ManifoldTensor:
+        """Span of the first k unit vectors; `seed` is not used.
+
+        Args:
+            size: shape (..., n, k), as integers or one tuple.
+            dtype: torch dtype.
+            device: torch device.
+            seed: accepted for geoopt's sake.
+        """
+        shape = size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        first = torch.eye(shape[-2], shape[-1], dtype=dtype, device=device).expand(shape).clone()
+        return geoopt.ManifoldTensor(first, manifold=self)
+
+
+def karcher_mean(
+    points: torch.Tensor, weights: torch.Tensor | None = None, tol: float = 1e-10, max_iter: int = 100
+) -> torch.Tensor:
+    """Subspace with the least weighted sum of squared geodesic distances to the given ones.
+
+    Fixed point of x ← exp_x(Σ w_i log_x(y_i)) (Karcher 1977), started at the extrinsic mean, the leading eigenvectors
+    of Σ w_i y_i y_iᵀ. Unique where the points lie within a ball of radius π/4; elsewhere this is a local minimum.
+
+    Args:
+        points: orthonormal bases, (n, p, k).
+        weights: (n,), not negative, not all zero; equal when left out. They are normalised.
+        tol: the mean tangent step's norm to stop at; never below the dtype's own rounding.
+        max_iter: most steps.
+
+    Returns:
+        Orthonormal basis (p, k) of the mean, of the points' dtype; no gradient.
+
+    Raises:
+        TypeError: points or weights are not floating tensors, or an option has the wrong type.
+        ValueError: bases that are not orthonormal, weights of the wrong shape or sign, or options out of range.
+        RuntimeError: not converged after `max_iter` steps; the points are too far apart, or `tol` too small.
+    """
+    points = check_basis("points", points)
+    if points.ndim != 3:
+        raise ValueError(f"points must have shape (n, p, k), got {tuple(points.shape)}")
+    check_number("tol", tol, low=0)
+    check_integer("max_iter", max_iter, low=1)
+    work = torch.promote_types(points.dtype, torch.float32)
+    y = points.detach().to(work)
+    if weights is None:
+        share = y.new_full((len(y),), 1 / len(y))
+    else:
+        check_finite("weights", check_tensor("weights", weights, min_dim=1))
+        check_same_kind("weights", weights, "points", points)
+        if weights.shape != (len(y),) or bool((weights < 0).any()) or float(weights.sum()) == 0:
+            raise ValueError(f"weights must be {len(y)} numbers, not negative and not all zero, got {weights.tolist()}")
+        share = weights.detach().to(work) / weights.detach().to(work).sum()
+    if y.shape[-1] == 0:
+        return points[0].detach()
+    manifold = Grassmann()
+    stacked = (share.sqrt()[:, None, None] * y).permute(1, 0, 2).flatten(1)
+    x = torch.linalg.svd(stacked, full_matrices=False)[0][:, : y.shape[-1]]
+    stop = max(tol, 100 * torch.finfo(work).eps)
+    length = float("inf")
+    for _ in range(max_iter):
+        step = (share[:, None, None] * manifold.logmap(x.expand_as(y), y)).sum(0)
+        length = float(step.norm())
+        if length <= stop:
+            return x.to(points.dtype)
+        x = manifold.projx(manifold.expmap(x, step))
+    raise RuntimeError(
+        f"the Karcher mean did not converge: after {max_iter} steps the mean tangent vector has norm {length:.3g}, "
+        f"above {stop:.3g}; the points may be too far apart for a unique mean"
+    )

@@ -1,0 +1,238 @@
+"""How many dimensions of an estimated subspace are real: perturbation bounds, resampling, agreement across seeds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fishergeo._arguments import check_finite, check_integer, check_number, check_same_kind, check_tensor
+from fishergeo.lowrank import LowRank, as_update
+
+
+def davis_kahan_bound(residual: float, gap: float) -> float:
+    """Bound on the sine of the largest angle between computed and true eigenspace: min(1, ‖R‖/gap).
+
+    The sin Θ theorem (Davis and Kahan 1970) for R = A·U − U·Ritz of an orthonormal U: the Ritz values lie in an
+    interval, and every other eigenvalue of A is at least `gap` away from it.
+
+    Args:
+        residual: spectral norm ‖R‖, not negative; the Frobenius norm, which is larger, will do.
+        gap: distance from the Ritz values to the rest of the spectrum, not negative; 0 bounds nothing.
+
+    Returns:
+        The bound in [0, 1].
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: negative or not finite.
+    """
+    residual, gap = check_number("residual", residual, low=0), check_number("gap", gap, low=0)
+    return 1.0 if residual >= gap else residual / gap
+
+
+def eigenspace_shift_bound(values: torch.Tensor, m: int, perturbation: float) -> float:
+    """Bound on ‖sin Θ‖_F between the top-m eigenspaces of A and A + E: min(√m, 2√m·‖E‖/(λ_m − λ_{m+1})).
+
+    The variant of Yu, Wang and Samworth (2015, thm. 2), which needs the gap of one of the two matrices only, as an
+    estimate has it.
+
+    Args:
+        values: eigenvalues of A, (k,), descending, at least m + 1 of them.
+        m: dimension of the eigenspace, at least 1.
+        perturbation: spectral norm ‖E‖, not negative.
+
+    Returns:
+        The bound in [0, √m].
+
+    Raises:
+        TypeError: `values` is not a floating tensor, or another argument has the wrong type.
+        ValueError: values that are not descending, or arguments out of range.
+    """
+    check_finite("values", check_tensor("values", values, min_dim=1))
+    if values.ndim != 1 or bool((values[1:] > values[:-1]).any()):
+        raise ValueError(f"values must be one descending sequence, got shape {tuple(values.shape)}")
+    m = check_integer("m", m, low=1, high=len(values) - 1)
+    shift = 2 * check_number("perturbation", perturbation, low=0)
+    gap = float(values[m - 1] - values[m])
+    return m**0.5 * (1.0 if shift >= gap else shift / gap)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Overlap of leading eigenspaces over resamplings, for every dimension j from 1 to m.
+
+    Attributes:
+        mean: mean overlap of the top-j spaces (‖U_jᵀV_j‖²/j, see `subspace_overlap`), shape (m,).
+        low: lower end of the percentile interval, (m,).
+        high: upper end, (m,).
+        chance: what random j-dimensional subspaces of R^p overlap by on average, j/p, (m,).
+    """
+
+    mean: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    chance: torch.Tensor
+
+    def dimensions(self, threshold: float = 0.5) -> int:
+        """Largest j whose lower end reaches the threshold and exceeds chance; 0 if there is none.
+
+        Args:
+            threshold: overlap in [0, 1] to ask for.
+
+        Raises:
+            TypeError: not a number.
+            ValueError: outside [0, 1].
+        """
+        threshold = check_number("threshold", threshold, low=0, high=1)
+        real = ((self.low >= threshold) & (self.low > self.chance)).nonzero()
+        return int(real.max()) + 1 if len(real) else 0
+
+
+def _reduced(samples: object, m: object, generator: object) -> tuple[torch.Tensor, int]:
+    """Samples (n, d, c) in coordinates of their own span, d = min(p, n·c), and the checked m."""
+    checked = check_tensor("samples", samples, min_dim=2)
+    if checked.ndim not in (2, 3):
+        raise ValueError(f"samples must have shape (n, p) or (n, p, c), got {tuple(checked.shape)}")
+    check_finite("samples", checked)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    columns = checked.detach().to(torch.promote_types(checked.dtype, torch.float32))
+    columns = columns if columns.ndim == 3 else columns.unsqueeze(-1)
+    n, p, c = columns.shape
+    if n < 4:
+        raise ValueError(f"samples holds {n} examples, at least 4 are needed to resample")
+    r = torch.linalg.qr(columns.permute(1, 0, 2).reshape(p, n * c)).R
+    return r.reshape(-1, n, c).permute(1, 0, 2), check_integer("m", m, low=1, high=min(p, n * c))
+
+
+def _leading(samples: torch.Tensor, weights: torch.Tensor, m: int) -> torch.Tensor:
+    """Top-m eigenvectors of Σ w_i x_i x_iᵀ."""
+    flat = (samples * weights.sqrt()[:, None, None]).permute(1, 0, 2).flatten(1)
+    return torch.linalg.eigh(flat @ flat.mT)[1].flip(-1)[:, :m]
+
+
+def _overlaps(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """‖U_jᵀV_j‖²/j for j = 1 to m."""
+    squares = (u.mT @ v).square().cumsum(0).cumsum(1).diagonal()
+    return squares / torch.arange(1, len(squares) + 1, dtype=u.dtype, device=u.device)
+
+
+def _summary(overlaps: list[torch.Tensor], p: int, level: float) -> Agreement:
+    table = torch.stack(overlaps)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(table, torch.tensor([tail, 1 - tail], dtype=table.dtype, device=table.device), dim=0)
+    chance = torch.arange(1, table.shape[1] + 1, dtype=table.dtype, device=table.device) / p
+    return Agreement(table.mean(0), low, high, chance)
+
+
+def split_half_agreement(
+    samples: torch.Tensor, m: int, generator: torch.Generator, draws: int = 50, level: float = 0.95
+) -> Agreement:
+    """Overlap of the top-m eigenspaces that two random halves of the examples give for F = 1/N Σ x_i x_iᵀ.
+
+    The halves share no example, so agreement beyond chance is a property of the distribution. Each half has N/2
+    examples: the agreement of the full estimate with another one of its size is higher. A draw costs O(d³) with
+    d = min(p, n·c).
+
+    Args:
+        samples: (n, p), or (n, p, c) for c columns an example, as G_i·Ω has; any floating dtype.
+        m: dimensions to report, from 1 to min(p, n·c).
+        generator: source of the splits, on the CPU.
+        draws: number of random splits, at least 2.
+        level: of the percentile interval over splits, in (0, 1).
+
+    Returns:
+        Agreement with tensors (m,).
+
+    Raises:
+        TypeError: arguments of the wrong type.
+        ValueError: fewer than 4 examples, NaN, or arguments out of range.
+    """
+    reduced, m = _reduced(samples, m, generator)
+    draws, level = check_integer("draws", draws, low=2), check_number("level", level, low=1e-6, high=1 - 1e-6)
+    n, overlaps = len(reduced), []
+    for _ in range(draws):
+        order = torch.randperm(n, generator=generator).to(reduced.device)
+        halves = (reduced[order[: n // 2]], reduced[order[n // 2 :]])
+        u, v = (_leading(half, half.new_ones(len(half)), m) for half in halves)
+        overlaps.append(_overlaps(u, v))
+    return _summary(overlaps, samples.shape[1], level)
+
+
+def bootstrap_agreement(
+    samples: torch.Tensor, m: int, generator: torch.Generator, draws: int = 50, level: float = 0.95
+) -> Agreement:
+    """Overlap of the top-m eigenspace of F = 1/N Σ x_i x_iᵀ with those of bootstrap resamples of the examples.
+
+    Resamples contain the estimate's own examples, so the overlap flatters: with fewer examples than dimensions it
+    stays high for pure noise. `split_half_agreement` is the test of whether a direction is real; this one says how
+    much the estimate would move (Efron 1979, percentile interval). A draw costs O(d³) with d = min(p, n·c).
+
+    Args:
+        samples: (n, p), or (n, p, c) for c columns an example; any floating dtype.
+        m: dimensions to report, from 1 to min(p, n·c).
+        generator: source of the resamples, on the CPU.
+        draws: number of resamples, at least 2.
+        level: of the percentile interval over resamples, in (0, 1).
+
+    Returns:
+        Agreement with tensors (m,).
+
+    Raises:
+        TypeError: arguments of the wrong type.
+        ValueError: fewer than 4 examples, NaN, or arguments out of range.
+    """
+    reduced, m = _reduced(samples, m, generator)
+    draws, level = check_integer("draws", draws, low=2), check_number("level", level, low=1e-6, high=1 - 1e-6)
+    n, overlaps = len(reduced), []
+    whole = _leading(reduced, reduced.new_ones(n), m)
+    for _ in range(draws):
+        picked = torch.randint(n, (n,), generator=generator)
+        counts = torch.bincount(picked, minlength=n).to(reduced)
+        overlaps.append(_overlaps(whole, _leading(reduced, counts, m)))
+    return _summary(overlaps, samples.shape[1], level)
+
+
+def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Cosines between the updates that several runs (seeds, say) made to each layer; of ΔW_A, if that is passed.
+
+    Args:
+        runs: for every run a mapping from layer name to update, LowRank or dense (p, q), all with the same names.
+
+    Returns:
+        For each layer a symmetric tensor (runs, runs) with ones on the diagonal; 0 where an update is zero.
+
+    Raises:
+        TypeError: an update is neither LowRank nor a floating tensor, or dtypes differ.
+        ValueError: no runs, different names, or updates of different shapes or devices, batched, or not finite.
+    """
+    if not runs:
+        raise ValueError("runs is empty: at least one mapping of updates is needed")
+    names = set(runs[0])
+    for i, run in enumerate(runs):
+        if set(run) != names:
+            raise ValueError(f"runs[{i}] and runs[0] differ in the layers {sorted(names ^ set(run))}")
+    return {name: _cosines([run[name] for run in runs], name) for name in runs[0]}
+
+
+def _cosines(updates: list, name: str) -> torch.Tensor:
+    checked = [as_update(f"runs[{i}][{name!r}]", update) for i, update in enumerate(updates)]
+    for i, update in enumerate(checked):
+        check_same_kind(f"runs[{i}][{name!r}]", update, f"runs[0][{name!r}]", checked[0])
+        if update.shape != checked[0].shape or update.ndim != 2:
+            raise ValueError(f"runs[{i}][{name!r}] has shape {tuple(update.shape)}, runs[0] {tuple(checked[0].shape)}")
+        for factor in (update.left, update.right) if isinstance(update, LowRank) else (update,):
+            check_finite(f"runs[{i}][{name!r}]", factor)
+    work = torch.promote_types(checked[0].dtype, torch.float32)
+    checked = [x.detach().to(work) for x in checked]
+    norms = torch.stack([x.norm() for x in checked])
+    gram = torch.stack([torch.stack([_inner(x, y) for y in checked]) for x in checked])
+    scale = norms[:, None] * norms
+    cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
+    return torch.where(torch.eye(len(norms), dtype=torch.bool, device=norms.device) & (scale > 0), 1, cosines)
+
+
+def _inner(x: LowRank | torch.Tensor, y: LowRank | torch.Tensor) -> torch.Tensor:
+    if isinstance(x, LowRank):
+        return x.inner(y)
+    return y.inner(x) if isinstance(y, LowRank) else (x * y).sum()
