@@ -8,7 +8,7 @@ from typing import Self, overload
 
 import torch
 
-from fishergeo._arguments import check_choice, check_finite, check_same_kind, check_tensor
+from fishergeo._arguments import check_choice, check_finite, check_number, check_same_kind, check_tensor
 from fishergeo.lowrank import LowRank, as_update
 
 SIDES = ("output", "input")
@@ -159,12 +159,12 @@ class SoftProjector(SubspaceMap):
             side: as in the constructor.
 
         Raises:
-            TypeError: basis or values are not floating tensors, or their dtypes differ.
+            TypeError: basis or values are not floating tensors, their dtypes differ, or ε is not a number.
             ValueError: negative eigenvalues, ε ≤ 0, or a basis that is not orthonormal.
         """
         check_finite("values", check_tensor("values", values, min_dim=1))
-        if not epsilon > 0:
-            raise ValueError(f"epsilon must be positive, got {epsilon}")
+        if check_number("epsilon", epsilon, low=0) == 0:
+            raise ValueError("epsilon must be positive, got 0")
         if bool((values < 0).any()):
             raise ValueError(f"values must not be negative, the least is {values.min().item():.3g}; clamp them first")
         return cls(basis, values / (values + epsilon), side)
