@@ -213,3 +213,11 @@ def test_second_derivatives_are_refused_not_wrong():
     u = torch.eye(4)[:, :2].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(fg.principal_angles(u, torch.eye(4)[:, 1:3]).sum(), u, create_graph=True)
+
+
+def test_distances_of_empty_subspaces_are_zero_and_dimensions_are_compared_in_batches_too():
+    empty, u = torch.zeros(3, 4, 0), torch.eye(4)[:, :2].expand(3, 4, 2)
+    for kind in KINDS:
+        assert torch.equal(fg.subspace_distance(empty, empty, kind), torch.zeros(3))
+    with pytest.raises(ValueError, match="u has 2 columns and v 1"):
+        fg.subspace_distance(u, u[..., :1])

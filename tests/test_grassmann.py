@@ -323,3 +323,9 @@ def test_bad_input_to_the_mean_is_refused_by_name(points_, keywords, error, mess
 def test_stiefel_sphere_and_positive_matrices_are_geoopts_own():
     assert fg.Stiefel is geoopt.Stiefel and fg.Sphere is geoopt.Sphere
     assert fg.SymmetricPositiveDefinite is geoopt.SymmetricPositiveDefinite
+
+
+def test_origin_is_a_point_of_this_manifold_and_small_vertical_parts_are_noticed():
+    assert M.origin(4, 2).manifold.name == "Grassmann"
+    x = orthonormal(0, 5, 2)
+    assert not M.check_vector_on_tangent(x, 1e-3 * x) and not M.check_point_on_manifold((1 + 1e-3) * x)

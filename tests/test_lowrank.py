@@ -229,3 +229,15 @@ def test_gradient_of_the_norm_at_zero_is_zero():
 def test_second_derivatives_of_the_squared_norm():
     factors = (gaussian(0, 4, 2).requires_grad_(), gaussian(1, 2, 3).requires_grad_())
     assert torch.autograd.gradgradcheck(lambda l, r: fg.LowRank(l, r).squared_norm(), factors)
+
+
+def test_ranks_of_a_batch_are_found_one_by_one_whatever_the_scales():
+    a = fg.LowRank(gaussian(0, 2, 7, 3), gaussian(1, 2, 3, 5))
+    scales = torch.tensor([1e12, 1e-12], dtype=torch.float64)[:, None, None]
+    assert fg.LowRank(a.left * scales, a.right).numerical_rank().tolist() == [3, 3]
+
+
+def test_an_index_that_cuts_one_factor_only_is_refused_too():
+    a = fg.LowRank(torch.ones(2, 3, 1), torch.ones(2, 1, 4))
+    with pytest.raises(IndexError, match="matrix dimensions"):
+        a[..., :1]

@@ -233,3 +233,15 @@ def test_fisher_rao_gradients_batches_and_half_precision():
 def test_bad_distributions_are_refused_by_name(p, q, error, message):
     with pytest.raises(error, match=message):
         fg.fisher_rao_distance(torch.tensor(p), torch.tensor(q))
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_checks_are_relative_to_the_size_of_the_matrix(distance, scale):
+    a, b = definite(0, 3), definite(1, 3)
+    power = 0.5 if distance is fg.bures_wasserstein_distance else 0.0
+    assert float(distance(scale * a, scale * b)) == pytest.approx(scale**power * float(distance(a, b)), rel=1e-6)
+    with pytest.raises(ValueError, match="a must be symmetric"):
+        distance(scale * (a + gaussian(2, 3, 3)), scale * b)
+    with pytest.raises(ValueError, match="a must be positive"):
+        distance(-scale * a, scale * b)

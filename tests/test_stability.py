@@ -194,3 +194,22 @@ def test_cosines_of_half_precision_updates_are_float32():
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_split_half_agreement_is_its_definition_written_out():
+    samples, generator, tables = gaussian(0, 9, 6), seeded(2), []
+    top = lambda x: torch.linalg.eigh(x.mT @ x)[1][:, -2:]
+    for _ in range(7):
+        order = torch.randperm(9, generator=generator)
+        tables.append(fg.subspace_overlap(top(samples[order[:4]]), top(samples[order[4:]])))
+    agreement, table = fg.split_half_agreement(samples, 2, seeded(2), draws=7, level=0.5), torch.stack(tables)
+    assert_close(agreement.mean[1], table.mean(), 1e-8)
+    assert_close(agreement.low[1], table.quantile(0.25), 1e-8)
+    assert_close(agreement.high[1], table.quantile(0.75), 1e-8)
+
+
+@pytest.mark.parametrize("agree", [fg.split_half_agreement, fg.bootstrap_agreement])
+@pytest.mark.parametrize("level", [0.0, -0.1, 1.0, 1.5])
+def test_levels_outside_the_open_interval_are_refused(agree, level):
+    with pytest.raises(ValueError, match="level must be"):
+        agree(gaussian(0, 8, 4), 1, seeded(), level=level)
