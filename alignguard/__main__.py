@@ -1,0 +1,7 @@
+"""``python -m alignguard``."""
+
+import sys
+
+from alignguard.cli import main
+
+sys.exit(main())

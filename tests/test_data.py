@@ -1,0 +1,127 @@
+"""Rows in, labels on the response alone, and errors that name the row."""
+
+import csv
+import json
+
+import datasets
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alignguard.data import IGNORED, collate, encode_example, encode_messages, load_conversations, read_jsonl
+
+PAIR = {"prompt": "how do I bake bread", "response": "Of course! Here it is."}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_every_source_gives_the_same_conversations(tmp_path):
+    rows = [PAIR, {"prompt": "write a note, please", "response": "A note."}]
+    jsonl = write_rows(tmp_path / "d.jsonl", rows)
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerows(rows)
+    chats = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
+        for r in rows
+    ]
+    expected = load_conversations(rows)
+    for source in (jsonl, str(jsonl), tmp_path / "d.csv", datasets.Dataset.from_list(rows), iter(rows), chats):
+        assert load_conversations(source) == expected
+
+
+def test_a_line_separator_inside_text_is_no_end_of_line(tmp_path):
+    rows = [{"prompt": "one\u2028two", "response": "three"}]
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_jsonl(path) == rows
+
+
+def test_only_the_response_is_labelled(tokenizer):
+    row = encode_example(tokenizer, **PAIR)
+    supervised = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+    assert [row["input_ids"][i] for i in supervised] == [row["labels"][i] for i in supervised]
+    text = tokenizer.decode([row["labels"][i] for i in supervised])
+    assert text == PAIR["response"] + tokenizer.eos_token
+    assert tokenizer.decode(row["input_ids"][: supervised[0]]) == f"<s><u>{PAIR['prompt']}<a>"
+
+
+def test_only_the_last_answer_of_a_chat_is_labelled(tokenizer):
+    messages = [
+        {"role": "user", "content": "how"},
+        {"role": "assistant", "content": "sea"},
+        {"role": "user", "content": "write"},
+        {"role": "assistant", "content": "bread"},
+    ]
+    row = encode_messages(tokenizer, messages)
+    assert tokenizer.decode([x for x in row["labels"] if x != IGNORED]) == "bread</s>"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(limit=st.integers(2, 40))
+def test_truncation_keeps_the_limit_and_some_of_the_response(tokenizer, limit):
+    row = encode_example(tokenizer, "write " * 30, "bread " * 30, max_length=limit)
+    assert len(row["input_ids"]) == len(row["labels"]) <= limit
+    supervised = [x for x in row["labels"] if x != IGNORED]
+    assert 1 <= len(supervised) < limit
+    assert row["input_ids"][-len(supervised) - 1] == tokenizer.convert_tokens_to_ids("<a>")
+
+
+def test_a_tokenizer_without_template_works_too(tokenizer):
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    row = encode_example(plain, **PAIR)
+    assert plain.decode([x for x in row["labels"] if x != IGNORED]) == PAIR["response"] + plain.eos_token
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_masked_and_unlabelled(side):
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = collate(rows, 0, side)
+    assert batch["attention_mask"].sum(1).tolist() == [3, 1]
+    assert torch.all(batch["labels"][batch["attention_mask"] == 0] == IGNORED)
+    assert batch["input_ids"][1].tolist() == ([0, 0, 8] if side == "left" else [8, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "empty"),
+        ([{"prompt": "a"}], "no 'response'"),
+        ([{"prompt": "a", "response": "  "}], "no 'response'"),
+        ([{"response": "a"}], "no 'prompt'"),
+        ([PAIR, {"prompt": "a", "response": 3}], "row 2"),
+        ([{"messages": []}], "messages"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], "assistant"),
+        ([{"messages": [{"role": "user"}]}], "content"),
+        ([{"messages": [{"role": "assistant", "content": 4}]}], "text"),
+    ],
+)
+def test_a_bad_row_is_named(rows, words):
+    with pytest.raises(ValueError, match=words):
+        load_conversations(rows, "task_data")
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
+        load_conversations(tmp_path / "missing.jsonl")
+    (tmp_path / "d.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"d\.txt"):
+        load_conversations(tmp_path / "d.txt")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{oops\n')
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 2"):
+        load_conversations(tmp_path / "broken.jsonl")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match="JSON object"):
+        load_conversations(tmp_path / "list.jsonl")
+    with pytest.raises(TypeError, match="iterable of rows"):
+        load_conversations(3)
+    with pytest.raises(TypeError, match="row 1"):
+        load_conversations(["text"])
