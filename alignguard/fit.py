@@ -90,7 +90,7 @@ def save_adapter(model: PeftModel, target: Path, extra: Mapping[str, str] | None
     """
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        model.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(str(temporary), safe_serialization=True)
         for name, text in (extra or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         if target.exists():

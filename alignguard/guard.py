@@ -211,8 +211,11 @@ class Guard:
         """Mean over layers of how alike the two parts' inputs are: <ΔW_AᵀΔW_A, ΔW_TᵀΔW_T> / (‖·‖‖·‖), in [0, 1]."""
         if not self.layers:
             return 0.0
-        parts = [self.layers[name].projector.split(delta) for name, delta in lora_updates(self.model).items()]
-        return float(torch.stack([fg.geodesic_separation(*pair, metric="input-gram") for pair in parts]).mean())
+        cosines = []
+        for name, delta in lora_updates(self.model).items():
+            part, rest = self.layers[name].projector.split(delta)
+            cosines.append(fg.geodesic_separation(part, rest, metric="input-gram"))
+        return float(torch.stack(cosines).mean())
 
     def spectra(self) -> dict[str, dict[str, Any]]:
         """Leading eigenvalues, trace, rank and share of energy of every layer, for reports."""

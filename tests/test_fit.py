@@ -1,6 +1,7 @@
 """fit() end to end on a tiny model: scaling, saving, and errors before anything starts."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,8 +189,8 @@ def test_a_full_disk_at_save_is_one_clear_error_and_leaves_nothing_half_written(
     before = sorted(p.name for p in target.iterdir())
 
     def full(self, path, **kwargs):
-        path.mkdir()
-        (path / "half").write_text("x")
+        Path(path).mkdir()
+        (Path(path) / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PeftModel, "save_pretrained", full)
