@@ -171,9 +171,11 @@ class Guard:
                 self.refresh()
             for name, delta in lora_updates(self.model).items():
                 layer = self.layers[name]
-                part, rest = layer.projector.split(delta)
                 if c.lambda_alignment:
-                    add("alignment", c.lambda_alignment * self._alignment(layer, part))
+                    add("alignment", c.lambda_alignment * self._alignment(layer, delta))
+                if not (c.lambda_task or c.lambda_collision):
+                    continue
+                part, rest = layer.projector.split(delta)
                 if c.lambda_task:
                     add("task", c.lambda_task * rest.squared_norm())
                 if c.lambda_collision:
@@ -191,12 +193,15 @@ class Guard:
             return next(self.model.parameters()).new_zeros(())
         return torch.stack(list(sums.values())).sum()
 
-    def _alignment(self, layer: LayerCurvature, part: fg.LowRank) -> Tensor:
-        """‖F^½ ΔW_A‖²: with both sides tr(ΔW_Aᵀ S ΔW_A A), with one Σ_j λ_j ‖u_jᵀ ΔW‖²."""
-        if self.config.structure == "kfac":
-            return layer.operator.quadratic(part)
-        rows = layer.projector.basis.mT @ part.left  # (m, r): u_jᵀ B
-        return ((rows @ (part.right @ part.right.mT)) * rows).sum(1) @ layer.values.to(rows.dtype)
+    def _alignment(self, layer: LayerCurvature, delta: fg.LowRank) -> Tensor:
+        """‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so it is Σ_j λ_j u_jᵀΔW C ΔWᵀu_j.
+
+        C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²).
+        """
+        right = delta.right
+        weighted = right @ layer.operator.input_factor.to(right.dtype) if self.config.structure == "kfac" else right
+        rows = layer.projector.basis.to(right.dtype).mT @ delta.left  # (m, r): u_jᵀ B
+        return ((rows @ (weighted @ right.mT)) * rows).sum(1) @ layer.values.to(right.dtype)
 
     def kl(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """KL(base ‖ present) in nats a response token on encoded examples; the base is read by disabling the adapter."""

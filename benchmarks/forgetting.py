@@ -3,8 +3,8 @@
     python benchmarks/forgetting.py --out benchmarks/results/forgetting.json
 
 Runs are made one by one and the file is rewritten after each, so an interrupted run goes on where it stopped. All
-share data, seed and schedule; strengths were chosen on validation prompts by benchmarks/strength.py, and the numbers
-here come from DriftCheck's test prompts, which no choice has seen.
+share data, seed and schedule. Strengths come from a first look at validation prompts (benchmarks/choices.py), not from
+a sweep; the numbers here come from DriftCheck's test prompts, which no strength was chosen by.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ GUARDS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     # arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps
     "paper": {
-        "structure": "gram", "lambda_alignment": 30.0, "lambda_task": 0.01, "lambda_collision": 0.01, "alpha": 0.5,
+        "structure": "gram", "lambda_alignment": 3.0, "lambda_task": 0.01, "lambda_collision": 0.01, "alpha": 0.5,
         "metric": "euclidean", "energy": 0.8, "refresh_every": 1000, "refresh_examples": 128,
     },
     "paper, refreshed": {
-        "structure": "gram", "lambda_alignment": 30.0, "lambda_task": 0.01, "lambda_collision": 0.01, "alpha": 0.5,
+        "structure": "gram", "lambda_alignment": 3.0, "lambda_task": 0.01, "lambda_collision": 0.01, "alpha": 0.5,
         "metric": "euclidean", "energy": 0.8, "refresh_every": 25, "refresh_examples": 32,
     },
+    # GuardConfig's defaults
     "kfac, refreshed": {"structure": "kfac", "lambda_alignment": 30.0, "refresh_every": 25, "refresh_examples": 32},
     "kl to the base": {"lambda_alignment": 0.0, "lambda_kl": 1.0, "kl_examples": 2},
-    "default": {},
 }  # fmt: skip
 
 
