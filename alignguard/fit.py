@@ -218,7 +218,7 @@ def fit(
     trainer = GuardTrainer(
         model=adapted, args=arguments, train_dataset=rows, data_collator=lambda batch: collate(batch, pad), guard=guard
     )
-    if guard is not None:
+    if guard is not None and guard.uses_curvature:
         guard.model.to(arguments.device)
         guard.refresh(progress=progress)
     set_seed(seed)  # dropout and data order are the plain run's, whatever the guard drew

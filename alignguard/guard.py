@@ -106,11 +106,12 @@ class Guard:
         """Tell the guard which optimizer step begins; re-estimates the curvature when it is due."""
         self.step = step
         due = self._estimated_at is None or step - self._estimated_at >= self.config.refresh_every
-        if due and self._uses_curvature:
+        if due and self.uses_curvature:
             self.refresh()
 
     @property
-    def _uses_curvature(self) -> bool:
+    def uses_curvature(self) -> bool:
+        """Whether any term needs the Fisher; false for the KL term alone."""
         c = self.config
         return bool(c.lambda_alignment or c.lambda_task or c.lambda_collision)
 
@@ -166,7 +167,7 @@ class Guard:
         def add(term: str, value: Tensor) -> None:
             sums[term] = sums[term] + value if term in sums else value
 
-        if self._uses_curvature:
+        if self.uses_curvature:
             if not self.layers:
                 self.refresh()
             for name, delta in lora_updates(self.model).items():
