@@ -1,0 +1,76 @@
+"""The one-pass sketch on the embedded model: share of the exact top-32 energy, and time against forward and backward.
+
+    python benchmarks/sketch.py --out benchmarks/results/sketch.json
+
+Energy of a layer: tr(UᵀFU) over the sketch's leading 32 vectors U, with F the exact Gram matrix of the same examples,
+divided by the sum of F's 32 largest eigenvalues. The baseline is one plain forward and backward with weight gradients
+over the same batches, in the same process, interleaved; ratios are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import fishergeo as fg
+from alignguard.data import collate, encode_example, read_jsonl
+from alignguard.demo import versions
+from alignguard.embedded import data_path, model_path
+from alignguard.files import write_text
+from alignguard.fit import load_model
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--examples", type=int, default=192)
+    cli.add_argument("--columns", type=int, default=64)
+    cli.add_argument("--repeats", type=int, default=5)
+    args = cli.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(model_path())
+    model.eval()
+    rows = [encode_example(tokenizer, r["prompt"], r["response"]) for r in read_jsonl(data_path("task_train"))]
+    rows = sorted(rows[: args.examples], key=lambda r: len(r["input_ids"]))
+    batches = [collate(rows[i : i + 16], 0) for i in range(0, len(rows), 16)]
+    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+
+    def plain() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def sketch() -> fg.Fisher:
+        return fg.estimate_fisher(model, batches, structure="sketch", rank=args.columns, layers=layers)
+
+    plain()
+    ratios = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        plain()
+        middle = time.perf_counter()
+        sketched = sketch()
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    exact = fg.estimate_fisher(model, batches, structure="gram", layers=layers)
+    energies = {}
+    for name in layers:
+        matrix = exact[name].to_dense().double()
+        best = torch.linalg.eigvalsh(matrix).flip(0)[:32].sum()
+        basis = sketched[name].eigh()[1][:, :32].double()
+        energies[name] = float(((matrix @ basis) * basis).sum() / best)
+    result = {
+        "command": "python benchmarks/sketch.py", "versions": versions(), "threads": 1, "examples": len(rows),
+        "columns": args.columns, "energy": energies, "worst": min(energies.values()),
+        "mean": statistics.mean(energies.values()), "time_ratios": ratios, "time_ratio": statistics.median(ratios),
+    }  # fmt: skip
+    write_text(args.out, json.dumps(result, indent=1) + "\n")
+    print(f"energy worst {result['worst']:.4f} mean {result['mean']:.4f}; time ratio {result['time_ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
