@@ -40,7 +40,6 @@ class GuardConfig:
         sketch_rank: columns of the sketch.
         refresh_every: optimizer steps between two estimates of F.
         refresh_examples: alignment examples read at each estimate, in rotation.
-        refresh_average: share of the former estimate kept at a refresh, in [0, 1); KFAC and Gram alone.
         lambda_kl: λ_KL, weight of KL to the base model on alignment examples, nats a response token; 0 leaves it out.
         kl_examples: alignment examples of each KL evaluation.
         kl_every: optimizer steps between two of them; the weight is multiplied by it, so the pull stays the same.
@@ -66,7 +65,6 @@ class GuardConfig:
     sketch_rank: int = 64
     refresh_every: int = 25
     refresh_examples: int = 32
-    refresh_average: float = 0.0
     lambda_kl: float = 0.0
     kl_examples: int = 2
     kl_every: int = 1
@@ -82,7 +80,7 @@ class GuardConfig:
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{field} must be a finite number of at least 0, not {value!r}")
-        for field, low, high in (("alpha", 0.0, 1.0), ("energy", 1e-6, 1.0), ("refresh_average", 0.0, 0.999)):
+        for field, low, high in (("alpha", 0.0, 1.0), ("energy", 1e-6, 1.0)):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and low <= value <= high):
                 raise ValueError(f"{field} must lie in [{low}, {high}], not {value!r}")
@@ -101,8 +99,6 @@ class GuardConfig:
             value = getattr(self, field)
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
-        if self.refresh_average and self.structure == "sketch":
-            raise ValueError('refresh_average needs structure "kfac" or "gram"; a sketch is not averaged')
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -236,7 +236,7 @@ def test_what_is_not_understood_is_refused_by_name(tiny_llama, tokenizer, alignm
     [
         ("structure", "shampoo"), ("kind", "hessian"), ("metric", "angle"), ("lambda_alignment", -1.0),
         ("lambda_kl", float("nan")), ("alpha", 1.2), ("energy", 0.0), ("refresh_every", 0), ("refresh_examples", 2.5),
-        ("max_rank", 0), ("tau", float("inf")), ("refresh_average", 1.0),
+        ("max_rank", 0), ("tau", float("inf")),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_named(field, value):
