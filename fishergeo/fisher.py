@@ -118,7 +118,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         # Layers that share a sum (the input factor of q, k and v) go on sharing it.
         done: dict[int, Tensor] = {}
         sums = {name: mine.merged(other.accumulators[name], done) for name, mine in self.accumulators.items()}
-        return _assemble(header, sums)
+        return from_sums(header, sums)
 
     def scaled(self, weight: float) -> Fisher:
         """The same estimate counting ``weight`` times as much in a later :meth:`merge`: exponential forgetting.
@@ -131,7 +131,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         header = replace(self.header, examples=self.header.examples * weight, tokens=self.header.tokens * weight)
         done: dict[int, Tensor] = {}
         sums = {name: accumulator.weighted(weight, done) for name, accumulator in self.accumulators.items()}
-        return _assemble(header, sums)
+        return from_sums(header, sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically, with the header in its metadata."""
@@ -171,13 +171,17 @@ class Fisher(Mapping[str, SymmetricOperator]):
         wanted = [f"{name}|{key}" for name in chosen for key in keys[name]]
         tensors = storage.read_tensors(path, wanted, raw, device)
         try:
-            return _assemble(header, {name: {key: tensors[f"{name}|{key}"] for key in keys[name]} for name in chosen})
-        except (KeyError, ValueError, RuntimeError) as error:
+            return from_sums(header, {name: {key: tensors[f"{name}|{key}"] for key in keys[name]} for name in chosen})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
 
 
-def _assemble(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]]) -> Fisher:
-    """Accumulators around existing sums."""
+def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]]) -> Fisher:
+    """A Fisher around existing sums.
+
+    Raises:
+        ValueError: if a layer lacks a sum, or one has a shape that does not fit the header.
+    """
     kind = ACCUMULATORS[header.structure]
     return Fisher(header, {name: kind(header.layout(name), tensors) for name, tensors in sums.items()})
 
