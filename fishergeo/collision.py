@@ -19,7 +19,7 @@ from fishergeo._arguments import (
     check_same_kind,
     check_tensor,
 )
-from fishergeo._tiles import DenseOverlap, FactoredOverlap
+from fishergeo._overlap import DenseOverlap, FactoredOverlap
 from fishergeo.lowrank import LowRank, as_update
 
 REDUCTIONS = ("sum", "mean")
@@ -72,14 +72,15 @@ def _flat(matrices: torch.Tensor) -> torch.Tensor:
 def _overlap(part, rest, beta: float, tau: float, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Checked totals (batch) and row sums (batch, p); only the totals are differentiable."""
     beta, tau = check_number("beta", beta, low=0), check_number("tau", tau)
-    # Sums over p·q products leave the range of half precision, so there it is only a storage format.
-    work = torch.promote_types(part.dtype, torch.float32)
-    base = None if weight is None else _flat(weight.to(work))
+    # Sums over p·q products leave the range of half precision, so there it is only a storage format. What is as large
+    # as the update, the weight and dense parts, is widened tile by tile.
+    base = None if weight is None else _flat(weight)
     if isinstance(part, LowRank):
+        work = torch.promote_types(part.dtype, torch.float32)
         factors = [_flat(f.to(work)) for f in (part.left, part.right, rest.left, rest.right)]
         total, sums = FactoredOverlap.apply(*factors, base, beta, tau)
     else:
-        total, sums = DenseOverlap.apply(_flat(part.to(work)), _flat(rest.to(work)), base, beta, tau)
+        total, sums = DenseOverlap.apply(_flat(part), _flat(rest), base, beta, tau)
     batch = part.shape[:-2]
     return total.reshape(batch), sums.reshape(*batch, sums.shape[-1])
 
@@ -99,7 +100,8 @@ def riemannian_overlap(
     space changes it.
 
     Exact, computed tile by tile: beyond its inputs it holds a few tiles and, for factors, their gradients; for dense
-    updates the backward pass recomputes. The gradient is a subgradient where part_ij, rest_ij or D_ij is zero, zero
+    updates the backward pass recomputes. On CUDA a Triton kernel does it where triton is installed, for float32 and
+    narrower and ranks to 128. The gradient is a subgradient where part_ij, rest_ij or D_ij is zero, zero
     at a zero update; a backward pass with create_graph=True is refused, for there are no second derivatives.
 
     Args:
