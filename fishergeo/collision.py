@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 
 from fishergeo._arguments import (
+    check_broadcast,
     check_choice,
     check_finite,
+    check_generator,
     check_integer,
     check_number,
     check_same_kind,
+    check_symmetric,
     check_tensor,
 )
 from fishergeo._overlap import DenseOverlap, FactoredOverlap
-from fishergeo.lowrank import LowRank, as_update
+from fishergeo.lowrank import LowRank, as_update, check_finite_update
 
 REDUCTIONS = ("sum", "mean")
 METRICS = ("input-gram", "output-gram", "euclidean")
@@ -47,8 +50,7 @@ def _check_pair(part: object, rest: object) -> tuple[LowRank | torch.Tensor, Low
     if first.shape != second.shape:
         raise ValueError(f"part has shape {tuple(first.shape)} but rest has {tuple(second.shape)}")
     for name, update in (("part", first), ("rest", second)):
-        for factor in (update.left, update.right) if isinstance(update, LowRank) else (update,):
-            check_finite(name, factor)
+        check_finite_update(name, update)
     return first, second
 
 
@@ -164,9 +166,7 @@ def sampled_riemannian_overlap(
     weight = _check_weight(weight, part)
     p, q = part.shape[-2:]
     n = check_integer("rows", rows, low=min(2, p), high=p)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    chosen = torch.randperm(p, generator=generator)[:n].to(part.device)
+    chosen = torch.randperm(p, generator=check_generator("generator", generator))[:n].to(part.device)
 
     def take(update):
         if isinstance(update, LowRank):
@@ -205,16 +205,11 @@ def _apply_metric(metric: object, update: LowRank | torch.Tensor) -> LowRank | t
 def _check_metric(metric: object, update: LowRank | torch.Tensor) -> None:
     p = update.shape[-2]
     if isinstance(metric, torch.Tensor):
-        checked = check_tensor("metric", metric, min_dim=2)
+        checked = check_symmetric("metric", metric)
         check_same_kind("metric", checked, "part", update)
-        check_finite("metric", checked)
-        if checked.shape[-2:] != (p, p):
+        if checked.shape[-1] != p:
             raise ValueError(f"metric has shape {tuple(checked.shape)}, it acts on the output side and must be {p}×{p}")
-        plain = checked.detach()
-        tolerance = torch.finfo(checked.dtype).eps ** 0.5 * float(plain.abs().max())
-        defect = float((plain - plain.mT).abs().max())
-        if defect > tolerance:
-            raise ValueError(f"metric must be symmetric, the largest entry of |M − Mᵀ| is {defect:.3g}")
+        check_broadcast("metric", checked.shape[:-2], "part", update.shape[:-2])
     elif not hasattr(metric, "__matmul__"):
         raise TypeError(
             f"metric must be one of {', '.join(map(repr, METRICS))}, a matrix or an operator with @, "
