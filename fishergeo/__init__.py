@@ -22,7 +22,9 @@ from fishergeo.spd import (
 )
 from fishergeo.stability import (
     Agreement,
+    Confidence,
     bootstrap_agreement,
+    bootstrap_confidence,
     davis_kahan_bound,
     eigenspace_shift_bound,
     layer_cosines,
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Complement",
+    "Confidence",
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",
@@ -63,6 +66,7 @@ __all__ = [
     "SymmetricPositiveDefinite",
     "affine_invariant_distance",
     "bootstrap_agreement",
+    "bootstrap_confidence",
     "bures_wasserstein_distance",
     "davis_kahan_bound",
     "eigenspace_shift_bound",
