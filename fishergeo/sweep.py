@@ -64,7 +64,7 @@ class Sweep:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         accumulators: dict[str, dict[str, Accumulator]],
         options: DataOptions,
         share_inputs: bool = True,
