@@ -4,6 +4,7 @@ from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
+from fishergeo.distributed import all_reduce
 from fishergeo.fisher import Fisher, FisherHeader, estimate_fisher
 from fishergeo.grassmann import Grassmann, karcher_mean
 from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
@@ -52,6 +53,7 @@ __all__ = [
     "SymmetricOperator",
     "SymmetricPositiveDefinite",
     "affine_invariant_distance",
+    "all_reduce",
     "bootstrap_agreement",
     "bures_wasserstein_distance",
     "davis_kahan_bound",

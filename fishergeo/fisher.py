@@ -142,7 +142,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
                 if id(tensor) not in done:
                     done[id(tensor)] = tensor + theirs_sums.sums[key].to(tensor.device)
                 sums[name][key] = done[id(tensor)]
-        return _assemble(header, sums)
+        return from_sums(header, sums)
 
     def scaled(self, weight: float) -> Fisher:
         """The same estimate counting ``weight`` times as much in a later :meth:`merge`: exponential forgetting.
@@ -160,7 +160,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
                 sums[name] = accumulator.weighted(weight)
                 continue
             sums[name] = {key: done.setdefault(id(t), t * weight) for key, t in accumulator.sums.items()}
-        return _assemble(header, sums)
+        return from_sums(header, sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically, with the header in its metadata."""
@@ -222,7 +222,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
 
         def build(name: str, read: Callable[[str], Tensor]) -> Accumulator:
             sums = {name: {key: read(f"{name}|{key}") for key in keys[name]}}
-            return _assemble(header, sums).accumulators[name]
+            return from_sums(header, sums).accumulators[name]
 
         for name in chosen:
             try:
@@ -235,8 +235,12 @@ class Fisher(Mapping[str, SymmetricOperator]):
         return cls(header, accumulators if lazy else dict(accumulators))
 
 
-def _assemble(header: FisherHeader, sums: dict[str, dict[str, Tensor]]) -> Fisher:
-    """Accumulators around existing sums."""
+def from_sums(header: FisherHeader, sums: dict[str, dict[str, Tensor]]) -> Fisher:
+    """A Fisher around existing sums.
+
+    Raises:
+        ValueError: if a layer lacks a sum, or one has a shape that does not fit the header.
+    """
     accumulators: dict[str, Accumulator] = {}
     for name, tensors in sums.items():
         p, q = header.shapes[name]
