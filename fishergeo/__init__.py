@@ -11,6 +11,7 @@ from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProje
 from fishergeo.layer_operators import DiagonalOperator, EigenKroneckerOperator, KroneckerOperator
 from fishergeo.lowrank import LowRank
 from fishergeo.operators import DenseOperator, SpectralOperator, SumOperator, SymmetricOperator
+from fishergeo.plan import LayerPlan, Plan, plan
 from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
 from fishergeo.spd import (
@@ -42,7 +43,9 @@ __all__ = [
     "KroneckerMaskProjector",
     "KroneckerOperator",
     "KroneckerProjector",
+    "LayerPlan",
     "LowRank",
+    "Plan",
     "Projector",
     "SampledOverlap",
     "SoftProjector",
@@ -64,6 +67,7 @@ __all__ = [
     "karcher_mean",
     "layer_cosines",
     "log_euclidean_distance",
+    "plan",
     "principal_angles",
     "rank_for_energy",
     "riemannian_overlap",

@@ -22,7 +22,8 @@ def add_gram_(total: Tensor, rows: Tensor) -> None:
         rows: X, (m, d), the same dtype.
     """
     syrk = _SYRK.get(total.dtype)
-    unfit = total.device.type != "cpu" or len(rows) == 0 or not total.is_contiguous()
+    # A subclass (a shard, a tensor without storage) has no memory of its own to hand over.
+    unfit = type(total) is not Tensor or total.device.type != "cpu" or len(rows) == 0 or not total.is_contiguous()
     if syrk is None or unfit or rows.requires_grad or total.requires_grad:
         total.addmm_(rows.T, rows)
         return
