@@ -5,12 +5,14 @@ from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.distributed import all_reduce
-from fishergeo.fisher import Fisher, FisherHeader, estimate_fisher
+from fishergeo.estimate import estimate_fisher
+from fishergeo.exact_operator import ExactOperator
+from fishergeo.fisher import Fisher, FisherHeader
 from fishergeo.grassmann import Grassmann, karcher_mean
 from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
 from fishergeo.layer_operators import DiagonalOperator, EigenKroneckerOperator, KroneckerOperator
 from fishergeo.lowrank import LowRank
-from fishergeo.operators import DenseOperator, SpectralOperator, SumOperator, SymmetricOperator
+from fishergeo.operators import SpectralOperator
 from fishergeo.plan import LayerPlan, Plan, plan
 from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
@@ -28,6 +30,10 @@ from fishergeo.stability import (
     layer_cosines,
     split_half_agreement,
 )
+from fishergeo.streaming import StreamingFisher
+from fishergeo.structures import Structure
+from fishergeo.symmetric_operator import DenseOperator, SumOperator, SymmetricOperator
+from fishergeo.weights import FirstTokens
 
 __version__ = "0.1.0"
 
@@ -37,6 +43,8 @@ __all__ = [
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",
+    "ExactOperator",
+    "FirstTokens",
     "Fisher",
     "FisherHeader",
     "Grassmann",
@@ -52,6 +60,8 @@ __all__ = [
     "SpectralOperator",
     "Sphere",
     "Stiefel",
+    "StreamingFisher",
+    "Structure",
     "SumOperator",
     "SymmetricOperator",
     "SymmetricPositiveDefinite",

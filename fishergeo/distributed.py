@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fishergeo.accumulators import Accumulator
 from fishergeo.fisher import Fisher, FisherHeader, from_sums
 
 _FREE = {"examples", "tokens", "seed"}
@@ -40,9 +41,10 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
 
     Sums (gram, diagonal, KFAC) travel in one flat all-reduce a dtype and equal those of one process over all the data
     up to the order of additions; sums that layers share travel once and stay shared. Counts travel as Python numbers
-    with the header, so they are exact. Sketches do not add up: every process gathers all factors and merges them in
-    the order of the ranks as :meth:`Fisher.merge` does. The merged sketch never exceeds F, its trace is exact, and it
-    equals F where no process had to drop anything. Memory: one copy of the sums, for sketches one a process.
+    with the header, so they are exact. The other structures are no plain sums: every process gathers all states and
+    merges them in the order of the ranks as :meth:`Fisher.merge` does. A merged sketch never exceeds F, its trace is
+    exact, and it equals F where no process had to drop anything; EKFAC needs the same bases everywhere
+    (``basis=fg.all_reduce(kfac)``). Memory: one copy of the sums, or one a process where states are gathered.
 
     Args:
         fisher: this process's estimate; None if it had no data.
@@ -53,8 +55,8 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
 
     Raises:
         RuntimeError: if torch.distributed is not initialised.
-        ValueError: on every process alike, if no process has data, or if two differ in anything but counts and seed,
-            naming the ranks and the field.
+        ValueError: on every process alike, if no process has data, if two differ in anything but counts and seed,
+            naming the ranks and the field, or if their EKFAC bases differ.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("all_reduce needs torch.distributed; call torch.distributed.init_process_group first")
@@ -97,7 +99,7 @@ def _describe(fisher: Fisher) -> tuple[_Layout, list[Tensor]]:
     places: dict[str, dict[str, int]] = {}
     additive = True
     for name, accumulator in fisher.accumulators.items():
-        additive = additive and not hasattr(accumulator, "merged")
+        additive = additive and type(accumulator).merged is Accumulator.merged
         places[name] = {}
         for key, tensor in accumulator.sums.items():
             if id(tensor) not in index:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fishergeo.capture import layer_shape
 
+_LATER = {"sharing": str, "basis": str, "weighted": bool}
 _TEXTS = ("structure", "kind", "unit", "side", "dtype", "fingerprint")
 
 
@@ -86,6 +87,12 @@ def header_fields(raw: Any) -> dict[str, Any]:
     for name in _TEXTS:
         if not isinstance(raw[name], str):
             raise ValueError(f"{name}={raw[name]!r} is not a text")
+    for name, kind in _LATER.items():
+        if not isinstance(raw.get(name, kind()), kind):
+            raise ValueError(f"{name}={raw[name]!r} is not a {kind.__name__}")
+    decay = raw.get("decay", 1.0)
+    if type(decay) not in (int, float) or not 0 < decay <= 1:
+        raise ValueError(f"decay={decay!r} does not lie in (0, 1]")
     if type(raw["rank"]) is not int or raw["rank"] < 1:
         raise ValueError(f"rank={raw['rank']!r} is not a positive integer")
     if type(raw["seed"]) is not int:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fishergeo.accumulators import SketchAccumulator
+from fishergeo.accumulators import Accumulator
 from fishergeo.capture import LayerFilter, select_layers
 from fishergeo.dryrun import DryRun, walk
-from fishergeo.fisher import Fisher, estimate_fisher
+from fishergeo.estimate import estimate_fisher
+from fishergeo.fisher import Fisher
 from fishergeo.losses import LossFunction, example_objectives
+from fishergeo.sketch_accumulator import SketchAccumulator
+from fishergeo.structures import Structure
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -95,7 +98,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    structure: str = "sketch",
+    structure: str | Structure = "sketch",
     *,
     batches: Iterable[Any] | None = None,
     batch_size: int | None = None,
@@ -116,7 +119,7 @@ def plan(
 
     Args:
         model: any module that estimate_fisher takes.
-        structure: as there.
+        structure: as there, but one at a time.
         batches: a list or loader of batches, gone through once for their sizes.
         batch_size: examples a batch.
         sequence_length: tokens an example.
@@ -152,8 +155,8 @@ def plan(
         fisher = estimate_fisher(dry.model, [blank], **options)
     with dry.metered() as plain_meter:
         _plain(dry.model, list(chosen), blank, kind, loss)
-    entries = _layers(fisher, _rows(sample), count)
     share = sum(sizes) / _elements(sample)
+    entries, later, joined = _layers(fisher, _rows(sample), count, share)
     seconds = plain_seconds = None
     if flop_rate is not None:
         seconds, plain_seconds = (m.flops * share / flop_rate for m in (meter, plain_meter))
@@ -166,14 +169,13 @@ def plan(
         seconds = max(once - each, 0.0) + each * share
         plain_seconds = _timed(lambda: _plain(model, list(chosen), sample, kind, loss)) * share
     return Plan(
-        structure=structure,
+        structure=fisher.header.structure,
         examples=count,
         batches=len(sizes),
-        layers=tuple(entry for entry, _ in entries),
-        state_bytes=sum(entry.state_bytes for entry, _ in entries),
-        pass_bytes=sum(entry.pass_bytes for entry, _ in entries),
-        # What sketches hold more in later segments than in the first batch, and what folding one of them takes.
-        peak_bytes=meter.peak + sum(growth for _, growth in entries) + _folding(fisher, count),
+        layers=tuple(entries),
+        state_bytes=sum(entry.state_bytes for entry in entries),
+        pass_bytes=sum(entry.pass_bytes for entry in entries),
+        peak_bytes=max(meter.peak + later + _folding(fisher, count), joined),
         flops=round(meter.flops * share),
         plain_flops=round(plain_meter.flops * share),
         seconds=seconds,
@@ -229,26 +231,47 @@ def _rows(batch: Any) -> int:
     return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 0)
 
 
-def _layers(fisher: Fisher, first: int, examples: int) -> list[tuple[LayerPlan, int]]:
-    """Every layer's plan, and the bytes that its sketch holds more after all examples than after the first batch."""
+def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[list[LayerPlan], int, int]:
+    """Every layer's plan, and what one batch does not show.
+
+    Args:
+        fisher: of the first batch, blank.
+        first: examples in it.
+        examples: N.
+        share: all elements over those of the first batch.
+
+    Returns:
+        (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when kept rows are
+        joined at the end).
+    """
     seen: set[int] = set()
-    entries = []
+    entries, later, joined = [], 0, 0
     for name, accumulator in fisher.accumulators.items():
         state = 0
-        for tensor in accumulator.sums.values():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                state += tensor.numel() * tensor.element_size()
-        held, growth = state, 0
+        for key, tensor in accumulator.sums.items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            size = tensor.numel() * tensor.element_size()
+            if _grows(accumulator, key):
+                whole = round(size * share)
+                later, joined, size = later + whole - size, joined + 2 * whole, whole
+            state += size
+        held = state
         if isinstance(accumulator, SketchAccumulator):
             sketch = accumulator.sketch
             column = len(sketch.factor) * sketch.factor.element_size()
-            before, kept = sketch.widths(first), sketch.widths(examples)
-            state += column * (kept[1] - sketch.factor.shape[1])
-            held = state + column * (kept[0] - kept[1])
-            growth = column * max(kept[0] - before[0], 0)
-        entries.append((LayerPlan(name, fisher.header.shapes[name], state, held), growth))
-    return entries
+            (before, _), (during, kept) = sketch.widths(first), sketch.widths(examples)
+            state += column * (kept - sketch.factor.shape[1])
+            held = state + column * (during - kept)
+            later += column * max(during - before, 0)
+        entries.append(LayerPlan(name, fisher.header.shapes[name], state, held))
+    return entries, later, joined
+
+
+def _grows(accumulator: Accumulator, key: str) -> bool:
+    """Whether a sum has a row for every row of the data."""
+    return accumulator.expected(accumulator.layout)[key][0] is None
 
 
 def _folding(fisher: Fisher, examples: int) -> int:

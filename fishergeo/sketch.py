@@ -13,7 +13,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from fishergeo.operators import fix_signs
+from fishergeo.symmetric_operator import fix_signs
 
 FIRST_SEGMENT = 8
 GROWTH = 3
@@ -125,7 +125,6 @@ class PsdSketch:
         self.seed = seed
         self.name = name
         self.factor = torch.zeros(size, 0, dtype=dtype, device=device) if factor is None else factor
-        self._segment = 0
         self._seen = 0
         self._end = FIRST_SEGMENT
         self._product: Tensor | None = None
@@ -204,5 +203,23 @@ class PsdSketch:
                 self.factor = compress(self.factor, 2 * self.columns)
             self.factor = torch.cat([self.factor, latest], 1)
             self._last, self._omega, self._product = self._omega, None, None
-            self._segment += 1
         return self.factor
+
+    def scale_(self, weight: float) -> None:
+        """Everything added so far counts ``weight`` times as much."""
+        self.factor = self.factor * weight**0.5
+        if self._product is not None:
+            self._product.mul_(weight)
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`restore` needs beside the factor to go on in the middle of a segment."""
+        place = torch.tensor([self._seen, self._end])
+        open_segment = {"sketch product": self._product, "sketch omega": self._omega, "sketch last": self._last}
+        return {"sketch place": place, **{key: t for key, t in open_segment.items() if t is not None}}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from :meth:`state`; the factor is the one this sketch was made with."""
+        self._seen, self._end = (int(x) for x in state["sketch place"])
+        self._product = state.get("sketch product")
+        self._omega = state.get("sketch omega")
+        self._last = state.get("sketch last")

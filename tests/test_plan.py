@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fishergeo as fg
 from fishergeo.sketch import PsdSketch
 
-STRUCTURES = ["sketch", "gram", "diagonal", "kfac"]
+STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "ekfac", "exact"]
 
 
 def llama(hidden=64, ff=172, layers=2, vocabulary=256, heads=4, kv_heads=2, **options):
