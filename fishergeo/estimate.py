@@ -136,7 +136,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     check_choice("unit", unit, UNITS)
     # The defaults' own name is of no meaning; ekfac is the one that takes every option.
     wanted = named_structures(structure, Structure("ekfac", side, rank, sharing, basis_examples))
-    _check_options(wanted, unit, decay, dtype, basis)
+    _check_options(wanted, unit, decay, dtype, basis, basis_examples)
     chosen = select_layers(model, layers)
     plan = _Plan(chosen, wanted, unit, seed, dtype, basis)
     if plan.second and isinstance(batches, Iterator):
@@ -309,19 +309,25 @@ def _run(
 
 
 def _check_options(
-    wanted: Mapping[str, Structure], unit: str, decay: float, dtype: torch.dtype | None, basis: Fisher | None
+    wanted: Mapping[str, Structure],
+    unit: str,
+    decay: float,
+    dtype: torch.dtype | None,
+    basis: Fisher | None,
+    basis_examples: int | None,
 ) -> None:
     if not 0 < decay <= 1:
         raise ValueError(f"decay={decay} must lie in (0, 1]")
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64: sums in less lose their small terms")
-    for one in wanted.values():
-        if one.sharing == "reduce" and one.name in ("kfac", "ekfac") and unit == "token":
-            raise ValueError("sharing='reduce' sums over an example's tokens, which unit='token' takes one by one")
-        if one.name == "ekfac" and basis is not None and one.basis_examples is not None:
-            raise ValueError("ekfac takes its eigenbases from basis= or from basis_examples=, not from both")
-    if basis is not None:
-        if not any(one.name == "ekfac" for one in wanted.values()):
-            raise ValueError("basis= is of use to structure='ekfac' only")
-        if basis.header.structure not in ("kfac", "ekfac"):
-            raise ValueError(f"basis must be a Fisher of structure kfac or ekfac, got {basis.header.structure!r}")
+    rotated = [one for one in wanted.values() if one.name == "ekfac"]
+    if unit == "token" and any(one.sharing == "reduce" for one in wanted.values() if one.name in ("kfac", "ekfac")):
+        raise ValueError("sharing='reduce' sums over an example's tokens, which unit='token' takes one by one")
+    if (basis is not None or basis_examples is not None) and not rotated:
+        raise ValueError("basis= and basis_examples= are of use to structure='ekfac' only")
+    if basis is None:
+        return
+    if any(one.basis_examples is not None for one in rotated):
+        raise ValueError("ekfac takes its eigenbases from basis= or from basis_examples=, not from both")
+    if basis.header.structure not in ("kfac", "ekfac"):
+        raise ValueError(f"basis must be a Fisher of structure kfac or ekfac, got {basis.header.structure!r}")

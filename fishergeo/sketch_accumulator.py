@@ -65,14 +65,13 @@ class SketchAccumulator(Accumulator):
 
     def state(self) -> dict[str, Tensor]:
         """The sums and the open segment."""
-        return {**self.sums, **self.sketch.state()}
+        return {"factor": self.sketch.factor, "trace": self.sums["trace"], **self.sketch.state()}
 
     @classmethod
     def restored(cls, layout: Layout, state: dict[str, Tensor]) -> SketchAccumulator:
         """Goes on in the middle of a segment."""
         accumulator = cls(layout, {"factor": state["factor"], "trace": state["trace"]})
         accumulator.sketch.restore(state)
-        accumulator.sums["factor"] = accumulator.sketch.factor
         return accumulator
 
     def operator(self, count: float) -> SymmetricOperator:
