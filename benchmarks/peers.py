@@ -1,12 +1,14 @@
 """What peers take for KFAC, EKFAC, an empirical-Fisher product and a layer's leading eigenpairs.
 
-    pip install --no-deps curvlinops-for-pytorch nngeometry backpack-for-pytorch einops einconv linear_operator
+    pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch einops einconv linear_operator jaxtyping
+    pip install --no-deps git+https://github.com/tfjgeorge/nngeometry@c04b984
     python benchmarks/peers.py --out benchmarks/results/peers.json
 
 The model is a random LLaMA (hidden 256, ff 688, 4 layers, vocabulary 1024) on sequences of 64 tokens, 8 a batch, and
 its 28 decoder Linears; one thread. Every figure is a ratio to one plain forward and backward with the weight gradients
 of those layers over the same batches, in the same process, interleaved with the work; medians. Times are CPU seconds
 of this process, so that other work on the machine counts less; ratios of wall-clock seconds stand beside them.
+nngeometry is its development version: release 0.4 fails on the three-dimensional inputs of a language model's Linears.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def _nngeometry(model: nn.Module, batches: list[dict[str, Tensor]], names: list[
         per_token = nn.functional.cross_entropy(logits.mT, labels[:, 1:], reduction="none")
         return per_token.mean(1, keepdim=True)
 
-    generator = TorchHooksJacobianBackend(layer_collection=layers, model=model, function=losses)
+    generator = TorchHooksJacobianBackend(model=model, function=losses)
     return layers, generator, loader
 
 
@@ -160,18 +162,18 @@ def nngeometry_kfac(model: nn.Module, batches: list[dict[str, Tensor]], names: l
     """Factors of the empirical Fisher."""
     from nngeometry.object import PMatKFAC
 
-    _, generator, loader = _nngeometry(model, batches, names)
-    return lambda: PMatKFAC(generator=generator, examples=loader)
+    layers, generator, loader = _nngeometry(model, batches, names)
+    return lambda: PMatKFAC(layers, generator, examples=loader)
 
 
 def nngeometry_ekfac(model: nn.Module, batches: list[dict[str, Tensor]], names: list[str]) -> Work:
     """Factors, their eigenbases, and second moments in them."""
     from nngeometry.object import PMatEKFAC
 
-    _, generator, loader = _nngeometry(model, batches, names)
+    layers, generator, loader = _nngeometry(model, batches, names)
 
     def run() -> Any:
-        matrix = PMatEKFAC(generator=generator, examples=loader)
+        matrix = PMatEKFAC(layers, generator, examples=loader)
         matrix.update_diag(loader)
         return matrix
 
@@ -184,7 +186,7 @@ def nngeometry_ef_product(model: nn.Module, batches: list[dict[str, Tensor]], na
     from nngeometry.object.vector import random_pvector
 
     layers, generator, loader = _nngeometry(model, batches, names)
-    matrix = PMatImplicit(generator=generator, examples=loader)
+    matrix = PMatImplicit(layers, generator, examples=loader)
     vector = random_pvector(layers, device="cpu", dtype=torch.float32)
     return lambda: matrix.mv(vector)
 
@@ -260,7 +262,7 @@ def main() -> None:
         if args.only in name:
             rows[name] = interleaved(base, prepare(model, batches, names), args.repeats)
             print(f"{name:<40} {rows[name]['ratio']:8.2f}", flush=True)
-    name = "top 32 of one layer's empirical Fisher: SciPy eigsh on curvlinops"
+    name = "top 32: one layer's empirical Fisher: SciPy eigsh on curvlinops"
     if args.eigsh_tokens and args.only in name:
         model, batches, names = build(examples=args.examples, sequence=args.eigsh_tokens)
         # One repeat: it takes hundreds of passes. The base is the gradient of that layer alone.

@@ -72,6 +72,8 @@ class Meter(TorchDispatchMode):
         if name == "aten._scaled_dot_product_flash_attention_for_cpu_backward":
             return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
         formula = flop_registry.get(packet)
+        if formula is None and name.startswith("aten.") and name.endswith("_"):  # in place: its functional twin's
+            formula = flop_registry.get(getattr(torch.ops.aten, name[5:-1], None))
         return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 

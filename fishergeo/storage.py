@@ -23,7 +23,16 @@ from torch import Tensor
 
 FORMAT = "fishergeo"
 VERSION = 2
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 V = TypeVar("V")
 
@@ -35,8 +44,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
 
     Args:
         path: the file.
-        tensors: name -> tensor, any device; floating or int64.
+        tensors: name -> tensor, any device.
         header: JSON-able.
+
+    Raises:
+        ValueError: for a dtype that the format does not hold.
     """
     target = Path(path)
     unique: dict[int, str] = {}
@@ -48,6 +60,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
             stored[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         else:
             aliases[key] = first
+    for key, tensor in stored.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"tensor {key!r} is {tensor.dtype}; files hold {', '.join(map(str, _NAMES))}")
     index = {key: [_NAMES[t.dtype], list(t.shape), _checksum(t)] for key, t in stored.items()}
     text = json.dumps({**header, "aliases": aliases, "tensors": index})
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "checksum": str(_checksum_text(text))}

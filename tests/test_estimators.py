@@ -24,7 +24,11 @@ def assert_same(one, other, tolerance=1e-10):
 
 
 @settings(deadline=None, max_examples=6)
-@given(cuts=st.sets(st.integers(1, 5), max_size=5), decay=st.sampled_from([1.0, 0.7]), sharing=st.sampled_from(["expand", "reduce"]))
+@given(
+    cuts=st.sets(st.integers(1, 5), max_size=5),
+    decay=st.sampled_from([1.0, 0.7]),
+    sharing=st.sampled_from(["expand", "reduce"]),
+)
 def test_batching_changes_nothing_with_or_without_decay_and_weights(cuts, decay, sharing):
     weights = {int(ids.sum()): 0.5 + i for i, (ids, _) in enumerate(EXAMPLES)}
     of = lambda batch: torch.tensor([weights[int(row.sum())] for row in batch["input_ids"]])
@@ -47,7 +51,10 @@ def test_a_whole_weight_is_that_many_copies():
     assert weighted["gram"].header.weighted and weighted["gram"].header.examples == 6
     for key in EVERY:
         assert_same(weighted[key], repeated[key])
-    reduced = [estimate(b, "kfac", sharing="reduce", **o) for b, o in (([batch], {"example_weights": "w"}), ([collate(copies)], {}))]
+    reduced = [
+        estimate(b, "kfac", sharing="reduce", **o)
+        for b, o in (([batch], {"example_weights": "w"}), ([collate(copies)], {}))
+    ]
     assert_same(*reduced)
 
 

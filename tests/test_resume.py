@@ -32,7 +32,15 @@ def batches():
 
 def estimate(data, path=None, **options):
     return fg.estimate_fisher(
-        SmallLM(), data, STRUCTURES, kind="mc", seed=4, layers=list(LAYERS), checkpoint=path, checkpoint_every=2, **options
+        SmallLM(),
+        data,
+        STRUCTURES,
+        kind="mc",
+        seed=4,
+        layers=list(LAYERS),
+        checkpoint=path,
+        checkpoint_every=2,
+        **options,
     )
 
 
