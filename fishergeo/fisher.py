@@ -205,7 +205,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
                 blank = build(name, file.blank)
                 if str(blank.dtype) != f"torch.{header.dtype}":
                     raise ValueError(f"layer {name!r} holds {blank.dtype}, the header says {header.dtype}")
-            except (KeyError, ValueError, RuntimeError) as error:
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
         accumulators = storage.LazyMapping(chosen, lambda name: build(name, lambda key: file.tensor(key, device)))
         return cls(header, accumulators if lazy else dict(accumulators))

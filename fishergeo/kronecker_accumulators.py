@@ -134,7 +134,8 @@ def eigenbasis(total: Tensor) -> Tensor:
 
     Any orthogonal matrix would serve as an EKFAC basis, so single precision costs at most a little of its optimality.
     """
-    return torch.linalg.eigh(total)[1]
+    # LAPACK's columns are put in the order that a file gives them back in, so that products round the same way.
+    return torch.linalg.eigh(total)[1].contiguous()
 
 
 class EkfacAccumulator(Accumulator):

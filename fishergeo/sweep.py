@@ -177,11 +177,11 @@ class Sweep:
     def _count(self, result: Objective, given: Tensor | None, shared: Shared) -> Tensor | None:
         """Counts a batch's examples and tokens, lets the earlier ones decay, and returns the examples' weights."""
         counted = result.counts > 0
-        weights = None if given is None else checked_example_weights(given, len(counted))
+        weights = None if given is None else checked_example_weights(given, len(counted)).to(counted.device)
         if self.options.decay < 1:
             place = counted.cumsum(0)
-            later = place[-1] - place
-            weights = (1.0 if weights is None else weights) * torch.as_tensor(self.options.decay) ** later.double()
+            by_age = self.options.decay ** (place[-1] - place).double()
+            weights = by_age if weights is None else weights * by_age
             factor = self.options.decay ** int(place[-1])
             self.examples *= factor
             self.tokens *= factor
@@ -209,7 +209,7 @@ class Sweep:
             "names": [[k, name, list(state)] for (k, name), state in states.items()],
         }
         tensors = {f"{k}|{name}|{part}": t for (k, name), state in states.items() for part, t in state.items()}
-        return facts, tensors | {"generator": self.generator.get_state()}
+        return facts, tensors | {"generator": self.generator.get_state().long()}
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> None:
         """Goes on from :meth:`state`; ``layouts`` maps ``key|layer`` to the layout of its sums."""
@@ -217,7 +217,7 @@ class Sweep:
         self.examples, self.tokens = facts["examples"], facts["tokens"]
         self.seen = set(facts["seen"])
         self.turns = dict(facts["turns"])
-        self.generator.set_state(tensors["generator"].cpu())
+        self.generator.set_state(tensors["generator"].cpu().to(torch.uint8))
         self.accumulators = {key: {} for key in facts["kinds"]}
         sharing: dict[int, KfacAccumulator] = {}
         for key, name, parts in facts["names"]:

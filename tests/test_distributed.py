@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     ]
     try:
         for process in processes:
-            errors = process.communicate(timeout=180)[1]
+            errors = process.communicate(timeout=280)[1]
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:

@@ -189,7 +189,7 @@ def test_gauss_newton_of_softmax_cross_entropy_is_the_type_2_fisher_and_the_mean
     for kind in ("type2", "ggn"):
         assert_close(fg.estimate_fisher(model, [batch], structure="exact", kind=kind)["layer"].to_dense(), expected)
     sampled = fg.estimate_fisher(model, [classification(4000)], structure="exact", kind="mc")
-    assert_close(sampled["layer"].to_dense(), expected, 0.03)
+    assert_close(sampled["layer"].to_dense(), expected, 0.06)
 
 
 def test_margins_do_not_vanish_where_likelihoods_do():
