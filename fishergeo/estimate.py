@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.layers import Layer, LayerFilter, select_layers
 from fishergeo.checkpoint import Checkpoint
-from fishergeo.fisher import Fisher, FisherHeader, fingerprint
+from fishergeo.fisher import Fisher, FisherHeader
+from fishergeo.identity import fingerprint
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
 from fishergeo.losses import KINDS, LossFunction
 from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, check_choice, named_structures

@@ -105,7 +105,7 @@ class KfacAccumulator(Accumulator):
         result = dict(self.sums)
         for key, half in (("output", self.half), ("input", self.moment.half)):
             if half.buffer is not None:
-                result |= {f"{key} buffer": half.buffer, f"{key} waiting": half.waiting}
+                result |= {f"{key} buffer": half.buffer, f"{key} waiting": torch.tensor([half.waiting])}
         return result
 
     @classmethod
