@@ -14,25 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.batches import indexed, lengths_of, padding_mask, sized, to_device
+from fishergeo.batches import lengths_of
 from fishergeo.experts import watched
 from fishergeo.layer_kinds import Call, first_input
-from fishergeo.layers import Layer, LayerFilter, Use, layer_shape, select_layers
+from fishergeo.layers import Layer, Use
 from fishergeo.losses import Objective
-from fishergeo.records import Arrived, Layout, Record, Sources, record_of
-
-__all__ = [
-    "Capture",
-    "Layer",
-    "LayerFilter",
-    "Record",
-    "indexed",
-    "layer_shape",
-    "padding_mask",
-    "select_layers",
-    "sized",
-    "to_device",
-]
+from fishergeo.records import Arrived, BatchShape, Record, Sources, record_of
 
 
 @dataclass
@@ -149,10 +136,10 @@ class Capture:
     def _note_lengths(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._lengths |= lengths_of(args, kwargs)
 
-    def _layout(self, examples: int, mask: Tensor | None, counted: Tensor | None) -> Layout:
+    def _layout(self, examples: int, mask: Tensor | None, counted: Tensor | None) -> BatchShape:
         lengths = {length for first, length in self._lengths if first == examples}
         several = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-        return Layout(
+        return BatchShape(
             examples, mask, counted, frozenset(lengths | ({mask.shape[1]} if mask is not None else set())), several
         )
 

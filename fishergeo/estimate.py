@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo.accumulators import Accumulator, Layout
-from fishergeo.layers import Layer, LayerFilter, select_layers
 from fishergeo.checkpoint import Checkpoint
 from fishergeo.fisher import Fisher, FisherHeader
 from fishergeo.identity import fingerprint
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
+from fishergeo.layers import Layer, LayerFilter, select_layers
 from fishergeo.losses import KINDS, LossFunction
 from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, check_choice, named_structures
 from fishergeo.sweep import DataOptions, Sweep, in_eigenbases

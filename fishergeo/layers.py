@@ -74,9 +74,13 @@ class Layer:
     expert: Expert | None = None
 
 
-def layer_shape(layer: Layer) -> tuple[int, int]:
-    """(p, q), outputs and inputs, of a layer's matrix."""
-    return layer.shape
+def selectable(model: nn.Module) -> list[str]:
+    """The name of every layer that :func:`select_layers` can choose, in the model's order."""
+    return list(_candidates(_modules(model)))
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if name or kind_of(module) is not None}
 
 
 def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Layer]:
@@ -97,7 +101,7 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
         ValueError: if a pattern matches nothing, with the pattern and some of the names there are; if a chosen module
             is of a kind that cannot be captured; if two names mean one tied parameter.
     """
-    modules = {name: module for name, module in model.named_modules() if name or kind_of(module) is not None}
+    modules = _modules(model)
     known = _candidates(modules)
     plain = [name for name, (_, part, _) in known.items() if part in ("weight", "expert")]
     if layers is None:

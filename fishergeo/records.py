@@ -79,7 +79,7 @@ class Sources:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class BatchShape:
     """How the present batch is laid out.
 
     Attributes:
@@ -98,7 +98,7 @@ class Layout:
 
 
 @torch.no_grad()
-def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: Layout, sources: Sources) -> Record:
+def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sources: Sources) -> Record:
     """The record of a layer's calls: the gradients of several calls add up, so their tokens stand side by side.
 
     Args:
@@ -135,7 +135,7 @@ def _source(layer: Layer, arrivals: Sequence[Arrived], sources: Sources) -> int:
     return one if layer.part == "weight" else sources.derived(one, "with a 1 appended")
 
 
-def _terms(layer: Layer, one: Arrived, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+def _terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor | None]:
     """(n, T, q), (n, T, p) and which positions count (None: all) of one call."""
     kind, module = one.use.kind, one.use.module
     if kind is None:
@@ -159,7 +159,7 @@ def _terms(layer: Layer, one: Arrived, layout: Layout) -> tuple[Tensor, Tensor, 
     return a, g, mask
 
 
-def _expert_terms(layer: Layer, one: Arrived, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def _expert_terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
     assert one.tokens is not None
     if one.total % layout.examples:
         raise ValueError(
@@ -170,7 +170,7 @@ def _expert_terms(layer: Layer, one: Arrived, layout: Layout) -> tuple[Tensor, T
     return packed(rows, one.tokens, one.total, layout.examples, layout.mask)
 
 
-def _nothing(layer: Layer, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def _nothing(layer: Layer, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
     p, q = layer.shape
     n, weight = layout.examples, layer.weight
     empty = torch.zeros(n, 1, dtype=torch.bool, device=weight.device)

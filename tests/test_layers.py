@@ -586,12 +586,12 @@ def test_two_linears_that_share_a_weight_are_one_layer():
 
 
 def test_layers_are_selected_and_shaped_on_the_meta_device():
-    from fishergeo.capture import layer_shape, select_layers
+    from fishergeo.layers import select_layers
 
     with torch.device("meta"):
         model = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4))
     chosen = select_layers(model, ["*.q_proj", "*.gate_up_proj.1", "model.norm", "model.embed_tokens"])
-    shapes = {name.removeprefix("model."): layer_shape(layer) for name, layer in chosen.items()}
+    shapes = {name.removeprefix("model."): layer.shape for name, layer in chosen.items()}
     assert shapes["embed_tokens"] == (12, VOCABULARY) and shapes["norm"] == (12, 1)
     assert shapes["layers.0.mlp.experts.gate_up_proj.1"] == (40, 12)
     assert shapes["layers.1.self_attn.q_proj"] == (12, 12)
