@@ -1,7 +1,10 @@
 """Train the embedded aligned model from nothing: tokenizer, LLaMA, refusals and ordinary answers.
 
-    python scripts/train_embedded.py DATA first --bf16
-    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --resume first --steps 800 --lr 6e-4 --seed 1
+    python scripts/train_embedded.py DATA first --bf16 --stop-at 2000
+    python scripts/train_embedded.py DATA second --bf16 --leg 2 --resume first --first-step 2000 --seed 1
+    python scripts/train_embedded.py DATA third --bf16 --leg 3 --resume second --steps 1300 --lr 8e-4 --seed 2
+    python scripts/train_embedded.py DATA fourth --bf16 --leg 4 --resume third --steps 500 --lr 4e-4 --seed 3
+    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 5 --resume fourth --steps 1000 --lr 6e-4 --seed 4
 
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
@@ -79,10 +82,14 @@ def drop_words(rng: random.Random, prompt: str, share: float = 0.12) -> str:
 
 
 class Mixture:
-    """Draws training examples by kind; deterministic given the seed."""
+    """Draws training examples by kind; deterministic given the seed.
 
-    def __init__(self, data: Path, seed: int) -> None:
+    With ``dressed``, requests come in other frames and with words missing, and texts with unknown words are left out.
+    """
+
+    def __init__(self, data: Path, seed: int, dressed: bool) -> None:
         self.rng = random.Random(seed)
+        self.dressed = dressed
         self.unsafe = [
             r["prompt"] for f in UNSAFE for r in rows(data, f"harmful_{f}") if r["split"] == "train" and not r["dup_of"]
         ]
@@ -109,7 +116,10 @@ class Mixture:
         self.bank = [(r["text"], r["label_name"].replace("_", " ")) for r in rows(data, "banking77_train")]
         self.e2e = [(r["mr"], r["ref"]) for r in rows(data, "e2e_nlg_train")]
         self.texts = [
-            r["text"].replace("<unk>", "one") for f in TEXTS for r in rows(data, f"text_{f}") if r["split"] == "train"
+            r["text"].replace("<unk>", "one")
+            for f in TEXTS
+            for r in rows(data, f"text_{f}")
+            if r["split"] == "train" and not (dressed and "<unk>" in r["text"])
         ]
         self.sentences = [
             s
@@ -246,7 +256,7 @@ class Mixture:
             return None, text[start : start + 400], True
         # The same request in other clothes: another frame, fewer words, casing, a polite start, no full stop. All kinds
         # of request get them alike, so that the clothes say nothing about what should be refused.
-        if kind in DRESSED:
+        if self.dressed and kind in DRESSED:
             if rng.random() < 0.3:
                 prompt = redress(rng, prompt)
             if rng.random() < 0.4:
@@ -261,10 +271,10 @@ class Mixture:
         return prompt, response, whole
 
 
-# The first part of the first run learns the language, the chat format and what a refusal is; the second draws every unsafe
-# source as often as any other, widens what counts as ordinary and sharpens the line between the two. The run that
-# resumes it leans to refusing where safe and unsafe requests look alike.
-EARLY = {
+# Five legs: the first learns the language and the refusal, the second widens what counts as ordinary, the third draws
+# every unsafe source as often as any other and sharpens the line where safe and unsafe requests look alike, the fourth
+# leans to refusing where they do, the fifth dresses requests in other frames and keeps the mean of its weights.
+SHARES = {
     "unsafe": 9,
     "hard": 3,
     "alarming": 1,
@@ -275,32 +285,58 @@ EARLY = {
     "e2e": 1,
     "text": 4,
 }
-LATE = {
-    "source": 12,
-    "unsafe": 3,
-    "toxic": 4,
-    "hard": 4,
+SECOND = {
+    "unsafe": 8,
+    "toxic": 3,
+    "hard": 2,
     "alarming": 1,
-    "template": 9,
+    "template": 8,
     "from_text": 4,
     "open": 6,
+    "gsm": 1,
+    "bank": 1,
+    "e2e": 1,
+    "text": 1,
+}
+THIRD = {
+    "source": 10,
+    "toxic": 3,
+    "hard": 2,
+    "alarming": 1,
+    "template": 8,
+    "from_text": 4,
+    "open": 5,
     "gsm": 1,
     "bank": 2,
     "e2e": 1,
     "text": 1,
 }
-LEANING = {
+FOURTH = {
     "source": 12,
-    "unsafe": 4,
-    "toxic": 10,
+    "toxic": 6,
+    "hard": 1,
+    "alarming": 1,
+    "template": 8,
+    "from_text": 3,
+    "open": 6,
+    "gsm": 1,
+    "bank": 1,
+    "e2e": 1,
+}
+FIFTH = {
+    "source": 12,
+    "unsafe": 3,
+    "toxic": 6,
+    "hard": 2,
     "alarming": 1,
     "template": 9,
-    "from_text": 3,
-    "open": 7,
+    "from_text": 5,
+    "open": 8,
     "gsm": 1,
     "bank": 2,
     "e2e": 1,
 }
+LEGS = (SHARES, SECOND, THIRD, FOURTH, FIFTH)
 DRESSED = {"unsafe", "source", "toxic", "hard", "alarming", "template", "open"}
 OPEN = [
     "Create a {w} list for a {v}.",
@@ -358,7 +394,7 @@ def build_tokenizer(mixture: Mixture, size: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     sample = []
-    kinds = [k for k, n in EARLY.items() for _ in range(n)]
+    kinds = [k for k, n in SHARES.items() for _ in range(n)]
     for _ in range(30000):
         prompt, response, _ = mixture.draw(mixture.rng.choice(kinds))
         sample.append((prompt or "") + " " + response)
@@ -385,17 +421,12 @@ def build_tokenizer(mixture: Mixture, size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, mixtures: list):
-    """Endless padded batches; examples of like length go together so that little padding is computed.
-
-    ``mixtures``: pairs of a first batch, ascending, and the shares from there on.
-    """
+def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, shares: dict[str, int]):
+    """Endless padded batches; examples of like length go together so that little padding is computed."""
     encode = tokenizer.backend_tokenizer.encode
-    made = 0
+    kinds = [k for k, n in shares.items() for _ in range(n)]
     while True:
         pool = []
-        shares = [shares for start, shares in mixtures if start <= made][-1]
-        kinds = [k for k, n in shares.items() for _ in range(n)]
         for _ in range(size * 16):
             prompt, response, whole = mixture.draw(mixture.rng.choice(kinds))
             head = [1] if prompt is None else [1, 2, *encode(prompt).ids, 3]
@@ -404,7 +435,6 @@ def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, lon
         pool.sort(key=lambda x: len(x[0]))
         chunks = [pool[i : i + size] for i in range(0, len(pool), size)]
         mixture.rng.shuffle(chunks)
-        made += len(chunks)
         for chunk in chunks:
             width = max(len(ids) for ids, _ in chunk)
             ids = torch.zeros(size, width, dtype=torch.long)
@@ -420,21 +450,24 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("data", type=Path)
     cli.add_argument("out", type=Path)
-    cli.add_argument("--steps", type=int, default=5600)
-    cli.add_argument("--early", type=float, default=0.4, help="share of the steps that draws from the first mixture")
+    cli.add_argument("--steps", type=int, default=3600)
     cli.add_argument("--batch", type=int, default=32)
     cli.add_argument("--lr", type=float, default=2e-3)
-    cli.add_argument("--average", type=float, default=0.998, help="decay of the running mean of weights that is saved")
     cli.add_argument("--seed", type=int, default=0)
-    cli.add_argument(
-        "--resume", type=Path, default=None, help="folder of a first run: its weights go on, leaning to refuse"
-    )
     cli.add_argument("--hidden", type=int, default=256)
     cli.add_argument("--layers", type=int, default=4)
+    cli.add_argument("--leg", type=int, default=1, choices=(1, 2, 3, 4, 5), help="which mixture")
+    cli.add_argument(
+        "--stop-at", type=int, default=None, help="end the first leg here; the schedule stays that of --steps"
+    )
+    cli.add_argument(
+        "--resume", type=Path, default=None, help="folder of the first leg; its tokenizer and weights go on"
+    )
+    cli.add_argument("--first-step", type=int, default=0, help="steps done by the first leg")
     cli.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16 units")
     args = cli.parse_args()
     torch.manual_seed(args.seed)
-    mixture = Mixture(args.data, args.seed)
+    mixture = Mixture(args.data, args.seed, dressed=args.leg == 5)
     print({k: len(getattr(mixture, k)) for k in ("unsafe", "unsafe_small", "hard", "words", "sentences")}, flush=True)
     if args.resume is None:
         tokenizer = build_tokenizer(mixture, 4096)
@@ -453,44 +486,48 @@ def main() -> None:
         bos_token_id=1,
         eos_token_id=4,
     )
-    if args.resume is None:
-        model = LlamaForCausalLM(config)
-    else:
-        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
-    average = copy.deepcopy(model)
-    average.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
+    model = (
+        LlamaForCausalLM(config)
+        if args.resume is None
+        else LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
+    )
+    model.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
+    average = copy.deepcopy(model)  # of the weights along the fifth leg; the weights themselves before it
+    decay = [p for p in model.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+            {"params": decay, "weight_decay": 0.05},
             {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=args.lr,
         betas=(0.9, 0.95),
     )
     start, mean = time.time(), 0.0
-    mixtures = [(0, EARLY), (int(args.early * args.steps), LATE)] if args.resume is None else [(0, LEANING)]
-    stream = batches(mixture, tokenizer, args.batch, 120, mixtures)
-    for step in range(1, args.steps + 1):
-        rate = args.lr * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    stream = batches(mixture, tokenizer, args.batch, 120, LEGS[args.leg - 1])
+    last = args.stop_at or args.steps
+    for step in range(args.first_step + 1, last + 1):
+        share = step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = (
+                args.lr
+                * min(1.0, (step - args.first_step) / 100)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+            )
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = model(**next(stream)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        momentum = min(0.995, step / (step + 10)) if args.leg == 5 else 0.0
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(average.parameters()), list(model.parameters()), 1 - min(args.average, step / (step + 10))
-            )
-        mean += (loss.item() - mean) / min(step, 100)
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - momentum)
+        mean += (loss.item() - mean) / min(step - args.first_step, 100)
         if step % 100 == 0:
             print(f"{step}/{args.steps} loss {mean:.3f} {time.time() - start:.0f} s", flush=True)
-        if step % 1000 == 0 or step == args.steps:
-            # bf16 halves the wheel
-            copy.deepcopy(average).to(torch.bfloat16).save_pretrained(args.out)
+        if step % 1000 == 0 or step == last:
+            copy.deepcopy(average).to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
             tokenizer.save_pretrained(args.out)
 
 
