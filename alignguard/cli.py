@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from alignguard.cli_ablate import add_ablate
 from alignguard.config import GuardConfig
 
 TRAINING_FIELDS: dict[str, tuple[type, str]] = {
@@ -82,7 +83,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     drift.add_argument("--overwrite", action="store_true")
     drift.add_argument("--batch-size", type=int, default=32)
     drift.add_argument("--max-new-tokens", type=int, default=32)
-    return parser, {"demo": demo, "fit": fit, "driftcheck": drift}
+    return parser, {"demo": demo, "fit": fit, "driftcheck": drift, "ablate": add_ablate(commands)}
 
 
 def _apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
@@ -181,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_demo(args.output_dir, overwrite=args.overwrite, seed=args.seed, max_steps=args.max_steps)
         elif args.command == "fit":
             _fit(args)
+        elif hasattr(args, "run"):
+            args.run(args)
         else:
             _driftcheck(args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 INK, DIM, LINE = "#010203", "#040506", "#070809"
 MODELS = {"base": "#0a0b0c", "plain": "#0d0e0f", "guarded": "#101112"}
 _VARIABLES = {INK: "ink", DIM: "dim", LINE: "line"} | {colour: name for name, colour in MODELS.items()}
-_KINDS = [
+KINDS = [
     "#4c8bf5",
     "#e0823d",
     "#2fa36b",
@@ -57,7 +57,7 @@ _STYLE: Any = {
 }
 
 
-def _svg(draw: Callable[[Figure], None], name: str, alt: str, width: float = 5.2, height: float = 3.0) -> str:
+def draw_svg(draw: Callable[[Figure], None], name: str, alt: str, width: float = 5.2, height: float = 3.0) -> str:
     """Draw a figure and return it as one <svg> element with a title, ids of its own and the page's colours."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -133,7 +133,7 @@ def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> st
         figure.legend(loc="outside upper left", ncols=len(models), handlelength=1.0, columnspacing=1.3)
 
     # The words are gathered while drawing, so the text is put in afterwards.
-    svg = _svg(draw, "shares", "@alt@", 4.9, 0.55 + 0.29 * len(models) * len(shown) + 0.5)
+    svg = draw_svg(draw, "shares", "@alt@", 4.9, 0.55 + 0.29 * len(models) * len(shown) + 0.5)
     return svg.replace("@alt@", escape("; ".join(words)))
 
 
@@ -179,7 +179,7 @@ def curve(history: Mapping[str, Any], key: str, title: str, name: str) -> str | 
         if len(runs) > 1:
             axes.legend(loc="best", handlelength=1.2)
 
-    return _svg(draw, name, f"{title} over training; {'; '.join(words)}", 3.7, 2.4)
+    return draw_svg(draw, name, f"{title} over training; {'; '.join(words)}", 3.7, 2.4)
 
 
 def _clean(spectra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -218,7 +218,7 @@ def spectrum(spectra: Mapping[str, Any]) -> str | None:
         seen = set()
         for name, layer in layers.items():
             kind = name.rsplit(".", 1)[-1]
-            colour = _KINDS[kinds.index(kind) % len(_KINDS)]
+            colour = KINDS[kinds.index(kind) % len(KINDS)]
             share = layer["values"] / layer["total"]
             place = np.arange(1, len(share) + 1)
             keep = share > 0
@@ -244,7 +244,7 @@ def spectrum(spectra: Mapping[str, Any]) -> str | None:
     alt = f"Eigenvalue spectra of {len(layers)} layers" + (
         f", protected ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     )
-    return _svg(draw, "spectrum", alt, 4.6, 3.1 + 0.22 * rows)
+    return draw_svg(draw, "spectrum", alt, 4.6, 3.1 + 0.22 * rows)
 
 
 def energy(spectra: Mapping[str, Any]) -> str | None:
@@ -259,7 +259,7 @@ def energy(spectra: Mapping[str, Any]) -> str | None:
         axes = figure.add_subplot(title="Captured energy, percent of the trace")
         for place, (name, layer) in enumerate(layers.items()):
             value = 100 * layer["energy"]
-            colour = _KINDS[kinds.index(name.rsplit(".", 1)[-1]) % len(_KINDS)]
+            colour = KINDS[kinds.index(name.rsplit(".", 1)[-1]) % len(KINDS)]
             axes.plot((0, value), (place, place), color=colour, linewidth=1.6, alpha=0.55)
             axes.plot(value, place, marker="o", markersize=4.5, color=colour)
             rank = f", m = {layer['rank']}" if isinstance(layer["rank"], int) else ""
@@ -277,4 +277,4 @@ def energy(spectra: Mapping[str, Any]) -> str | None:
     mean = 100 * float(np.mean([layer["energy"] for layer in layers.values()]))
     lowest = 100 * layers[least]["energy"]
     alt = f"Captured energy of {len(layers)} layers: mean {mean:.0f} %, least {lowest:.0f} % in {least}"
-    return _svg(draw, "energy", alt, 4.6, 0.9 + 0.18 * len(layers))
+    return draw_svg(draw, "energy", alt, 4.6, 0.9 + 0.18 * len(layers))
