@@ -151,7 +151,7 @@ def run_ablate(args: argparse.Namespace) -> None:
     from alignguard.runplots import dots, frontier_plot, standalone
 
     start = Ledger(args.output_dir / "base.jsonl", head)
-    base = run_jobs([{"name": "base"}], functools.partial(_base, bench, measure_base), start)[0]["result"]
+    base = run_jobs([{"name": "base"}], lambda job: measure_base(bench), start)[0]["result"]
     ledger = Ledger(args.output_dir / "runs.jsonl", head)
     rows = run_jobs(jobs, functools.partial(run_job, bench), ledger, args.processes, progress=True)
     summaries = ablation.summarise(rows, base)
@@ -176,7 +176,3 @@ def run_ablate(args: argparse.Namespace) -> None:
             print(f"cosine of ΔW_A between seeds, {name}: mean {mean:.3f}, least {least:.3f} of {len(layers)} layers")
     print(text)
     print(f"written to {args.output_dir}: runs.jsonl, table.md, ablation.svg")
-
-
-def _base(bench: Any, measure_base: Any, job: Any) -> Any:
-    return measure_base(bench)

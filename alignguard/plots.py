@@ -90,13 +90,17 @@ def interval(entry: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     return None
 
 
-def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> str | None:
+def shares(
+    result: Mapping[str, Any], measures: Sequence[tuple[str, str]], names: Mapping[str, str] | None = None
+) -> str | None:
     """Bars of shares in percent with their intervals, a group for each measure and a bar for each model.
 
     Args:
         result: holds ``base``, ``plain`` and ``guarded``, each a mapping with the measures and ``<measure>_ci``.
         measures: key and title of each group.
+        names: what the models are called in the plot, where not by their own names.
     """
+    called = {name: (names or {}).get(name, name) for name in MODELS}
     models = [name for name in MODELS if isinstance(result.get(name), Mapping)]
     shown = [(key, title) for key, title in measures if any(finite(result[m].get(key)) for m in models)]
     if not shown:
@@ -112,7 +116,9 @@ def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> st
                 if not finite(value):
                     continue
                 y = group + (place - (len(models) - 1) / 2) * step
-                axes.barh(y, value, height=step * 0.82, color=MODELS[model], label=model if group == 0 else None)
+                axes.barh(
+                    y, value, height=step * 0.82, color=MODELS[model], label=called[model] if group == 0 else None
+                )
                 ends = interval(result[model], key)
                 if ends:
                     axes.plot(ends, (y, y), color=INK, linewidth=1.1, solid_capstyle="butt")
@@ -121,7 +127,7 @@ def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> st
                 axes.annotate(
                     f"{value:.1f}", (right, y), (5, 0), textcoords="offset points", va="center", fontsize=9, color=INK
                 )
-                words.append(f"{title}, {model}: {value:.1f} %")
+                words.append(f"{title}, {called[model]}: {value:.1f} %")
         axes.set_yticks(range(len(shown)), [title for _, title in shown])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_xlim(0, 112)

@@ -307,7 +307,7 @@ def test_quiet_directions_are_the_trailing_eigenvectors(seed, energy):
 
 def test_the_null_space_start_hides_alignment_inputs_from_the_adapter(run):
     rival = NullSpace(energy=0.9)
-    norms = {n: float(p.norm()) for n, p in run.model.named_parameters() if "lora_A" in n}
+    norms = {n: float(p.detach().norm()) for n, p in run.model.named_parameters() if "lora_A" in n}
     with_zero_adapter(run, lambda: rival.start(run))
     tapes = gradients_at_start(run)
     for name, module in run.model.named_modules():
