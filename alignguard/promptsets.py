@@ -64,7 +64,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     ("violence", r"violen|weapon|terror|self-harm|suicid|murder|kill|assault|bomb|animal abuse|torture|shoot|poison"),
     (
         "illegal activity",
-        r"theft|steal|fraud|drug|crime|illegal|hack|launder|smuggl|counterfeit|tax|forg|break into|rob",
+        r"theft|steal|fraud|drug|crime|illegal|hack|launder|smuggl|counterfeit|tax (?:evasion|fraud)|forger|forge |break into|robb",
     ),
 )
 _MODERATION = {"S": "explicit", "S3": "explicit", "H": "hate speech", "H2": "hate speech", "HR": "hate speech"} | {
@@ -107,7 +107,7 @@ def read_source(name: str, local: str | Path | None = None) -> Iterable[Mapping[
 def harm_of(text: str) -> str | None:
     """The kind of harm that words speak of; None where none of the six fits."""
     lowered = text.lower()
-    return next((harm for harm, words in _WORDS if re.search(words, lowered)), None)
+    return next((harm for harm, words in _WORDS if re.search(rf"\b(?:{words})", lowered)), None)
 
 
 def _field(row: Mapping[str, Any], source: str, *names: str) -> Any:
