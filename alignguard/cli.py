@@ -1,4 +1,4 @@
-"""The command line: ``alignguard demo | fit | driftcheck``."""
+"""The command line: ``alignguard demo | fit | driftcheck | prompts | report | ablate``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from alignguard.cli_ablate import add_ablate
+from alignguard.cli_drift import add_drift
 from alignguard.config import GuardConfig
 
 TRAINING_FIELDS: dict[str, tuple[type, str]] = {
@@ -74,15 +76,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         training.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=words)
     _add_guard_fields(fit)
 
-    drift = commands.add_parser("driftcheck", help="measure refusals and compliance of a chat model")
-    drift.add_argument("--model", required=True, help="folder or hub name")
-    drift.add_argument("--adapter", type=Path, default=None, help="a peft adapter on top of it")
-    drift.add_argument("--prompts", default=None, help="JSONL with prompt and category; the packaged set if left out")
-    drift.add_argument("--output", type=Path, default=None, help="where the report is written as JSON")
-    drift.add_argument("--overwrite", action="store_true")
-    drift.add_argument("--batch-size", type=int, default=32)
-    drift.add_argument("--max-new-tokens", type=int, default=32)
-    return parser, {"demo": demo, "fit": fit, "driftcheck": drift}
+    return parser, {"demo": demo, "fit": fit, **add_drift(commands), "ablate": add_ablate(commands)}
 
 
 def _apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
@@ -140,32 +134,6 @@ def _fit(args: argparse.Namespace) -> None:
     print(f"adapter: {result.adapter_dir}  ({result.step_time:.3f} s a step)")
 
 
-def _driftcheck(args: argparse.Namespace) -> None:
-    from peft import PeftModel
-
-    from alignguard.driftcheck import driftcheck
-    from alignguard.fit import load_model
-
-    if args.output is not None and args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"--output {args.output} exists; choose another or allow overwriting (--overwrite)")
-    if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")
-    model, tokenizer = load_model(args.model)
-    if args.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(args.adapter))
-    report = driftcheck(
-        model.eval(),
-        tokenizer,
-        args.prompts,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        progress=True,
-    )
-    print(report.table())
-    if args.output is not None:
-        report.save(args.output)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends in one line on standard error and exit code 2, an interrupt in 130."""
     parser, commands = build_parser()
@@ -182,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "fit":
             _fit(args)
         else:
-            _driftcheck(args)
+            args.run(args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"alignguard {arguments[0]}: {error}", file=sys.stderr)
         return 2
