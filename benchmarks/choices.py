@@ -11,18 +11,18 @@ rate. Neither reads the prompts that results are reported on, nor a seed that th
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from runs import run_all
-
-from alignguard.config import GuardConfig
 from alignguard.data import read_jsonl
-from alignguard.demo import TRAINING, train, versions
-from alignguard.driftcheck import driftcheck, measured_kl, task_score
-from alignguard.embedded import data_path, model_path
-from alignguard.fit import load_model
+from alignguard.demo import TRAINING, versions
+from alignguard.embedded import data_path
+from alignguard.experiment import GUARD, Bench, make_job, run_job
+from alignguard.files import write_text
+from alignguard.ledger import Ledger, run_jobs
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEED = 100  # not one of the seeds that results are reported for
@@ -52,43 +52,51 @@ def grid() -> list[tuple[str, dict[str, Any] | None]]:
     return tried
 
 
-def validate(model: Any, tokenizer: Any) -> dict[str, float]:
-    """Task and refusals on validation rows alone."""
-    unsafe = read_jsonl(data_path("validation"))
-    ordinary = read_jsonl(data_path("task_validation"))[:100]
-    prompts = [{"prompt": r["prompt"], "category": "unsafe"} for r in unsafe]
-    prompts += [{"prompt": r["prompt"], "category": "ordinary"} for r in ordinary]
-    summary = driftcheck(model, tokenizer, prompts).summary()
-    score = task_score(model, tokenizer, read_jsonl(data_path("task_validation")))
-    return {
-        "task_score": score.accuracy, "task_loss": score.loss, "refusal": 100 * summary["refusal"].value,
-        "compliance": 100 * summary["compliance"].value, "kl": measured_kl(model, None, tokenizer, unsafe),
-    }  # fmt: skip
+def bench(folder: Path) -> Bench:
+    """The embedded model, asked validation prompts and scored on validation rows."""
+    unsafe, ordinary = read_jsonl(data_path("validation")), read_jsonl(data_path("task_validation"))[:100]
+    asked = [
+        {"id": f"{c}-{i}", "prompt": r["prompt"], "category": c}
+        for c, rows in (("unsafe", unsafe), ("ordinary", ordinary))
+        for i, r in enumerate(rows)
+    ]
+    write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in asked))
+    return Bench.embedded(task_test=str(data_path("task_validation")), prompts=str(folder / "prompts.jsonl"))
 
 
-def run(task: dict[str, Any]) -> dict[str, Any]:
-    settings = task["settings"]
-    config = None if settings is None else GuardConfig.from_dict({**settings, "seed": SEED})
-    with tempfile.TemporaryDirectory() as folder:
-        done = train(
-            Path(folder) / "r", config is not None, SEED, config, training={"learning_rate": task["learning_rate"]}
-        )
-        _, tokenizer = load_model(model_path())
-        examples = done.guard.examples_read if done.guard else 0
-        return {**task, **validate(done.model, tokenizer), "step_time": done.step_time, "alignment_examples": examples}
+def sweep(jobs: list[dict[str, Any]], shared: Bench, head: dict[str, Any], out: Path, processes: int) -> None:
+    """Every job that ``out``'s ledger does not hold yet, then one JSON file of all."""
+    ledger = Ledger(out.with_suffix(".runs.jsonl"), {**head, **shared.describe()})
+    rows = run_jobs(jobs, functools.partial(run_job, shared), ledger, processes, progress=True)
+    runs = [
+        {"guard": r["job"]["name"], "seed": r["job"]["seed"], "settings": r["job"]["settings"], **r["result"]}
+        for r in rows
+    ]
+    write_text(out, json.dumps({**head, "processes": processes, "runs": runs}, indent=1) + "\n")
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("what", choices=["rate", "strength"])
     cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
-    tried = grid() if args.what == "strength" else [("plain", None)]
-    rates = RATES if args.what == "rate" else (TRAINING["learning_rate"],)
-    tasks = [{"guard": name, "learning_rate": rate, "settings": settings} for rate in rates for name, settings in tried]
-    head = {"command": f"python benchmarks/choices.py {args.what}", "seed": SEED, "versions": versions()}
-    run_all(head, tasks, run, args.out, args.jobs)
+    head = {"command": f"python benchmarks/choices.py {args.what}", "versions": versions(), "training": TRAINING}
+    with tempfile.TemporaryDirectory() as folder:
+        shared = bench(Path(folder))
+        if args.what == "strength":
+            jobs = [make_job(name, GUARD if s is not None else "plain", s or {}, SEED) for name, s in grid()]
+            sweep(jobs, shared, head, args.out, args.processes)
+            return
+        # the rate belongs to what runs share, so every rate has a ledger of its own
+        runs = []
+        for rate in RATES:
+            one = Bench.embedded(**{**vars(shared), "training": {**TRAINING, "learning_rate": rate}})
+            part = args.out.with_suffix(f".{rate:g}.json")
+            sweep([make_job("plain", "plain", {}, SEED)], one, head, part, 1)
+            runs += [{**row, "learning_rate": rate} for row in json.loads(part.read_text())["runs"]]
+            part.unlink()
+        write_text(args.out, json.dumps({**head, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ interrupted script goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import tempfile
+import json
 from pathlib import Path
 from typing import Any
 
-from choices import KFAC, KL, PAPER
-from runs import run_all
+from choices import KFAC, KL, PAPER, sweep
 
-from alignguard.config import GuardConfig
-from alignguard.demo import TRAINING, demo_prompts, measure, train, versions
-from alignguard.embedded import model_path
-from alignguard.fit import load_model
+from alignguard.demo import TRAINING, versions
+from alignguard.experiment import GUARD, Bench, make_job, measure_base
+
+ASKED = 150  # prompts of each category
 
 GUARDS: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -33,36 +32,23 @@ GUARDS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def run(task: dict[str, Any]) -> dict[str, Any]:
-    """Train with one guard and seed, measure, and say what it took."""
-    name, seed = task["guard"], task["seed"]
-    settings = GUARDS[name]
-    config = None if settings is None else GuardConfig.from_dict({**settings, "seed": seed})
-    with tempfile.TemporaryDirectory() as folder:
-        done = train(Path(folder) / "run", config is not None, seed, config)
-        _, tokenizer = load_model(model_path())
-        numbers = measure(done.model, tokenizer, demo_prompts()).numbers
-    return {
-        "guard": name, "seed": seed, **numbers, "step_time": done.step_time,
-        "alignment_examples": done.guard.examples_read if done.guard else 0,
-        "config": config.to_dict() if config else None,
-    }  # fmt: skip
-
-
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--out", type=Path, default=Path("benchmarks/results/forgetting.json"))
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     cli.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
-    cli.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
-    model, tokenizer = load_model(model_path())
-    head = {
-        "command": "python benchmarks/forgetting.py", "versions": versions(), "training": TRAINING,
-        "prompts": len(demo_prompts()), "base": measure(model.eval(), tokenizer, demo_prompts()).numbers,
-    }  # fmt: skip
-    tasks = [{"guard": name, "seed": seed} for seed in args.seeds for name in args.guards]
-    run_all(head, tasks, run, args.out, args.jobs)
+    shared = Bench.embedded(limit=ASKED)
+    jobs = [
+        make_job(name, "plain" if GUARDS[name] is None else GUARD, GUARDS[name] or {}, seed)
+        for seed in args.seeds
+        for name in args.guards
+    ]
+    head = {"command": "python benchmarks/forgetting.py", "versions": versions(), "training": TRAINING}
+    sweep(jobs, shared, head, args.out, args.processes)
+    result = json.loads(args.out.read_text())
+    args.out.write_text(json.dumps({**result, "prompts": ASKED, "base": measure_base(shared)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
