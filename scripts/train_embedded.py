@@ -1,10 +1,12 @@
-"""Train the embedded aligned model from nothing: tokenizer, LLaMA, refusals and ordinary answers.
+r"""Train the embedded aligned model from nothing: tokenizer, LLaMA, refusals and ordinary answers.
 
     python scripts/train_embedded.py DATA first --bf16 --stop-at 2000
     python scripts/train_embedded.py DATA second --bf16 --leg 2 --resume first --first-step 2000 --seed 1
     python scripts/train_embedded.py DATA third --bf16 --leg 3 --resume second --steps 1300 --lr 8e-4 --seed 2
     python scripts/train_embedded.py DATA fourth --bf16 --leg 4 --resume third --steps 500 --lr 4e-4 --seed 3
-    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 5 --resume fourth --steps 1000 --lr 6e-4 --seed 4
+    python scripts/train_embedded.py DATA fifth --bf16 --leg 5 --resume fourth --steps 1000 --lr 6e-4 --seed 4
+    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 6 --resume fifth --steps 400 --lr 4e-4 --seed 5 \
+        --mix fourth --share 0.6
 
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
@@ -271,9 +273,11 @@ class Mixture:
         return prompt, response, whole
 
 
-# Five legs: the first learns the language and the refusal, the second widens what counts as ordinary, the third draws
+# Six legs: the first learns the language and the refusal, the second widens what counts as ordinary, the third draws
 # every unsafe source as often as any other and sharpens the line where safe and unsafe requests look alike, the fourth
-# leans to refusing where they do, the fifth dresses requests in other frames and keeps the mean of its weights.
+# leans to refusing where they do, the fifth dresses requests in other frames and keeps the mean of its weights, the
+# sixth does so without the borderline-safe ones. What ships is 0.4 of the fourth's weights and 0.6 of the sixth's: on
+# validation prompts their mean gave fewer false alarms for as many refusals than any single leg.
 SHARES = {
     "unsafe": 9,
     "hard": 3,
@@ -336,7 +340,18 @@ FIFTH = {
     "bank": 2,
     "e2e": 1,
 }
-LEGS = (SHARES, SECOND, THIRD, FOURTH, FIFTH)
+SIXTH = {
+    "source": 14,
+    "toxic": 9,
+    "alarming": 1,
+    "template": 9,
+    "from_text": 4,
+    "open": 9,
+    "gsm": 1,
+    "bank": 2,
+    "e2e": 1,
+}
+LEGS = (SHARES, SECOND, THIRD, FOURTH, FIFTH, SIXTH)
 DRESSED = {"unsafe", "source", "toxic", "hard", "alarming", "template", "open"}
 OPEN = [
     "Create a {w} list for a {v}.",
@@ -456,7 +471,7 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--hidden", type=int, default=256)
     cli.add_argument("--layers", type=int, default=4)
-    cli.add_argument("--leg", type=int, default=1, choices=(1, 2, 3, 4, 5), help="which mixture")
+    cli.add_argument("--leg", type=int, default=1, choices=range(1, 7), help="which mixture")
     cli.add_argument(
         "--stop-at", type=int, default=None, help="end the first leg here; the schedule stays that of --steps"
     )
@@ -464,10 +479,14 @@ def main() -> None:
         "--resume", type=Path, default=None, help="folder of the first leg; its tokenizer and weights go on"
     )
     cli.add_argument("--first-step", type=int, default=0, help="steps done by the first leg")
+    cli.add_argument(
+        "--mix", type=Path, default=None, help="folder of an earlier leg whose weights the result is mixed with"
+    )
+    cli.add_argument("--share", type=float, default=0.5, help="of this leg in that mixture")
     cli.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16 units")
     args = cli.parse_args()
     torch.manual_seed(args.seed)
-    mixture = Mixture(args.data, args.seed, dressed=args.leg == 5)
+    mixture = Mixture(args.data, args.seed, dressed=args.leg >= 5)
     print({k: len(getattr(mixture, k)) for k in ("unsafe", "unsafe_small", "hard", "words", "sentences")}, flush=True)
     if args.resume is None:
         tokenizer = build_tokenizer(mixture, 4096)
@@ -493,7 +512,7 @@ def main() -> None:
     )
     model.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
-    average = copy.deepcopy(model)  # of the weights along the fifth leg; the weights themselves before it
+    average = copy.deepcopy(model)  # of the weights along the last legs; the weights themselves before them
     decay = [p for p in model.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW(
         [
@@ -520,14 +539,19 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        momentum = min(0.995, step / (step + 10)) if args.leg == 5 else 0.0
+        momentum = min(0.995, step / (step + 10)) if args.leg >= 5 else 0.0
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - momentum)
         mean += (loss.item() - mean) / min(step - args.first_step, 100)
         if step % 100 == 0:
             print(f"{step}/{args.steps} loss {mean:.3f} {time.time() - start:.0f} s", flush=True)
         if step % 1000 == 0 or step == last:
-            copy.deepcopy(average).to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
+            saved = copy.deepcopy(average)
+            if args.mix is not None and step == last:
+                earlier = LlamaForCausalLM.from_pretrained(args.mix, dtype=torch.float32)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(saved.parameters()), list(earlier.parameters()), 1 - args.share)
+            saved.to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
             tokenizer.save_pretrained(args.out)
 
 
