@@ -4,6 +4,7 @@ from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
+from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
 from fishergeo.exact_operator import ExactOperator
 from fishergeo.fisher import Fisher, FisherHeader
@@ -12,6 +13,7 @@ from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProje
 from fishergeo.layer_operators import DiagonalOperator, EigenKroneckerOperator, KroneckerOperator
 from fishergeo.lowrank import LowRank
 from fishergeo.operators import SpectralOperator
+from fishergeo.plan import LayerPlan, Plan, plan
 from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
 from fishergeo.spd import (
@@ -22,7 +24,9 @@ from fishergeo.spd import (
 )
 from fishergeo.stability import (
     Agreement,
+    Confidence,
     bootstrap_agreement,
+    bootstrap_confidence,
     davis_kahan_bound,
     eigenspace_shift_bound,
     layer_cosines,
@@ -38,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Complement",
+    "Confidence",
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",
@@ -49,7 +54,9 @@ __all__ = [
     "KroneckerMaskProjector",
     "KroneckerOperator",
     "KroneckerProjector",
+    "LayerPlan",
     "LowRank",
+    "Plan",
     "Projector",
     "SampledOverlap",
     "SoftProjector",
@@ -62,7 +69,9 @@ __all__ = [
     "SymmetricOperator",
     "SymmetricPositiveDefinite",
     "affine_invariant_distance",
+    "all_reduce",
     "bootstrap_agreement",
+    "bootstrap_confidence",
     "bures_wasserstein_distance",
     "davis_kahan_bound",
     "eigenspace_shift_bound",
@@ -72,6 +81,7 @@ __all__ = [
     "karcher_mean",
     "layer_cosines",
     "log_euclidean_distance",
+    "plan",
     "principal_angles",
     "rank_for_energy",
     "riemannian_overlap",

@@ -46,7 +46,8 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return []
-        header = storage.read_header(self.path)
+        file = storage.TensorFile(self.path)
+        header = file.header
         try:
             found: dict[str, Any] = header["unfinished"]
             sweeps: list[dict[str, Any]] = header["sweeps"]
@@ -59,11 +60,10 @@ class Checkpoint:
                     f"{self.path}: the checkpoint is of another estimate: {key} is {found.get(key)!r} there and "
                     f"{mine!r} here; delete it to start anew, or name another file"
                 )
-        tensors = storage.read_tensors(self.path, keys, header, device)
         states: list[dict[str, Tensor]] = [{} for _ in sweeps]
         for key in keys:
             stage, _, rest = key.partition("|")
-            states[int(stage)][rest] = tensors[key]
+            states[int(stage)][rest] = file.tensor(key, device)
         return list(zip(sweeps, states, strict=True))
 
     def remove(self) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from fishergeo import storage
 from fishergeo.accumulators import Accumulator, Layout
+from fishergeo.identity import check_model, header_fields
+from fishergeo.losses import KINDS
 from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS, check_choice
 from fishergeo.symmetric_operator import SymmetricOperator
 
@@ -70,10 +71,10 @@ class Fisher(Mapping[str, SymmetricOperator]):
 
     Attributes:
         header: what it is the Fisher of.
-        accumulators: layer name -> sums.
+        accumulators: layer name -> sums; read from the file on demand after :meth:`load`.
     """
 
-    def __init__(self, header: FisherHeader, accumulators: dict[str, Accumulator]) -> None:
+    def __init__(self, header: FisherHeader, accumulators: Mapping[str, Accumulator]) -> None:
         self.header = header
         self.accumulators = accumulators
         self._operators: dict[str, SymmetricOperator] = {}
@@ -93,6 +94,9 @@ class Fisher(Mapping[str, SymmetricOperator]):
 
     def __len__(self) -> int:
         return len(self.accumulators)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.accumulators  # the inherited test would build the operator
 
     def __repr__(self) -> str:
         h = self.header
@@ -139,41 +143,72 @@ class Fisher(Mapping[str, SymmetricOperator]):
         keys = {name: list(a.sums) for name, a in self.accumulators.items()}
         storage.write(path, tensors, {"fisher": asdict(self.header), "sums": keys})
 
+    def check_model(self, model: nn.Module, values: bool = True) -> None:
+        """Checks that this is a Fisher of ``model``: the same layers, shapes and, with ``values``, fingerprint.
+
+        Args:
+            model: the model it is to be used with.
+            values: compare fingerprints; pass False for a model that was wrapped, cast or trained since.
+
+        Raises:
+            ValueError: naming the first layer that does not fit, or the two fingerprints.
+        """
+        check_model(model, self.header.shapes, self.header.fingerprint, values)
+
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], layers: Iterable[str] | None = None, device: str | torch.device = "cpu"
+        cls,
+        path: str | os.PathLike[str],
+        layers: Iterable[str] | None = None,
+        device: str | torch.device = "cpu",
+        lazy: bool = True,
     ) -> Fisher:
-        """Reads a file of :meth:`save`; with ``layers``, only those layers' tensors.
+        """Opens a file of :meth:`save`; with ``layers``, only those layers.
+
+        Only the header is read and checked here; a layer's tensors are read from the memory-mapped file, and held
+        against their checksums, when the layer is first asked for. ``lazy=False`` reads and checks everything now.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, is something else, or lacks a layer asked for.
+            ValueError: if the file is damaged, is something else, or lacks a layer asked for. With ``lazy``, damage
+                to a layer's own tensors is found when that layer is read.
         """
-        raw = storage.read_header(path)
+        file = storage.TensorFile(path)
         try:
-            fields = dict(raw["fisher"])
-            fields["shapes"] = {name: (int(p), int(q)) for name, (p, q) in fields["shapes"].items()}
-            header = FisherHeader(**fields)
-            keys: dict[str, list[str]] = raw["sums"]
+            header = FisherHeader(**header_fields(file.header.get("fisher")))
+            keys = file.header.get("sums")
+            if not isinstance(keys, dict) or not all(
+                isinstance(value, list) and all(isinstance(key, str) for key in value) for value in keys.values()
+            ):
+                raise ValueError("no mapping of layers to sums")
             if set(keys) != set(header.shapes):
                 raise ValueError("layers and sums differ")
             check_choice("structure", header.structure, STRUCTURES)
+            check_choice("kind", header.kind, KINDS)
             check_choice("unit", header.unit, UNITS)
             check_choice("side", header.side, SIDES)
             check_choice("sharing", header.sharing, SHARINGS)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged Fisher header ({error})") from error
         chosen = list(keys) if layers is None else list(layers)
         missing = [name for name in chosen if name not in keys]
         if missing:
             raise ValueError(f"{path}: no layer {missing[0]!r} in it; it has {', '.join(list(keys)[:6])}")
         header = replace(header, shapes={name: header.shapes[name] for name in chosen})
-        wanted = [f"{name}|{key}" for name in chosen for key in keys[name]]
-        tensors = storage.read_tensors(path, wanted, raw, device)
-        try:
-            return from_sums(header, {name: {key: tensors[f"{name}|{key}"] for key in keys[name]} for name in chosen})
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
+
+        def build(name: str, read: Callable[[str], Tensor]) -> Accumulator:
+            sums = {name: {key: read(f"{name}|{key}") for key in keys[name]}}
+            return from_sums(header, sums).accumulators[name]
+
+        for name in chosen:
+            try:
+                blank = build(name, file.blank)
+                if str(blank.dtype) != f"torch.{header.dtype}":
+                    raise ValueError(f"layer {name!r} holds {blank.dtype}, the header says {header.dtype}")
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
+        accumulators = storage.LazyMapping(chosen, lambda name: build(name, lambda key: file.tensor(key, device)))
+        return cls(header, accumulators if lazy else dict(accumulators))
 
 
 def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]]) -> Fisher:
@@ -184,14 +219,3 @@ def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]]) -> Fi
     """
     kind = ACCUMULATORS[header.structure]
     return Fisher(header, {name: kind(header.layout(name), tensors) for name, tensors in sums.items()})
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of parameter names, shapes, dtypes and a few of their values."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            flat = parameter.detach().reshape(-1)
-            digest.update(flat[:: max(1, flat.numel() // 8)][:8].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

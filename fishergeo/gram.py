@@ -25,7 +25,8 @@ def add_gram_(total: Tensor, rows: Tensor) -> None:
         rows: X, (m, d), the same dtype.
     """
     syrk = _SYRK.get(total.dtype)
-    unfit = total.device.type != "cpu" or len(rows) == 0 or not total.is_contiguous()
+    # A subclass (a shard, a tensor without storage) has no memory of its own to hand over.
+    unfit = type(total) is not Tensor or total.device.type != "cpu" or len(rows) == 0 or not total.is_contiguous()
     if syrk is None or unfit or rows.requires_grad or total.requires_grad:
         total.addmm_(rows.T, rows)
         return
@@ -80,11 +81,11 @@ class HalfGram:
     def __init__(self, total: Tensor, buffer: Tensor | None = None, waiting: Tensor | None = None) -> None:
         self.total = total
         self.buffer = buffer
-        self.waiting = torch.zeros(1, dtype=torch.long) if waiting is None else waiting
+        self.waiting = 0 if waiting is None else int(waiting)
 
     def add(self, rows: Tensor) -> None:
         """Adds XᵀX of rows (m, d); they are copied if they have to wait."""
-        held = int(self.waiting)
+        held = self.waiting
         if held + len(rows) > self.ROWS:
             self.flush()
             held = 0
@@ -98,10 +99,10 @@ class HalfGram:
 
     def flush(self) -> None:
         """Multiplies the rows that wait."""
-        if int(self.waiting):
+        if self.waiting:
             assert self.buffer is not None
-            add_gram_(self.total, self.buffer[: int(self.waiting)])
-            self.waiting.zero_()
+            add_gram_(self.total, self.buffer[: self.waiting])
+            self.waiting = 0
 
 
 def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -146,12 +146,39 @@ class PsdSketch:
                 known = self.factor @ (self.factor.T @ start)
                 start = known / torch.linalg.matrix_norm(known).clamp_min(torch.finfo(known.dtype).tiny) + 1e-6 * start
             self._omega = torch.linalg.qr(start)[0]
+            self._last = None
         return self._omega
 
     @property
     def room(self) -> int:
         """How many more examples the present segment takes."""
         return self._end - self._seen
+
+    def segments(self, examples: int) -> tuple[int, bool]:
+        """How many segments so many examples close, and whether they leave one open."""
+        if self.columns == len(self.factor):  # a complete basis never closes before the end
+            return 0, examples > 0
+        closed, last, end = 0, 0, FIRST_SEGMENT
+        while end <= examples:
+            closed, last, end = closed + 1, end, end * GROWTH
+        return closed, examples > last
+
+    def widths(self, examples: int) -> tuple[int, int]:
+        """Columns held by a new sketch after so many examples, for planning.
+
+        Args:
+            examples: added one after another.
+
+        Returns:
+            (before the last segment is closed: factor and, if a segment is open, Ω and product; the factor after it).
+        """
+        closed, still_open = self.segments(examples)
+        held = min(closed, 3) + 2 * still_open
+        return held * self.columns, min(closed + still_open, 3) * self.columns
+
+    def folds(self, examples: int) -> bool:
+        """Whether so many examples make the factor be compressed."""
+        return sum(self.segments(examples)) > 3
 
     def add(self, product: Tensor, examples: int) -> None:
         """Adds F_part Ω of so many examples.
