@@ -144,10 +144,10 @@ def ekfac_two_passes(b: Bench) -> Row:
 
 def _product(b: Bench, columns: int) -> tuple[Callable[[], Any], float]:
     generator = torch.Generator().manual_seed(1)
-    fisher = fg.StreamingFisher(b.model, b.batches, layers=b.layers)
+    fisher = fg.StreamingFisher(b.model, b.batches, side="both", layers=b.layers)
     blocks = {name: torch.randn(p * q, columns, generator=generator) for name, (p, q) in b.shapes.items()}
     flops = b.without_weight_gradients + b.linear_flops * (1 + 2 * columns / b.tokens)
-    return lambda: fisher.products(blocks), flops
+    return lambda: fisher.multi_matmul(blocks), flops
 
 
 def product_with_a_vector(b: Bench) -> Row:
