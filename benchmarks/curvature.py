@@ -272,6 +272,7 @@ def measure(row: Row, bench: Bench, repeats: int) -> dict[str, Any]:
         "ratios": quotients[0],
         "wall_ratios": quotients[1],
         "baseline_seconds": statistics.median(base),
+        "repeats": repeats,
         "notes": row.notes,
     }
 
@@ -285,25 +286,29 @@ def main() -> None:
     args = cli.parse_args()
     torch.set_num_threads(1)
     bench = Bench(args.examples)
-    rows = []
+    rows: dict[str, Any] = {}
+    if args.out and args.out.exists():  # rows measured before stay, each with its own repeats and baseline
+        rows = {row["name"]: row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"]}
     for make in ROWS:
-        if args.only and not any(part in make.__name__ for part in args.only):
+        name = make.__name__
+        if args.only and not any(part in name for part in args.only):
             continue
-        rows.append({"name": make.__name__, **measure(make(bench), bench, args.repeats)})
-        r = rows[-1]
+        r = rows[name] = {"name": name, **measure(make(bench), bench, args.repeats)}
         flops = "" if r["flops_ratio"] is None else f"   flops {r['flops_ratio']:.2f}"
         goal = "" if r["at_most"] is None else f"   at most {r['at_most']:.2f}"
         print(
-            f"{r['work']:60s} {r['ratio']:6.3f} (wall {r['wall_ratio']:.2f}){flops}{goal}   base {r['baseline_seconds']:.2f} s",
+            f"{r['work']:60s} {r['ratio']:6.3f} (wall {r['wall_ratio']:.2f}){flops}{goal}   "
+            f"base {r['baseline_seconds']:.2f} s",
             flush=True,
         )
-    if args.out:
-        model = {"hidden": HIDDEN, "ff": FF, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": bench.tokens}
-        result = {
-            "command": "OMP_NUM_THREADS=1 python benchmarks/curvature.py", "versions": versions(), "threads": 1,
-            "examples": args.examples, "model": model, "repeats": args.repeats, "rows": rows,
-        }  # fmt: skip
-        write_text(args.out, json.dumps(result, indent=1) + "\n")
+        if args.out:
+            model = {"hidden": HIDDEN, "ff": FF, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": bench.tokens}
+            result = {
+                "command": "OMP_NUM_THREADS=1 python benchmarks/curvature.py --out benchmarks/results/curvature.json",
+                "versions": versions(), "threads": 1, "examples": args.examples, "model": model,
+                "rows": list(rows.values()),
+            }  # fmt: skip
+            write_text(args.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

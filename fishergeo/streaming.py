@@ -158,7 +158,7 @@ class StreamingFisher:
         layers = {name: layer for name, layer in self.layers.items() if name in accumulators}
         sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self._options)
         once = callable(self._batches) and not isinstance(self._batches, Iterable)
-        sweep.run(cast(Any, self._batches)() if once else self._batches, self.progress)
+        sweep.run(cast(Any, self._batches)() if once else cast(Iterable[Any], self._batches), self.progress)
         if self.passes == 0:
             self.examples, self.tokens = sweep.examples, sweep.tokens
         elif (sweep.examples, sweep.tokens) != (self.examples, self.tokens):
