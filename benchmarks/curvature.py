@@ -4,7 +4,8 @@
 
 A random LLaMA of hidden 256, ff 688, 4 layers, vocabulary 1024; N examples of 64 tokens in batches of 8; its 28 decoder
 Linears; one thread. Every row runs interleaved with its baseline in this process: plain, row, plain, row, ...; the
-figure is the median of the quotients of neighbours, so a machine that is busy at times changes both. Beside it stands
+figure is the median of the quotients of neighbours, in processor time of this process, so that a machine shared with
+others changes it little. Beside it stands
 the number of multiplications and additions that the row needs, over the baseline's, from the shapes alone: the Linears,
 the output head and the attention products; no norms, softmax or eigensolver.
 
@@ -19,7 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,10 @@ def ekfac_two_passes(b: Bench) -> Row:
 
 def _product(b: Bench, columns: int) -> tuple[Callable[[], Any], float]:
     generator = torch.Generator().manual_seed(1)
-    fisher = fg.StreamingFisher(b.model, b.batches, layers=b.layers)
+    fisher = fg.StreamingFisher(b.model, b.batches, side="both", layers=b.layers)
     blocks = {name: torch.randn(p * q, columns, generator=generator) for name, (p, q) in b.shapes.items()}
     flops = b.without_weight_gradients + b.linear_flops * (1 + 2 * columns / b.tokens)
-    return lambda: fisher.products(blocks), flops
+    return lambda: fisher.multi_matmul(blocks), flops
 
 
 def product_with_a_vector(b: Bench) -> Row:
@@ -245,29 +246,34 @@ ROWS: list[Callable[[Bench], Row]] = [
 
 
 def measure(row: Row, bench: Bench, repeats: int) -> dict[str, Any]:
-    """The medians of a row's interleaved quotients."""
+    """The medians of a row's interleaved quotients, of processor time (wall-clock time beside it)."""
     baseline = row.baseline or bench.plain
     baseline()
     row.run()
-    ratios, base = [], []
+    clocks = (time.process_time, time.perf_counter)
+    quotients: list[list[float]] = [[], []]
+    base: list[float] = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = [clock() for clock in clocks]
         baseline()
-        middle = time.perf_counter()
+        middle = [clock() for clock in clocks]
         row.run()
-        end = time.perf_counter()
-        baseline()
-        after = time.perf_counter()
-        base.append(((middle - start) + (after - end)) / 2)
-        ratios.append((end - middle) / base[-1] / row.per)
-    facts = asdict(row) | {
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
-        "baseline_seconds": statistics.median(base),
-    }
+        end = [clock() for clock in clocks]
+        base.append(middle[0] - start[0])
+        for kind, (a, b, c) in zip(quotients, zip(start, middle, end, strict=True), strict=True):
+            kind.append((c - b) / (b - a) / row.per)
     flops = None if row.flops is None else row.flops / (row.baseline_flops or bench.plain_flops) / row.per
-    return {k: v for k, v in facts.items() if k not in ("run", "baseline", "flops", "baseline_flops")} | {
-        "flops_ratio": flops
+    return {
+        "work": row.work,
+        "ratio": statistics.median(quotients[0]),
+        "wall_ratio": statistics.median(quotients[1]),
+        "flops_ratio": flops,
+        "at_most": row.at_most,
+        "ratios": quotients[0],
+        "wall_ratios": quotients[1],
+        "baseline_seconds": statistics.median(base),
+        "repeats": repeats,
+        "notes": row.notes,
     }
 
 
@@ -276,26 +282,33 @@ def main() -> None:
     cli.add_argument("--out", type=Path)
     cli.add_argument("--examples", type=int, default=64)
     cli.add_argument("--repeats", type=int, default=7)
-    cli.add_argument("--only", help="rows whose function name contains this")
+    cli.add_argument("--only", nargs="*", help="rows whose function name contains one of these")
     args = cli.parse_args()
     torch.set_num_threads(1)
     bench = Bench(args.examples)
-    rows = []
+    rows: dict[str, Any] = {}
+    if args.out and args.out.exists():  # rows measured before stay, each with its own repeats and baseline
+        rows = {row["name"]: row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"]}
     for make in ROWS:
-        if args.only and args.only not in make.__name__:
+        name = make.__name__
+        if args.only and not any(part in name for part in args.only):
             continue
-        rows.append({"name": make.__name__, **measure(make(bench), bench, args.repeats)})
-        r = rows[-1]
+        r = rows[name] = {"name": name, **measure(make(bench), bench, args.repeats)}
         flops = "" if r["flops_ratio"] is None else f"   flops {r['flops_ratio']:.2f}"
         goal = "" if r["at_most"] is None else f"   at most {r['at_most']:.2f}"
-        print(f"{r['work']:60s} {r['ratio']:6.3f}{flops}{goal}   base {r['baseline_seconds']:.2f} s", flush=True)
-    if args.out:
-        model = {"hidden": HIDDEN, "ff": FF, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": bench.tokens}
-        result = {
-            "command": "OMP_NUM_THREADS=1 python benchmarks/curvature.py", "versions": versions(), "threads": 1,
-            "examples": args.examples, "model": model, "repeats": args.repeats, "rows": rows,
-        }  # fmt: skip
-        write_text(args.out, json.dumps(result, indent=1) + "\n")
+        print(
+            f"{r['work']:60s} {r['ratio']:6.3f} (wall {r['wall_ratio']:.2f}){flops}{goal}   "
+            f"base {r['baseline_seconds']:.2f} s",
+            flush=True,
+        )
+        if args.out:
+            model = {"hidden": HIDDEN, "ff": FF, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": bench.tokens}
+            result = {
+                "command": "OMP_NUM_THREADS=1 python benchmarks/curvature.py --out benchmarks/results/curvature.json",
+                "versions": versions(), "threads": 1, "examples": args.examples, "model": model,
+                "rows": list(rows.values()),
+            }  # fmt: skip
+            write_text(args.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

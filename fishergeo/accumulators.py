@@ -25,7 +25,7 @@ class Layout:
         p: outputs.
         q: inputs.
         unit: ``"sequence"`` or ``"token"``.
-        side: ``"output"`` or ``"input"``.
+        side: ``"output"`` or ``"input"``; ``"both"`` for products with the two-sided Fisher.
         rank: columns of a sketch.
         sharing: ``"expand"`` or ``"reduce"``.
         seed: of random test matrices.
@@ -43,7 +43,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Of the chosen side."""
-        return self.p if self.side == "output" else self.q
+        return {"output": self.p, "input": self.q}.get(self.side, self.p * self.q)
 
 
 class Shared:

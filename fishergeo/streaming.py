@@ -8,73 +8,39 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo._arguments import check_choice
+from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.layer_operators import check_layer_shape
 from fishergeo.layers import LayerFilter, select_layers
 from fishergeo.losses import KINDS, LossFunction
 from fishergeo.moment_accumulators import DiagonalAccumulator
-from fishergeo.records import Record
-from fishergeo.sketch_accumulator import rows_product
-from fishergeo.structures import SIDES, UNITS, check_choice
+from fishergeo.products import ProductAccumulator
+from fishergeo.structures import UNITS
 from fishergeo.sweep import DataOptions, Sweep
 from fishergeo.symmetric_operator import SymmetricOperator, checked_rank
 from fishergeo.weights import WeightSource
 
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 DENSE_LIMIT = 8192
 """The largest operator whose eigenpairs are found by making it dense."""
 
 
-class ProductAccumulator(Accumulator):
-    """Σ F_i X for a fixed block X: of vec(G) vec(G)ᵀ (``layout.side == "both"``), G Gᵀ or Gᵀ G.
-
-    Two-sided, the weight gradient of each example is formed: 2Tpq multiplications, as in an ordinary backward pass,
-    and 2pq for every column, against 4Tpq for every column without it.
-    """
-
-    def __init__(self, layout: Layout, sums: dict[str, Tensor], block: Tensor) -> None:
-        super().__init__(layout, sums)
-        self.block = block
-
-    @classmethod
-    def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
-        """The product."""
-        return {"product": (layout.p * layout.q if layout.side == "both" else layout.size, None)}
-
-    @classmethod
-    def of(cls, layout: Layout, block: Tensor) -> ProductAccumulator:
-        """The product with no data."""
-        return cls(layout, {"product": torch.zeros_like(block)}, block)
-
-    def add(self, record: Record, shared: Shared) -> None:
-        """Adds one batch of one layer."""
-        total = self.sums["product"]
-        if self.layout.side == "both":
-            a, d = self._cast(record, shared)
-            for start in range(0, len(d), 8):  # a few at a time, which stay in the cache
-                g = torch.bmm(d[start : start + 8].mT, a[start : start + 8]).flatten(1)
-                total.addmm_(g.T, g @ self.block)
-            return
-        near, far, kernel = self._near_and_far(record, shared)
-        if near.shape[1] * (near.shape[2] + far.shape[2]) <= near.shape[2] * far.shape[2]:
-            total += rows_product(near, torch.bmm(kernel(), near @ self.block))
-        else:
-            g = torch.bmm(near.mT, far)
-            total += torch.bmm(g, g.mT @ self.block).sum(0)
-
-
-class StreamingFisher(Mapping[str, SymmetricOperator]):
+class StreamingFisher:
     """Layer name -> an operator whose every product is one pass over the data.
 
-    :meth:`products` takes a block for each of several layers and reads the data once for them all: one block step of
-    an eigensolver for every layer. Nothing but the products is kept, so the memory does not grow with the data.
+    Indexed by layer it gives that layer's operator. It is no Mapping, lest an eigensolver multiplies layer by layer,
+    a pass for each: :meth:`multi_matmul` takes a block for each of several layers and reads the data once for them
+    all, one block step of an eigensolver for every layer. Nothing but the products is kept, so the memory does not
+    grow with the data.
 
     Args:
-        model: as in :func:`fishergeo.estimate_fisher`.
-        batches: an iterable that can be read again and again and gives the same batches.
-        side: ``"both"``: 1/N Σ vec(G_i) vec(G_i)ᵀ; ``"output"``: 1/N Σ G_i G_iᵀ; ``"input"``: 1/N Σ G_iᵀ G_i.
+        model: any module; left exactly as it was.
+        batches: an iterable that can be read again and again (a list, a loader that does not shuffle), or a function
+            that returns a fresh one. They must be the same in every pass.
         kind: as in :func:`fishergeo.estimate_fisher`; "mc" draws the same labels in every pass.
         unit: the same.
-        layers: the same.
+        side: ``"output"``: 1/N Σ G_i G_iᵀ; ``"input"``: 1/N Σ G_iᵀ G_i; ``"both"``: 1/N Σ vec(G_i) vec(G_i)ᵀ.
+        layers: as in :func:`fishergeo.estimate_fisher`.
         loss: the same.
         seed: of sampled labels.
         dtype: of products; float64 for float64 models, else float32, if None.
@@ -84,7 +50,11 @@ class StreamingFisher(Mapping[str, SymmetricOperator]):
         progress: a progress bar for every pass.
 
     Attributes:
+        sizes: layer -> p, q or pq.
         passes: how many times the data have been read.
+        traces: layer -> exact trace; filled by the first product that the layer takes part in.
+        examples: N, known after the first pass.
+        tokens: supervised tokens, likewise.
 
     Raises:
         ValueError: for unknown choices, or patterns that match nothing.
@@ -94,36 +64,42 @@ class StreamingFisher(Mapping[str, SymmetricOperator]):
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
-        side: str = "both",
+        batches: Batches,
         kind: str = "empirical",
         unit: str = "sequence",
+        side: str = "output",
         layers: LayerFilter = None,
         loss: LossFunction | None = None,
         seed: int = 0,
+        *,
         dtype: torch.dtype | None = None,
         token_weights: WeightSource = None,
         example_weights: WeightSource = None,
         max_draws: int = 256,
         progress: bool = False,
     ) -> None:
-        check_choice("side", side, ("both", *SIDES))
         check_choice("kind", kind, KINDS)
-        check_choice("unit", unit, UNITS)
+        self.unit = check_choice("unit", unit, UNITS)
+        self.side = check_choice("side", side, ("output", "input", "both"))
         if isinstance(batches, Iterator):
             raise TypeError(
-                "batches are read once for every product, and these can be read once; pass a list or loader"
+                "batches is an iterator, which can be read only once; pass a list, a DataLoader, or a function that "
+                "returns a fresh iterable"
             )
         self.model = model
-        self.batches = batches
-        self.side = side
-        self.dtype = dtype
         self.progress = progress
         self.passes = 0
+        self.traces: dict[str, float] = {}
+        self.examples = self.tokens = 0.0
+        self._batches = batches
         self._options = DataOptions(kind, unit, loss, token_weights, example_weights, max_draws=max_draws, seed=seed)
-        self._layers = select_layers(model, layers)
-        self._layouts = {name: Layout(name, *layer.shape, unit, side) for name, layer in self._layers.items()}
-        self._operators = {name: StreamingOperator(self, name) for name in self._layers}
+        self.layers = select_layers(model, layers)
+        weight = next(iter(self.layers.values())).weight
+        self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        self.device = weight.device
+        self._layouts = {name: Layout(name, *layer.shape, unit, side) for name, layer in self.layers.items()}
+        self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}
+        self._operators = {name: StreamingOperator(self, name) for name in self.layers}
 
     def __getitem__(self, name: str) -> StreamingOperator:
         return self._operators[name]
@@ -134,49 +110,63 @@ class StreamingFisher(Mapping[str, SymmetricOperator]):
     def __len__(self) -> int:
         return len(self._operators)
 
-    def products(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """F X for a block of every layer named, in one pass; layers not named are not captured.
+    @property
+    def count(self) -> float:
+        """What sums are divided by: examples or supervised tokens; 0 before the first pass."""
+        return self.examples if self.unit == "sequence" else self.tokens
+
+    def multi_matmul(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """F @ block for every layer named, in one pass; layers that are left out are not computed.
 
         Args:
-            blocks: layer -> (size,) or (size, k).
+            blocks: layer -> (size, c).
 
         Returns:
-            layer -> the product, of the same shape.
+            layer -> (size, c).
 
         Raises:
-            KeyError: for a layer that is not among the chosen.
-            ValueError: if a block does not fit.
+            KeyError: for a layer that is not there.
+            ValueError: for a block of the wrong shape, or batches without a supervised token.
+            RuntimeError: if the data are not those of the first pass, by their counts.
+            FloatingPointError: naming the batch and the layer.
         """
-        accumulators: dict[str, Accumulator] = {}
+        accumulators: dict[str, ProductAccumulator] = {}
         for name, block in blocks.items():
-            operator = self._operators[name]
-            if block.ndim not in (1, 2) or len(block) != operator.shape[0]:
-                raise ValueError(
-                    f"layer {name!r}: block {tuple(block.shape)} does not fit an operator {operator.shape}"
-                )
-            wide = block.detach().to(operator.device, operator.dtype).reshape(len(block), -1).contiguous()
-            accumulators[name] = ProductAccumulator.of(self._layouts[name], wide)
-        count = self._pass(accumulators)
-        return {
-            name: (accumulators[name].sums["product"] / count).reshape(block.shape) for name, block in blocks.items()
-        }
+            if name not in self.sizes:
+                raise KeyError(f"no layer {name!r} here; there are {', '.join(list(self.sizes)[:6])}")
+            if block.ndim != 2 or len(block) != self.sizes[name]:
+                raise ValueError(f"block of layer {name!r} must be ({self.sizes[name]}, c), got {tuple(block.shape)}")
+            wide = block.detach().to(self.layers[name].weight.device, self.dtype).contiguous()
+            accumulators[name] = ProductAccumulator.of(self._layouts[name], wide, name not in self.traces)
+        self._pass(accumulators)
+        for name, one in accumulators.items():
+            if "trace" in one.sums:
+                self.traces[name] = float(one.sums["trace"]) / self.count
+        return {name: one.sums["product"] / self.count for name, one in accumulators.items()}
 
     def diagonals(self) -> dict[str, Tensor]:
-        """The diagonal of every layer's two-sided Fisher, (p, q), in one pass; sums over it are those of any side."""
+        """The diagonal of every layer's two-sided Fisher, (p, q), in one pass."""
         empty = {
-            name: DiagonalAccumulator.empty(self._layouts[name], operator.dtype, operator.device)
-            for name, operator in self._operators.items()
+            name: DiagonalAccumulator.empty(self._layouts[name], self.dtype, layer.weight.device)
+            for name, layer in self.layers.items()
         }
-        count = self._pass(empty)
-        return {name: accumulator.sums["squares"] / count for name, accumulator in empty.items()}
+        self._pass(empty)
+        return {name: accumulator.sums["squares"] / self.count for name, accumulator in empty.items()}
 
-    def _pass(self, accumulators: dict[str, Accumulator]) -> float:
-        """Feeds the accumulators; returns the units."""
-        layers = {name: layer for name, layer in self._layers.items() if name in accumulators}
-        sweep = Sweep(self.model, layers, {"": accumulators}, self._options)
+    def _pass(self, accumulators: Mapping[str, Accumulator]) -> None:
+        """Feeds the accumulators once; only their layers get hooks, so back-propagation stops at the first of them."""
+        layers = {name: layer for name, layer in self.layers.items() if name in accumulators}
+        sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self._options)
+        once = callable(self._batches) and not isinstance(self._batches, Iterable)
+        sweep.run(cast(Any, self._batches)() if once else cast(Iterable[Any], self._batches), self.progress)
+        if self.passes == 0:
+            self.examples, self.tokens = sweep.examples, sweep.tokens
+        elif (sweep.examples, sweep.tokens) != (self.examples, self.tokens):
+            raise RuntimeError(
+                f"batches changed between passes: {self.examples:g} examples of {self.tokens:g} tokens at first, "
+                f"{sweep.examples:g} of {sweep.tokens:g} now; do not shuffle, sample or drop"
+            )
         self.passes += 1
-        sweep.run(self.batches, self.progress)
-        return sweep.examples if self._options.unit == "sequence" else sweep.tokens
 
 
 class StreamingOperator(SymmetricOperator):
@@ -191,28 +181,25 @@ class StreamingOperator(SymmetricOperator):
         self.fisher = fisher
         self.name = name
         self.side = fisher.side
-        self._weight = fisher._layers[name].weight
         self._diagonal: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(pq, pq), (p, p) or (q, q)."""
-        p, q = self.fisher._layers[self.name].shape
-        size = {"both": p * q, "output": p, "input": q}[self.side]
-        return size, size
+        return self.fisher.sizes[self.name], self.fisher.sizes[self.name]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of products."""
-        return self.fisher.dtype or (torch.float64 if self._weight.dtype == torch.float64 else torch.float32)
+        return self.fisher.dtype
 
     @property
     def device(self) -> torch.device:
         """The device of products."""
-        return self._weight.device
+        return self.fisher.layers[self.name].weight.device
 
     def _matmat(self, block: Tensor) -> Tensor:
-        return _Streamed.apply(block, lambda x: self.fisher.products({self.name: x})[self.name])  # type: ignore[no-untyped-call]
+        return _Streamed.apply(block, lambda x: self.fisher.multi_matmul({self.name: x})[self.name])  # type: ignore[no-untyped-call]
 
     def diagonal(self) -> Tensor:
         """(size,); one pass for the two-sided operator of all layers, a product with the identity for one side."""
@@ -245,7 +232,7 @@ class StreamingOperator(SymmetricOperator):
         return super().eigh(k)
 
     def _check_delta(self, rows: int, columns: int) -> None:
-        check_layer_shape(*self.fisher._layers[self.name].shape, rows, columns)
+        check_layer_shape(*self.fisher.layers[self.name].shape, rows, columns)
 
 
 class _Streamed(torch.autograd.Function):

@@ -128,7 +128,7 @@ def test_streaming_products_are_those_of_the_oracle_for_all_layers_in_one_pass(c
     fisher = fg.StreamingFisher(model, split(examples, cuts), side=side, layers=list(LAYERS))
     generator = torch.Generator().manual_seed(0)
     blocks = {name: torch.randn(fisher[name].shape[0], 3, dtype=torch.float64, generator=generator) for name in LAYERS}
-    products = fisher.products(blocks)
+    products = fisher.multi_matmul(blocks)
     assert fisher.passes == 1
     for name, g in gradients.items():
         if side == "both":

@@ -28,11 +28,13 @@ def test_a_ragged_last_batch_weighs_by_its_examples_not_as_a_batch():
 
 
 def test_a_streaming_product_weighs_a_ragged_last_batch_the_same_way():
-    ones = {name: torch.ones(p * q, dtype=torch.float64) for name, (p, q) in LAYERS.items()}
-    ragged = fg.StreamingFisher(SmallLM(), [collate(EXAMPLES[:4]), collate(EXAMPLES[4:])], layers=list(LAYERS))
-    even = fg.StreamingFisher(SmallLM(), [collate(EXAMPLES)], layers=list(LAYERS))
-    for name, product in ragged.products(ones).items():
-        assert_close(product, even.products(ones)[name])
+    ones = {name: torch.ones(p * q, 1, dtype=torch.float64) for name, (p, q) in LAYERS.items()}
+    ragged = fg.StreamingFisher(
+        SmallLM(), [collate(EXAMPLES[:4]), collate(EXAMPLES[4:])], side="both", layers=list(LAYERS)
+    )
+    even = fg.StreamingFisher(SmallLM(), [collate(EXAMPLES)], side="both", layers=list(LAYERS))
+    for name, product in ragged.multi_matmul(ones).items():
+        assert_close(product, even.multi_matmul(ones)[name])
 
 
 def test_factors_of_a_bfloat16_model_are_not_summed_in_bfloat16():
