@@ -245,7 +245,9 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta" and parameter.numel():
             flat = parameter.detach().reshape(-1)
-            digest.update(flat[:: max(1, flat.numel() // 8)][:8].double().cpu().numpy().tobytes())
+            sample = flat[:: max(1, flat.numel() // 8)][:8].double()
+            sample = sample.full_tensor() if hasattr(sample, "full_tensor") else sample  # a sharded parameter (FSDP2)
+            digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -297,7 +299,8 @@ def estimate_fisher(
         rank: eigenpairs of the sketch.
         side: ``"output"`` or ``"input"``, for gram and sketch.
         layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear except the output
-            embedding and LoRA's halves.
+            embedding and LoRA's halves. ``"m.bias"`` is a bias, ``"m+bias"`` weight and bias, ``"m.experts.w.3"`` an
+            expert; see "What can be captured" in the reference.
         loss: ``(model, batch) -> (n,)``, one loss an example.
         progress: a progress bar over batches.
         seed: of test matrices and sampled labels.
