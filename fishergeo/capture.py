@@ -27,7 +27,7 @@ class _Site:
     """A module (or one expert of it) and its calls in the present batch."""
 
     name: str
-    use: Use
+    use: Use  # of the first layer that reads it; which way round is each layer's own
     layers: list[Layer] = field(default_factory=list)
     expected: int = 0
     graphless: int = 0
@@ -52,7 +52,8 @@ class Capture:
 
     Inside, every parameter is frozen (no ``.grad`` is written), every module is in eval mode, and the default random
     generators are forked. Activation checkpointing, bfloat16 and FSDP2 (``fully_shard``) need nothing special: only
-    activations and their gradients are read.
+    activations and their gradients are read. The inputs of the chosen layers are held until their gradients come, so
+    a checkpoint that is not re-entrant saves the memory of other activations only.
 
     A parameter that some module reads without being called (``functional.linear(x, self.other.weight)``) is seen only
     where its own modules are called.
@@ -156,7 +157,7 @@ class Capture:
                 output,
                 args,
                 kwargs,
-                lambda gradient: Arrived(site.use, Call(args, kwargs, gradient, note), source),
+                lambda gradient: Arrived(site.use.path, Call(args, kwargs, gradient, note), source),
             )
 
         return hook
@@ -173,7 +174,7 @@ class Capture:
                 output,
                 (rows,),
                 {},
-                lambda gradient: Arrived(site.use, Call((rows,), {}, gradient), source, tokens, total),
+                lambda gradient: Arrived(site.use.path, Call((rows,), {}, gradient), source, tokens, total),
             )
 
         return observe

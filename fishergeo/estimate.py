@@ -105,7 +105,8 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         rank: eigenpairs of the sketch.
         side: ``"output"`` or ``"input"``, for gram and sketch.
         layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear except the output
-            embedding and LoRA's halves.
+            embedding and LoRA's halves. ``"m.bias"`` is a bias, ``"m+bias"`` weight and bias, ``"m.experts.w.3"`` an
+            expert; see "What can be captured" in the reference.
         loss: ``(model, batch) -> (n,)``, one loss an example.
         progress: a progress bar over batches.
         seed: of test matrices and sampled labels.

@@ -56,8 +56,9 @@ class _Watch(TorchFunctionMode):
     def _indexed(self, source: Tensor, index: Any, output: Tensor) -> None:
         if source is self.hidden and isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.long:
             self.tokens = index
+        single = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
         for name, weight in self.weights.items():
-            if source is weight and output.ndim == 2:
+            if source is weight and single:
                 self.slices[name] = (output, int(index))
                 self.taken[name] += 1
 

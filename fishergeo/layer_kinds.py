@@ -216,8 +216,8 @@ class Embedding(Kind):
 class Norm(Kind):
     """Any LayerNorm or RMSNorm with a vector of scales: its output is affine in them, coordinate by coordinate.
 
-    The normalised input is found by running the module with scales of one and of zero and no bias, so it is right for
-    weights that act as w or as 1 + w (Gemma), and for norms with further inputs. Each module is probed once to be so.
+    The normalised input is what the module gives with scales of one, or of zero where weights act as 1 + w (Gemma),
+    and no bias, whatever its further inputs. Each module is probed once to be so.
     """
 
     mates = "norm"
@@ -239,21 +239,32 @@ class Norm(Kind):
         """(width, 1)."""
         return cast(Tensor, module.weight).shape[0], 1
 
-    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Output = base + scales ∘ normalised, along the last dimension, and + bias."""
+    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """Output = (scales or 1 + scales) ∘ normalised input, along the last dimension, + bias.
+
+        Returns:
+            The scales, 1 or 0, with which the output is the normalised input itself.
+        """
         weight = cast(Tensor, module.weight)
         probe = torch.linspace(0.5, 1.5, len(weight), device=weight.device)
-        zero, one, other = (_run_with(module, args, kwargs, scales) for scales in (0.0, 1.0, probe))
-        understood = zero.shape[-1] == len(weight) and _close(other, zero + (one - zero) * probe, weight)
-        if understood and getattr(module, "bias", None) is not None:
-            understood = _close(_run_with(module, args, kwargs, 0.0, probe), zero + probe, weight)
-        if not understood:
-            raise ValueError(f"layers: {name!r} is a {type(module).__name__}, whose scales are not understood here")
+        settings = ((0.0, 0.0), (1.0, 0.0), (probe, 0.0), (0.0, probe))
+        runs = [_run_with(module, args, kwargs, *setting) for setting in settings]
+        finite = runs[1].isfinite()  # what stands at padding may be NaN
+        zero, one, other, biased = (torch.where(finite, run, 0) for run in runs)
+        if bool(one.any()) and zero.shape[-1] == len(weight):
+            scales = 0.0 if bool(zero.any()) else 1.0
+            normalised = one if scales else zero
+            offset = 0 if module._parameters.get("bias") is None else torch.where(finite, probe, 0)
+            if _close(other, normalised * (probe + 1 - scales), weight) and _close(biased, zero + offset, weight):
+                return scales
+        raise ValueError(
+            f"layers: {name!r} is a {type(module).__name__}, whose scales are not understood here (or all it has "
+            "read are zeros)"
+        )
 
     def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
         """Ones (..., 1) and gradients times the normalised input (..., width)."""
-        one, zero = (_run_with(module, call.args, call.kwargs, scales) for scales in (1.0, 0.0))
-        g = call.gradient * (one - zero)
+        g = call.gradient * _run_with(module, call.args, call.kwargs, call.note)
         return torch.ones_like(g[..., :1]), g
 
 

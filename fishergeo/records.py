@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +39,14 @@ class Arrived:
     """A call of a module whose gradient has come.
 
     Attributes:
-        use: which module, and what of it.
+        path: of the module.
         call: its inputs and gradient.
         source: a number of :class:`Sources` for its input.
         tokens: (R,), of an expert: the tokens that its rows stand for.
         total: tokens of the batch, padding included, where ``tokens`` is given.
     """
 
-    use: Use
+    path: str
     call: Call
     source: int
     tokens: Tensor | None = None
@@ -110,14 +110,15 @@ def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sou
     Raises:
         ValueError: if rows cannot be told apart by example.
     """
-    parts = [_terms(layer, one, layout) for one in arrivals] or [_nothing(layer, layout)]
+    uses = {use.path: use for use in layer.uses}
+    parts = [_terms(layer, uses[one.path], one, layout) for one in arrivals] or [_nothing(layer, layout)]
     a, g, valid = parts[0]
-    source = _source(layer, arrivals, sources)
+    source = _source(layer, uses, arrivals, sources)
     if len(parts) > 1:
         a, g = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
         if any(part[2] is not None for part in parts):
             valid = torch.cat([_all(part[0]) if part[2] is None else part[2] for part in parts], 1)
-    elif valid is None and layout.mask is not None and arrivals and arrivals[0].use.kind is not None:
+    elif valid is None and layout.mask is not None:
         source = sources.derived(source, "unmasked")
     if layout.counted is not None:
         valid = layout.counted[:, None] & (_all(a) if valid is None else valid)
@@ -128,16 +129,16 @@ def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sou
     return Record(layer.name, a.detach(), g.detach(), valid, source)
 
 
-def _source(layer: Layer, arrivals: Sequence[Arrived], sources: Sources) -> int:
-    if len(arrivals) != 1 or layer.part in ("bias", "expert") or arrivals[0].use.flipped:
+def _source(layer: Layer, uses: Mapping[str, Use], arrivals: Sequence[Arrived], sources: Sources) -> int:
+    if len(arrivals) != 1 or layer.part in ("bias", "expert") or uses[arrivals[0].path].flipped:
         return sources.fresh()
     one = arrivals[0].source
     return one if layer.part == "weight" else sources.derived(one, "with a 1 appended")
 
 
-def _terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor | None]:
+def _terms(layer: Layer, use: Use, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor | None]:
     """(n, T, q), (n, T, p) and which positions count (None: all) of one call."""
-    kind, module = one.use.kind, one.use.module
+    kind, module = use.kind, use.module
     if kind is None:
         return _expert_terms(layer, one, layout)
     if layer.part == "bias":
@@ -147,14 +148,14 @@ def _terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tens
         a, g = kind.terms(module, one.call)
         if layer.part == "weight+bias":
             a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-    if one.use.flipped:
+    if use.flipped:
         a, g = g, a
     a, g = (by_example(layer.name, x, layout.examples, layout.lengths) for x in (a, g))
     mask = layout.mask if kind.positions else None
     if mask is not None and mask.shape != a.shape[:2]:
         mask = None
     # The other sequence of an encoder and decoder may be just as long: padding receives no gradient, tokens do.
-    if mask is not None and layout.several and bool((g if not one.use.flipped else a)[~mask].any()):
+    if mask is not None and layout.several and bool((a if use.flipped else g)[~mask].any()):
         mask = None
     return a, g, mask
 

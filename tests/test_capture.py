@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny_llama
+from test_fisher_oracle import NAMES, assert_close, collate, make_examples, oracle_objective, tiny_llama
 from torch.utils.checkpoint import checkpoint
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import fishergeo as fg
 
@@ -101,6 +103,96 @@ def test_activation_checkpointing_changes_nothing(mode):
     expected, actual = gram(plain, [x], loss=loss), gram(checked, [x], loss=loss)
     for name in expected:
         assert_close(actual[name].to_dense(), expected[name].to_dense())
+
+
+class Deep(torch.nn.Module):
+    """Blocks of norm, linear and experts, each run under one kind of checkpoint."""
+
+    def __init__(self, mode):
+        super().__init__()
+        config = MixtralConfig(hidden_size=6, intermediate_size=5, num_local_experts=3)
+        config._experts_implementation = "eager"
+        self.first = torch.nn.Linear(4, 6)
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(6) for _ in range(2))
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(2))
+        self.experts = torch.nn.ModuleList(MixtralExperts(config) for _ in range(2))
+        self.mode = mode
+
+    def block(self, x, i):
+        x = x + torch.tanh(self.inner[i](self.norms[i](x)))
+        rows = x.flatten(0, 1)
+        weights, chosen = rows[:, :3].softmax(1).topk(2, 1)
+        return x + self.experts[i](rows, chosen, weights).view_as(x)
+
+    def forward(self, x):
+        x = self.first(x)
+        for i in range(2):
+            if self.mode == "plain":
+                x = self.block(x, i)
+            else:
+                x = checkpoint(self.block, x, i, use_reentrant=self.mode == "reentrant")
+        return x
+
+
+def deep_pair(mode):
+    plain, checked = Deep("plain").double(), Deep(mode).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one, other in zip(plain.parameters(), checked.parameters(), strict=True):
+            one.copy_(0.5 * torch.randn(one.shape, generator=generator))
+            other.copy_(one)
+    return plain, checked, torch.randn(3, 5, 4, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("mode", ["nonreentrant", "reentrant"])
+def test_checkpointed_blocks_of_norms_linears_and_experts(mode):
+    plain, checked, x = deep_pair(mode)
+    layers = ["first", "norms.*", "inner.*", "inner.*bias", "experts.*"]
+    loss = lambda model, batch: model(batch).sin().sum((1, 2))
+    for structure in ("gram", "kfac"):
+        expected, actual = (
+            fg.estimate_fisher(model, [x], structure=structure, layers=layers, loss=loss) for model in (plain, checked)
+        )
+        assert len(expected) == 1 + 2 + 2 + 2 + 12
+        for name in expected:
+            for key, value in expected.accumulators[name].sums.items():
+                assert_close(actual.accumulators[name].sums[key], value)
+
+
+def test_a_reentrant_checkpoint_whose_input_needs_no_gradient_is_refused():
+    _, checked, x = deep_pair("reentrant")
+    checked.head = torch.nn.Linear(6, 2).double()
+    loss = lambda model, batch: model.head(model(batch)).sin().sum((1, 2))
+    with pytest.raises(RuntimeError, match=r"'inner\.0' ran without a graph.*use_reentrant=False"):
+        gram(checked, [x], layers=["inner.0", "head"], loss=loss)
+
+
+def test_bfloat16_norms_embeddings_and_experts_follow_the_float64_model():
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
+        )
+    ).double().eval()  # fmt: skip
+    layers = ["model.layers.0.input_layernorm", "model.norm", "model.embed_tokens", "model.layers.0.self_attn.q_proj"]
+    batches = [collate(make_examples([5, 7]))]
+    exact = gram(model, batches, layers=layers)
+    examples = make_examples([5, 7])
+    gradients = {name: [] for name in layers}
+    for ids, labels in examples:
+        model.zero_grad()
+        oracle_objective(model(input_ids=ids[None]).logits[0], labels, "empirical")[0].backward()
+        for name in layers:
+            gradients[name].append(model.get_parameter(f"{name}.weight").grad.clone())
+    model.zero_grad()
+    rough = gram(model.to(torch.bfloat16), batches, layers=layers)
+    for name in layers:
+        g = torch.stack(gradients[name])
+        g = g[..., None] if g.ndim == 2 else g.mT if "embed" in name else g
+        # These norms and this softmax compute in float32 whatever the dtype.
+        assert_close(exact[name].to_dense(), (g @ g.mT).mean(0), 1e-5)
+        assert rough[name].dtype == torch.float32
+        assert_close(rough[name].to_dense().double(), exact[name].to_dense(), 0.15)
 
 
 def test_a_module_called_twice_sums_its_calls():
