@@ -241,13 +241,13 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
         share: all elements over those of the first batch.
 
     Returns:
-        (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when kept rows are
-        joined at the end).
+        (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when the rows kept by
+        one layer after another are joined at the end).
     """
     seen: set[int] = set()
-    entries, later, joined = [], 0, 0
+    entries, later, kept, widest = [], 0, 0, 0
     for name, accumulator in fisher.accumulators.items():
-        state = 0
+        state = rows = 0
         for key, tensor in accumulator.sums.items():
             if id(tensor) in seen:
                 continue
@@ -255,18 +255,18 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
             size = tensor.numel() * tensor.element_size()
             if _grows(accumulator, key):
                 whole = round(size * share)
-                later, joined, size = later + whole - size, joined + 2 * whole, whole
+                later, rows, size = later + whole - size, rows + whole, whole
             state += size
-        held = state
+        kept, widest, held = kept + rows, max(widest, rows), state
         if isinstance(accumulator, SketchAccumulator):
             sketch = accumulator.sketch
             column = len(sketch.factor) * sketch.factor.element_size()
-            (before, _), (during, kept) = sketch.widths(first), sketch.widths(examples)
-            state += column * (kept - sketch.factor.shape[1])
-            held = state + column * (during - kept)
+            (before, _), (during, after) = sketch.widths(first), sketch.widths(examples)
+            state += column * (after - sketch.factor.shape[1])
+            held = state + column * (during - after)
             later += column * max(during - before, 0)
         entries.append(LayerPlan(name, fisher.header.shapes[name], state, held))
-    return entries, later, joined
+    return entries, later, kept + widest
 
 
 def _grows(accumulator: Accumulator, key: str) -> bool:
