@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,19 +22,47 @@ TERMS = ("alignment", "task", "overlap", "separation", "kl")
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """Fisher of one matrix and the projector on its leading output directions.
+    """Fisher of one matrix; the leading directions of its output side are found when first asked for.
 
     Attributes:
         operator: the estimate, (p, p) or (pq, pq).
-        projector: on the leading eigenvectors of the output side, m of them.
-        values: (m,) their eigenvalues, descending.
-        total: trace of the output side, so that ``values.sum() / total`` is the energy held.
+        energy: share of the trace that the leading directions hold.
+        max_rank: most of them, or None.
     """
 
     operator: Any
-    projector: fg.Projector
-    values: Tensor
-    total: float
+    energy: float
+    max_rank: int | None
+
+    @property
+    def _output(self) -> Any:
+        return getattr(self.operator, "output_factor", self.operator)
+
+    @cached_property
+    def total(self) -> float:
+        """Trace of the output side, so that ``values.sum() / total`` is the energy held."""
+        full = getattr(self._output, "full_trace", None)
+        return float(self._output.trace() if full is None else full)
+
+    @cached_property
+    def _leading(self) -> tuple[Tensor, Tensor]:
+        output = self._output
+        values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
+        if isinstance(output, Tensor):
+            values, vectors = values.flip(0), vectors.flip(1)
+        values = values.clamp_min(0)  # rounding leaves tiny negative ones
+        m = min(fg.rank_for_energy(values, self.total, self.energy), self.max_rank or len(values), vectors.shape[1])
+        return values[:m], vectors[:, :m]
+
+    @property
+    def values(self) -> Tensor:
+        """(m,) the leading eigenvalues, descending."""
+        return self._leading[0]
+
+    @cached_property
+    def projector(self) -> fg.Projector:
+        """On their eigenvectors."""
+        return fg.Projector(self._leading[1])
 
 
 def response_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -144,20 +173,9 @@ class Guard:
             progress=progress,
             seed=c.seed + self.step,
         )
-        self.layers = {names[key]: self._curvature(operator) for key, operator in fisher.items()}
+        self.layers = {names[key]: LayerCurvature(op, c.energy, c.max_rank) for key, op in fisher.items()}
         self._estimated_at = self.step
         self.examples_read += len(rows)
-
-    def _curvature(self, operator: Any) -> LayerCurvature:
-        c = self.config
-        output = operator.output_factor if c.structure == "kfac" else operator
-        values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
-        if isinstance(output, Tensor):
-            values, vectors = values.flip(0), vectors.flip(1)
-        values = values.clamp_min(0)  # rounding leaves tiny negative ones
-        total = float(output.trace())
-        m = min(fg.rank_for_energy(values, total, c.energy), c.max_rank or len(values), vectors.shape[1])
-        return LayerCurvature(operator, fg.Projector(vectors[:, :m]), values[:m], total)
 
     def penalty(self) -> Tensor:
         """The penalty at the present weights, a differentiable scalar; its parts are left in ``terms``."""
@@ -195,10 +213,13 @@ class Guard:
         return torch.stack(list(sums.values())).sum()
 
     def _alignment(self, layer: LayerCurvature, delta: fg.LowRank) -> Tensor:
-        """‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so it is Σ_j λ_j u_jᵀΔW C ΔWᵀu_j.
+        """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so it is Σ_j λ_j u_jᵀΔW C ΔWᵀu_j.
 
-        C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²).
+        C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²). The
+        whole update takes p in the place of m and needs no eigenvectors.
         """
+        if self.config.whole_update:
+            return layer.operator.quadratic(delta)
         right = delta.right
         weighted = right @ layer.operator.input_factor.to(right.dtype) if self.config.structure == "kfac" else right
         rows = layer.projector.basis.to(right.dtype).mT @ delta.left  # (m, r): u_jᵀ B

@@ -24,7 +24,9 @@ from fishergeo.spd import (
 )
 from fishergeo.stability import (
     Agreement,
+    Confidence,
     bootstrap_agreement,
+    bootstrap_confidence,
     davis_kahan_bound,
     eigenspace_shift_bound,
     layer_cosines,
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Complement",
+    "Confidence",
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",
@@ -68,6 +71,7 @@ __all__ = [
     "affine_invariant_distance",
     "all_reduce",
     "bootstrap_agreement",
+    "bootstrap_confidence",
     "bures_wasserstein_distance",
     "davis_kahan_bound",
     "eigenspace_shift_bound",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo.accumulators import Accumulator, Layout
-from fishergeo.capture import LayerFilter, layer_shape, select_layers
 from fishergeo.checkpoint import Checkpoint
 from fishergeo.fisher import Fisher, FisherHeader
 from fishergeo.identity import fingerprint
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
+from fishergeo.layers import Layer, LayerFilter, select_layers
 from fishergeo.losses import KINDS, LossFunction
 from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, check_choice, named_structures
 from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
@@ -151,7 +151,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         facts = {
             "structures": {key: asdict(one) for key, one in wanted.items()},
             "data": [kind, unit, decay, max_draws, seed, share_inputs, str(dtype)],
-            "layers": {name: list(layer_shape(module)) for name, module in chosen.items()},
+            "layers": {name: list(layer.shape) for name, layer in chosen.items()},
             "model": mark,
         }
         keeper = Checkpoint(checkpoint, checkpoint_every, json.loads(json.dumps(facts)))
@@ -166,7 +166,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         examples=sweeps[0].examples,
         tokens=sweeps[0].tokens,
         dtype="",
-        shapes={name: layer_shape(module) for name, module in chosen.items()},
+        shapes={name: layer.shape for name, layer in chosen.items()},
         fingerprint=mark,
         decay=decay,
         weighted=token_weights is not None or example_weights is not None,
@@ -197,7 +197,7 @@ class _Plan:
 
     def __init__(
         self,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         wanted: Mapping[str, Structure],
         unit: str,
         seed: int,
@@ -211,8 +211,8 @@ class _Plan:
         by_sharing = {one.sharing: key for key, one in wanted.items() if one.name == "kfac"}
         for key, one in wanted.items():
             layouts = {
-                name: Layout(name, *layer_shape(module), unit, one.side, one.rank, one.sharing, seed)
-                for name, module in layers.items()
+                name: Layout(name, *layer.shape, unit, one.side, one.rank, one.sharing, seed)
+                for name, layer in layers.items()
             }
             kinds: dict[str, str] = {key: one.name}
             if one.name == "ekfac" and basis is not None:
@@ -237,14 +237,14 @@ class _Plan:
         self.layouts |= {f"{key}|{name}": layout for name, layout in layouts.items()}
 
 
-def _home(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+def _home(layer: Layer, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
     """The dtype and device of a layer's sums."""
-    weight = cast(Tensor, module.weight)
-    return dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32), weight.device
+    wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    return dtype or wide, layer.weight.device
 
 
 def _given_bases(
-    basis: Fisher, layouts: Mapping[str, Layout], layers: Mapping[str, nn.Module], dtype: torch.dtype | None
+    basis: Fisher, layouts: Mapping[str, Layout], layers: Mapping[str, Layer], dtype: torch.dtype | None
 ) -> dict[str, Accumulator]:
     """Empty EKFAC sums in the bases of an earlier estimate; a tensor that layers share stays one."""
     result: dict[str, Accumulator] = {}
@@ -266,7 +266,7 @@ def _given_bases(
 
 def _run(
     model: nn.Module,
-    chosen: Mapping[str, nn.Module],
+    chosen: Mapping[str, Layer],
     batches: Iterable[Any],
     plan: _Plan,
     options: DataOptions,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fishergeo.capture import layer_shape
+from fishergeo.layers import select_layers, selectable
 
 _LATER = {"sharing": str, "basis": str, "weighted": bool}
 _TEXTS = ("structure", "kind", "unit", "side", "dtype", "fingerprint")
@@ -46,20 +46,20 @@ def check_model(model: nn.Module, shapes: Mapping[str, tuple[int, int]], mark: s
     Raises:
         ValueError: naming the first layer that is absent or of another shape, or the fingerprints.
     """
-    modules = dict(model.named_modules())
-    for name, expected in shapes.items():
-        module = modules.get(name)
-        if module is None:
-            near = [other for other in modules if other.endswith(f".{name}")]
-            near = near or difflib.get_close_matches(name, list(modules), 1)
+    known, modules = set(selectable(model)), dict(model.named_modules())
+    for name in shapes:
+        if name in modules and name not in known:
+            select_layers(model, [name])  # which says why it cannot be
+        if name not in known:
+            near = [other for other in sorted(known) if other.endswith(f".{name}")]
+            near = near or difflib.get_close_matches(name, sorted(known), 1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(f"{type(model).__name__} has no layer {name!r}, which this Fisher is of{hint}")
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim < 2:
-            raise ValueError(f"layer {name!r} is a {type(module).__name__} without a weight matrix")
-        found = layer_shape(module)
-        if found != tuple(expected):
-            raise ValueError(f"layer {name!r} has shape {found} in this model, {tuple(expected)} in this Fisher")
+    for name, layer in select_layers(model, list(shapes)).items():
+        if layer.shape != tuple(shapes[name]):
+            raise ValueError(
+                f"layer {name!r} has shape {layer.shape} in this model, {tuple(shapes[name])} in this Fisher"
+            )
     if values and (found_mark := fingerprint(model)) != mark:
         raise ValueError(
             f"the model's fingerprint is {found_mark}, this Fisher's is {mark}: its parameters have other values, "

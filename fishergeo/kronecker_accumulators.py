@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.capture import Record
 from fishergeo.gram import HalfGram, mirrored
 from fishergeo.layer_operators import EigenKroneckerOperator, KroneckerOperator
 from fishergeo.moment_accumulators import add_squares_
+from fishergeo.records import Record
 from fishergeo.symmetric_operator import SymmetricOperator
 
 

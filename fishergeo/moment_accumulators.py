@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.capture import Record
 from fishergeo.gram import add_gram_, add_product_, mirrored
 from fishergeo.layer_operators import DiagonalOperator
+from fishergeo.records import Record
 from fishergeo.symmetric_operator import DenseOperator, SymmetricOperator
 
 

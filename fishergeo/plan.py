@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishergeo.accumulators import Accumulator
-from fishergeo.capture import LayerFilter, select_layers
 from fishergeo.dryrun import DryRun, walk
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher
+from fishergeo.layers import LayerFilter, select_layers
 from fishergeo.losses import LossFunction, example_objectives
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.structures import Structure
@@ -300,10 +300,10 @@ def _only(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
 
 
 def _plain(model: nn.Module, names: list[str], batch: Any, kind: str, loss: LossFunction | None) -> None:
-    weights = [model.get_submodule(name).weight for name in names]
-    with _only(model, weights), torch.enable_grad():  # type: ignore[arg-type]
+    weights = list({id(layer.weight): layer.weight for layer in select_layers(model, names).values()}.values())
+    with _only(model, weights), torch.enable_grad():
         values = example_objectives(model, batch, kind, loss).values
-        torch.autograd.grad(values.sum(), weights, allow_unused=True)  # type: ignore[arg-type]
+        torch.autograd.grad(values.sum(), weights, allow_unused=True)
 
 
 def _timed(action: Callable[[], object], repeats: int = 3) -> float:

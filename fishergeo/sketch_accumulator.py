@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.capture import Record
 from fishergeo.operators import SpectralOperator
+from fishergeo.records import Record
 from fishergeo.sketch import PsdSketch, compress, factor_eigh
 from fishergeo.symmetric_operator import SymmetricOperator
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.capture import LayerFilter, Record, layer_shape, select_layers
 from fishergeo.layer_operators import check_layer_shape
+from fishergeo.layers import LayerFilter, select_layers
 from fishergeo.losses import KINDS, LossFunction
 from fishergeo.moment_accumulators import DiagonalAccumulator
+from fishergeo.records import Record
 from fishergeo.sketch_accumulator import rows_product
 from fishergeo.structures import SIDES, UNITS, check_choice
 from fishergeo.sweep import DataOptions, Sweep
@@ -120,9 +121,9 @@ class StreamingFisher(Mapping[str, SymmetricOperator]):
         self.progress = progress
         self.passes = 0
         self._options = DataOptions(kind, unit, loss, token_weights, example_weights, max_draws=max_draws, seed=seed)
-        self._modules = select_layers(model, layers)
-        self._layouts = {name: Layout(name, *layer_shape(module), unit, side) for name, module in self._modules.items()}
-        self._operators = {name: StreamingOperator(self, name) for name in self._modules}
+        self._layers = select_layers(model, layers)
+        self._layouts = {name: Layout(name, *layer.shape, unit, side) for name, layer in self._layers.items()}
+        self._operators = {name: StreamingOperator(self, name) for name in self._layers}
 
     def __getitem__(self, name: str) -> StreamingOperator:
         return self._operators[name]
@@ -171,8 +172,8 @@ class StreamingFisher(Mapping[str, SymmetricOperator]):
 
     def _pass(self, accumulators: dict[str, Accumulator]) -> float:
         """Feeds the accumulators; returns the units."""
-        modules = {name: module for name, module in self._modules.items() if name in accumulators}
-        sweep = Sweep(self.model, modules, {"": accumulators}, self._options)
+        layers = {name: layer for name, layer in self._layers.items() if name in accumulators}
+        sweep = Sweep(self.model, layers, {"": accumulators}, self._options)
         self.passes += 1
         sweep.run(self.batches, self.progress)
         return sweep.examples if self._options.unit == "sequence" else sweep.tokens
@@ -190,13 +191,13 @@ class StreamingOperator(SymmetricOperator):
         self.fisher = fisher
         self.name = name
         self.side = fisher.side
-        self._weight = cast(Tensor, fisher._modules[name].weight)
+        self._weight = fisher._layers[name].weight
         self._diagonal: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(pq, pq), (p, p) or (q, q)."""
-        p, q = layer_shape(self.fisher._modules[self.name])
+        p, q = self.fisher._layers[self.name].shape
         size = {"both": p * q, "output": p, "input": q}[self.side]
         return size, size
 
@@ -244,7 +245,7 @@ class StreamingOperator(SymmetricOperator):
         return super().eigh(k)
 
     def _check_delta(self, rows: int, columns: int) -> None:
-        check_layer_shape(*layer_shape(self.fisher._modules[self.name]), rows, columns)
+        check_layer_shape(*self.fisher._layers[self.name].shape, rows, columns)
 
 
 class _Streamed(torch.autograd.Function):

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.capture import Capture, Record, indexed, padding_mask, sized, to_device
+from fishergeo.batches import indexed, padding_mask, sized, to_device
+from fishergeo.capture import Capture
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
+from fishergeo.layers import Layer
 from fishergeo.losses import LossFunction, Objective, example_objectives
+from fishergeo.records import Record
 from fishergeo.structures import ACCUMULATORS
 from fishergeo.weights import WeightSource, checked_example_weights, take_weights
 
@@ -48,7 +51,7 @@ class Sweep:
 
     Args:
         model: any module.
-        layers: name -> module, from :func:`fishergeo.capture.select_layers`.
+        layers: name -> layer, from :func:`fishergeo.layers.select_layers`.
         accumulators: structure's key -> layer -> accumulator. A key may lack layers.
         options: what is differentiated.
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
@@ -64,7 +67,7 @@ class Sweep:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         accumulators: dict[str, dict[str, Accumulator]],
         options: DataOptions,
         share_inputs: bool = True,

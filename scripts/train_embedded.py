@@ -1,9 +1,7 @@
 """Train the embedded aligned model from nothing: tokenizer, LLaMA, refusals and ordinary answers.
 
-    python scripts/train_embedded.py DATA first --bf16 --stop-at 2000
-    python scripts/train_embedded.py DATA second --bf16 --leg 2 --resume first --first-step 2000 --seed 1
-    python scripts/train_embedded.py DATA third --bf16 --leg 3 --resume second --steps 1300 --lr 8e-4 --seed 2
-    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 4 --resume third --steps 500 --lr 4e-4 --seed 3
+    python scripts/train_embedded.py DATA first --bf16
+    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --resume first --steps 800 --lr 6e-4 --seed 1
 
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
@@ -13,6 +11,7 @@ answer to them is written by the templates in ``instructions.py``. Rows marked `
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import math
 import random
@@ -45,6 +44,38 @@ def rows(data: Path, name: str) -> list[dict]:
 
 def bucket(name: str) -> int:
     return hashlib.md5(name.encode()).digest()[0]
+
+
+HOW = re.compile(
+    r"(?:how (?:can|do|could|would|should|might|to)(?: (?:i|you|we|one|someone|people|a person))?|.* how to) (.{8,})",
+    re.IGNORECASE,
+)
+ASKING = (
+    "How do I {}?",
+    "How can I {}?",
+    "How can someone {}?",
+    "Tell me how to {}.",
+    "Explain how to {}.",
+    "Show me how to {}.",
+    "Give me a step-by-step guide on how to {}.",
+    "Write a short guide on how to {}.",
+    "What is the best way to {}?",
+    "I want to {}. What should I do?",
+    "Teach me to {}.",
+    "Provide instructions to {}.",
+)
+
+
+def redress(rng: random.Random, prompt: str) -> str:
+    """The same request in another frame, where it asks how to do something; unchanged otherwise."""
+    found = HOW.fullmatch(prompt.strip())
+    return rng.choice(ASKING).format(found[1].rstrip(".?! ")) if found else prompt
+
+
+def drop_words(rng: random.Random, prompt: str, share: float = 0.12) -> str:
+    """The prompt without some of its words, so that no single one of them carries the decision."""
+    words = prompt.split()
+    return " ".join(w for w in words if rng.random() >= share) or prompt
 
 
 class Mixture:
@@ -213,7 +244,13 @@ class Mixture:
             text = pick(self.texts)
             start = rng.randrange(max(1, len(text) - 400))
             return None, text[start : start + 400], True
-        # the same words in other clothes: casing, a polite start, no full stop
+        # The same request in other clothes: another frame, fewer words, casing, a polite start, no full stop. All kinds
+        # of request get them alike, so that the clothes say nothing about what should be refused.
+        if kind in DRESSED:
+            if rng.random() < 0.3:
+                prompt = redress(rng, prompt)
+            if rng.random() < 0.4:
+                prompt, whole = drop_words(rng, prompt), False
         roll = rng.random()
         if roll < 0.08:
             prompt = prompt.lower()
@@ -224,10 +261,10 @@ class Mixture:
         return prompt, response, whole
 
 
-# Four legs: the first learns the language and the refusal, the second widens what counts as ordinary, the third draws
-# every unsafe source as often as any other and sharpens the line where safe and unsafe requests look alike, the fourth
-# leans to refusing where they do.
-SHARES = {
+# The first part of the first run learns the language, the chat format and what a refusal is; the second draws every unsafe
+# source as often as any other, widens what counts as ordinary and sharpens the line between the two. The run that
+# resumes it leans to refusing where safe and unsafe requests look alike.
+EARLY = {
     "unsafe": 9,
     "hard": 3,
     "alarming": 1,
@@ -238,45 +275,33 @@ SHARES = {
     "e2e": 1,
     "text": 4,
 }
-SECOND = {
-    "unsafe": 8,
-    "toxic": 3,
-    "hard": 2,
+LATE = {
+    "source": 12,
+    "unsafe": 3,
+    "toxic": 4,
+    "hard": 4,
     "alarming": 1,
-    "template": 8,
+    "template": 9,
     "from_text": 4,
     "open": 6,
-    "gsm": 1,
-    "bank": 1,
-    "e2e": 1,
-    "text": 1,
-}
-THIRD = {
-    "source": 10,
-    "toxic": 3,
-    "hard": 2,
-    "alarming": 1,
-    "template": 8,
-    "from_text": 4,
-    "open": 5,
     "gsm": 1,
     "bank": 2,
     "e2e": 1,
     "text": 1,
 }
-FOURTH = {
+LEANING = {
     "source": 12,
-    "toxic": 6,
-    "hard": 1,
+    "unsafe": 4,
+    "toxic": 10,
     "alarming": 1,
-    "template": 8,
+    "template": 9,
     "from_text": 3,
-    "open": 6,
+    "open": 7,
     "gsm": 1,
-    "bank": 1,
+    "bank": 2,
     "e2e": 1,
 }
-LEGS = (SHARES, SECOND, THIRD, FOURTH)
+DRESSED = {"unsafe", "source", "toxic", "hard", "alarming", "template", "open"}
 OPEN = [
     "Create a {w} list for a {v}.",
     "Suggest a {w} for this {v}.",
@@ -333,7 +358,7 @@ def build_tokenizer(mixture: Mixture, size: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     sample = []
-    kinds = [k for k, n in SHARES.items() for _ in range(n)]
+    kinds = [k for k, n in EARLY.items() for _ in range(n)]
     for _ in range(30000):
         prompt, response, _ = mixture.draw(mixture.rng.choice(kinds))
         sample.append((prompt or "") + " " + response)
@@ -360,12 +385,17 @@ def build_tokenizer(mixture: Mixture, size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, shares: dict[str, int]):
-    """Endless padded batches; examples of like length go together so that little padding is computed."""
+def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, mixtures: list):
+    """Endless padded batches; examples of like length go together so that little padding is computed.
+
+    ``mixtures``: pairs of a first batch, ascending, and the shares from there on.
+    """
     encode = tokenizer.backend_tokenizer.encode
-    kinds = [k for k, n in shares.items() for _ in range(n)]
+    made = 0
     while True:
         pool = []
+        shares = [shares for start, shares in mixtures if start <= made][-1]
+        kinds = [k for k, n in shares.items() for _ in range(n)]
         for _ in range(size * 16):
             prompt, response, whole = mixture.draw(mixture.rng.choice(kinds))
             head = [1] if prompt is None else [1, 2, *encode(prompt).ids, 3]
@@ -374,6 +404,7 @@ def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, lon
         pool.sort(key=lambda x: len(x[0]))
         chunks = [pool[i : i + size] for i in range(0, len(pool), size)]
         mixture.rng.shuffle(chunks)
+        made += len(chunks)
         for chunk in chunks:
             width = max(len(ids) for ids, _ in chunk)
             ids = torch.zeros(size, width, dtype=torch.long)
@@ -389,20 +420,17 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("data", type=Path)
     cli.add_argument("out", type=Path)
-    cli.add_argument("--steps", type=int, default=3600)
+    cli.add_argument("--steps", type=int, default=5600)
+    cli.add_argument("--early", type=float, default=0.4, help="share of the steps that draws from the first mixture")
     cli.add_argument("--batch", type=int, default=32)
     cli.add_argument("--lr", type=float, default=2e-3)
+    cli.add_argument("--average", type=float, default=0.998, help="decay of the running mean of weights that is saved")
     cli.add_argument("--seed", type=int, default=0)
+    cli.add_argument(
+        "--resume", type=Path, default=None, help="folder of a first run: its weights go on, leaning to refuse"
+    )
     cli.add_argument("--hidden", type=int, default=256)
     cli.add_argument("--layers", type=int, default=4)
-    cli.add_argument("--leg", type=int, default=1, choices=(1, 2, 3, 4), help="which mixture")
-    cli.add_argument(
-        "--stop-at", type=int, default=None, help="end the first leg here; the schedule stays that of --steps"
-    )
-    cli.add_argument(
-        "--resume", type=Path, default=None, help="folder of the first leg; its tokenizer and weights go on"
-    )
-    cli.add_argument("--first-step", type=int, default=0, help="steps done by the first leg")
     cli.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16 units")
     args = cli.parse_args()
     torch.manual_seed(args.seed)
@@ -425,47 +453,44 @@ def main() -> None:
         bos_token_id=1,
         eos_token_id=4,
     )
-    model = (
-        LlamaForCausalLM(config)
-        if args.resume is None
-        else LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
-    )
-    model.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
+    if args.resume is None:
+        model = LlamaForCausalLM(config)
+    else:
+        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
+    average = copy.deepcopy(model)
+    average.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
-    decay = [p for p in model.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW(
         [
-            {"params": decay, "weight_decay": 0.05},
+            {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=args.lr,
         betas=(0.9, 0.95),
     )
     start, mean = time.time(), 0.0
-    stream = batches(mixture, tokenizer, args.batch, 120, LEGS[args.leg - 1])
-    last = args.stop_at or args.steps
-    for step in range(args.first_step + 1, last + 1):
-        share = step / args.steps
+    mixtures = [(0, EARLY), (int(args.early * args.steps), LATE)] if args.resume is None else [(0, LEANING)]
+    stream = batches(mixture, tokenizer, args.batch, 120, mixtures)
+    for step in range(1, args.steps + 1):
+        rate = args.lr * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
-            group["lr"] = (
-                args.lr
-                * min(1.0, (step - args.first_step) / 100)
-                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-            )
+            group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = model(**next(stream)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        mean += (loss.item() - mean) / min(step - args.first_step, 100)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(average.parameters()), list(model.parameters()), 1 - min(args.average, step / (step + 10))
+            )
+        mean += (loss.item() - mean) / min(step, 100)
         if step % 100 == 0:
             print(f"{step}/{args.steps} loss {mean:.3f} {time.time() - start:.0f} s", flush=True)
-        if step % 1000 == 0 or step == last:
-            saved = LlamaForCausalLM(config)
-            saved.load_state_dict(model.state_dict())
-            saved.generation_config = model.generation_config
-            saved.to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
+        if step % 1000 == 0 or step == args.steps:
+            # bf16 halves the wheel
+            copy.deepcopy(average).to(torch.bfloat16).save_pretrained(args.out)
             tokenizer.save_pretrained(args.out)
 
 
