@@ -111,7 +111,7 @@ def plan(
     calibrate: bool = False,
     **options: Any,
 ) -> Plan:
-    """Plans an :func:`estimate_fisher` without running it: the same code is run on one batch of blank tensors.
+    """Plans an :func:`estimate_fisher` without running it: the same code is run on a batch of blank tensors.
 
     The model may be on the meta device. Give either ``batches`` or the three sizes of a language model's. Memory is
     that of the largest batch; arithmetic and time go by the number of elements of each. Every position counts as
@@ -151,15 +151,20 @@ def plan(
     options = {"structure": structure, "layers": list(chosen), "loss": loss, "kind": kind, **options}
     dry = DryRun(model)
     blank = walk(sample, dry.blank)
+    # What the first batch leaves behind (rows that wait to be multiplied) is alive while the second runs forward. Of a
+    # sketch and of kept rows it is known by formula.
+    name = structure if isinstance(structure, str) else structure.name
+    times = 1 if name in ("sketch", "exact") or len(sizes) == 1 else 2
     with dry.metered() as meter:
-        fisher = estimate_fisher(dry.model, [blank], **options)
+        fisher = estimate_fisher(dry.model, [blank] * times, **options)
+    flops = meter.flops / times
     with dry.metered() as plain_meter:
         _plain(dry.model, list(chosen), blank, kind, loss)
     share = sum(sizes) / _elements(sample)
-    entries, later, joined = _layers(fisher, _rows(sample), count, share)
+    entries, later, joined = _layers(fisher, _rows(sample) * times, count, share / times)
     seconds = plain_seconds = None
     if flop_rate is not None:
-        seconds, plain_seconds = (m.flops * share / flop_rate for m in (meter, plain_meter))
+        seconds, plain_seconds = (each * share / flop_rate for each in (flops, plain_meter.flops))
     if calibrate:
         once, thrice = (
             _timed(lambda n=n: estimate_fisher(model, [sample] * n, **options))  # type: ignore[misc]
@@ -176,7 +181,7 @@ def plan(
         state_bytes=sum(entry.state_bytes for entry in entries),
         pass_bytes=sum(entry.pass_bytes for entry in entries),
         peak_bytes=max(meter.peak + later + _folding(fisher, count), joined),
-        flops=round(meter.flops * share),
+        flops=round(flops * share),
         plain_flops=round(plain_meter.flops * share),
         seconds=seconds,
         plain_seconds=plain_seconds,
@@ -241,13 +246,13 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
         share: all elements over those of the first batch.
 
     Returns:
-        (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when kept rows are
-        joined at the end).
+        (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when the rows kept by
+        one layer after another are joined at the end).
     """
     seen: set[int] = set()
-    entries, later, joined = [], 0, 0
+    entries, later, kept, widest = [], 0, 0, 0
     for name, accumulator in fisher.accumulators.items():
-        state = 0
+        state = rows = 0
         for key, tensor in accumulator.sums.items():
             if id(tensor) in seen:
                 continue
@@ -255,18 +260,18 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
             size = tensor.numel() * tensor.element_size()
             if _grows(accumulator, key):
                 whole = round(size * share)
-                later, joined, size = later + whole - size, joined + 2 * whole, whole
+                later, rows, size = later + whole - size, rows + whole, whole
             state += size
-        held = state
+        kept, widest, held = kept + rows, max(widest, rows), state
         if isinstance(accumulator, SketchAccumulator):
             sketch = accumulator.sketch
             column = len(sketch.factor) * sketch.factor.element_size()
-            (before, _), (during, kept) = sketch.widths(first), sketch.widths(examples)
-            state += column * (kept - sketch.factor.shape[1])
-            held = state + column * (during - kept)
+            (before, _), (during, after) = sketch.widths(first), sketch.widths(examples)
+            state += column * (after - sketch.factor.shape[1])
+            held = state + column * (during - after)
             later += column * max(during - before, 0)
         entries.append(LayerPlan(name, fisher.header.shapes[name], state, held))
-    return entries, later, joined
+    return entries, later, kept + widest
 
 
 def _grows(accumulator: Accumulator, key: str) -> bool:
