@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 ROWS, COLUMNS = 32, 64
-# tl.dot wants inner sizes of at least 16; beyond 128 the factors' tiles no longer fit beside the accumulators.
-SMALLEST_RANK, LARGEST_RANK = 16, 128
+# tl.dot wants inner sizes of at least 16; far beyond 64 the factors' tiles no longer fit beside the accumulators.
+SMALLEST_RANK, LARGEST_RANK = 16, 64
 # Programs wanted: a few for each of the hundred-odd multiprocessors of a large GPU.
 PROGRAMS = 512
 
@@ -157,7 +157,7 @@ def _left_sweep(la, ra, lt, rt, base, beta, tau, want_sums, want_a, want_t):
             p, q, rank_a, rank_t, share, batch, beta, tau,
             *la.stride(), *ra.stride(), *lt.stride(), *rt.stride(), *((0, 0, 0) if base is None else base.stride()),
             HAS_BASE=base is not None, WANT_SUMS=want_sums, WANT_A=want_a, WANT_T=want_t,
-            RANK_A=_padded(rank_a), RANK_T=_padded(rank_t), ROWS=ROWS, COLUMNS=COLUMNS,
+            RANK_A=_padded(rank_a), RANK_T=_padded(rank_t), ROWS=ROWS, COLUMNS=COLUMNS, num_stages=1,
         )  # fmt: skip
     return [None if out is None else out.sum(0) for out in (sums, grad_a, grad_t)]
 
@@ -213,15 +213,19 @@ def dense_gradients(
 
 
 def probe(device: torch.device) -> None:
-    """Run a small problem through the kernels, to find out before the first real one whether they compile and run.
+    """Run problems of one entry through both kernels, the largest rank included, before the first real one needs them.
 
     Raises:
-        Exception: whatever triton raises where it cannot, or RuntimeError if the result is wrong.
+        Exception: whatever triton raises where it cannot compile or launch, or RuntimeError if a result is wrong.
     """
-    ones = torch.ones(1, 1, 1, device=device)
-    sums, grads = factored_sweep((ones, ones, ones, ones), None, 1.0, 2.0, [True] * 4)
-    # A = T = 1 and |D| = τ: η = 1 + σ(0) = 3/2, and the gradient is 3/2 + σ'(0) = 7/4.
-    wanted = [1.5, *[1.75] * 4]
-    found = [float(x) for x in (sums, *(g for g in grads if g is not None))]
-    if any(abs(x - y) > 1e-5 for x, y in zip(found, wanted, strict=True)):
-        raise RuntimeError(f"expected {wanted} of a problem of one entry, got {found}")
+    for rank in (1, LARGEST_RANK):
+        row, base = torch.ones(1, 1, rank, device=device), torch.ones(1, 1, 1, device=device)
+        # A = T = W0 = 1 and |D| = τ = 3: η = 1 + σ(0) = 3/2, and the gradient by A and by T is 3/2 + σ'(0) = 7/4.
+        sums, grads = factored_sweep((row / rank, row.mT, row / rank, row.mT), base, 1.0, 3.0, [True] * 4)
+        sums_too = dense_sums(base, base, base, 1.0, 3.0)
+        dense = dense_gradients(base, base, base, torch.ones(1, device=device), 1.0, 3.0, (True, True))
+        wanted = [1.5, 1.75, 1.75 / rank, 1.75, 1.75 / rank, 1.5, 1.75, 1.75]
+        found = [sums, *grads, sums_too, *dense]
+        off = max(float((x - y).abs().max()) for x, y in zip(found, wanted, strict=True) if x is not None)
+        if off > 1e-5:
+            raise RuntimeError(f"a problem of one entry and rank {rank} came out wrong by {off:.3g}")

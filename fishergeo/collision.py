@@ -103,7 +103,7 @@ def riemannian_overlap(
 
     Exact, computed tile by tile: beyond its inputs it holds a few tiles and, for factors, their gradients; for dense
     updates the backward pass recomputes. On CUDA a Triton kernel does it where triton is installed, for float32 and
-    narrower and ranks to 128. The gradient is a subgradient where part_ij, rest_ij or D_ij is zero, zero
+    narrower and ranks to 64. The gradient is a subgradient where part_ij, rest_ij or D_ij is zero, zero
     at a zero update; a backward pass with create_graph=True is refused, for there are no second derivatives.
 
     Args:

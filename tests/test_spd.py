@@ -250,3 +250,10 @@ def test_checks_are_relative_to_the_size_of_the_matrix(distance, scale):
 def test_half_precision_probabilities_are_widened_before_their_roots():
     p, q = torch.tensor([0.25, 0.75]), torch.tensor([0.375, 0.625])
     assert torch.equal(fg.fisher_rao_distance(p.half(), q.half()), fg.fisher_rao_distance(p, q))
+
+
+@EVERY
+def test_the_squared_distance_is_differentiable_where_the_matrices_are_equal(distance):
+    a = definite(0, 3)
+    function = lambda x: distance((x + x.mT) / 2, a) ** 2
+    assert torch.autograd.gradcheck(function, a.clone().requires_grad_())

@@ -170,7 +170,7 @@ def test_the_probe_accepts_the_kernels_and_notices_a_wrong_result(monkeypatch):
 
     _triton.probe(torch.device("cpu"))
     monkeypatch.setattr(_triton, "factored_sweep", lambda *_: (torch.ones(1, 1), [torch.ones(1)] * 4))
-    with pytest.raises(RuntimeError, match="expected"):
+    with pytest.raises(RuntimeError, match=r"rank 1 came out wrong by 0\.75"):
         _triton.probe(torch.device("cpu"))
 
 
@@ -179,15 +179,15 @@ def test_the_probe_accepts_the_kernels_and_notices_a_wrong_result(monkeypatch):
 
 def test_tiles_serve_wherever_the_kernels_do_not(monkeypatch):
     class Kernels:
-        LARGEST_RANK = 128
+        LARGEST_RANK = 64
 
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(_overlap, "_kernels", lambda device: Kernels)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert _overlap.sweeps(cuda, dtype, 128) is _overlap.sweeps(cuda, dtype, 1) is Kernels
+        assert _overlap.sweeps(cuda, dtype, 64) is _overlap.sweeps(cuda, dtype, 1) is Kernels
         assert _overlap.sweeps(cpu, dtype) is _tiles
     assert _overlap.sweeps(cuda, torch.float64) is _tiles
-    assert _overlap.sweeps(cuda, torch.float32, 129) is _overlap.sweeps(cuda, torch.float32, 0) is _tiles
+    assert _overlap.sweeps(cuda, torch.float32, 65) is _overlap.sweeps(cuda, torch.float32, 0) is _tiles
     monkeypatch.setattr(_overlap, "_kernels", lambda device: None)
     assert _overlap.sweeps(cuda, torch.float32) is _tiles
 
@@ -219,7 +219,7 @@ def test_kernels_that_fail_their_probe_are_warned_about_and_passed_over(monkeypa
 @needs_gpu
 @pytest.mark.parametrize("kind", ["factored", "dense"])
 @pytest.mark.parametrize("shape", [(1, 1), (129, 513), (2, 200, 300), (1024, 4096)])
-@pytest.mark.parametrize("ranks", [(3, 2), (16, 32), (128, 128)])
+@pytest.mark.parametrize("ranks", [(3, 2), (16, 32), (64, 64)])
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_on_a_gpu_the_kernels_are_chosen_and_agree_with_float64(kind, shape, ranks, with_weight):
     assert _overlap.sweeps(torch.device("cuda"), torch.float32, max(ranks)).__name__ == "fishergeo._triton"
