@@ -117,7 +117,10 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     if before is not None:
         print(compare_text(before, report))
     if args.html is not None:
-        write_drift(args.html, *((report,) if before is None else (before, report)))
+        if before is None:
+            write_drift(args.html, report)
+        else:
+            write_drift(args.html, before, report)
 
 
 def run_prompts(args: argparse.Namespace) -> None:
@@ -157,5 +160,5 @@ def run_report(args: argparse.Namespace) -> None:
     if len(reports) == 2:
         print(compare_text(*reports))
     if args.html is not None:
-        names = tuple(path.stem for path in args.report)
-        write_drift(args.html, *reports, **({"labels": names} if len(reports) == 2 else {}))
+        labels = (args.report[0].stem, args.report[-1].stem)
+        write_drift(args.html, reports[0], reports[1] if len(reports) == 2 else None, labels=labels)

@@ -30,10 +30,13 @@ class Checker(HTMLParser):
         self.open, self.outside, self.text = [], [], []
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "link", "path", "use", "br") and not self.get_starttag_text().endswith("/>"):
+        if tag not in ("meta", "link", "br"):
             self.open.append(tag)
         self.outside += [v for k, v in attributes if k in ("src", "href") and v and v.startswith(("http", "//"))]
         assert tag != "script"
+
+    def handle_startendtag(self, tag, attributes):
+        pass
 
     def handle_endtag(self, tag):
         assert self.open and self.open.pop() == tag, tag
@@ -44,7 +47,7 @@ class Checker(HTMLParser):
 
 @pytest.mark.parametrize("after", [None, report(6, 0.25)])
 def test_the_page_is_whole_self_contained_and_withholds_unsafe_answers(after):
-    page = render_drift(report(18), after)
+    page = render_drift(report(18), after, samples=20)
     checker = Checker()
     checker.feed(page)
     assert not checker.open and not checker.outside
