@@ -1,4 +1,4 @@
-"""The command line: ``alignguard demo | fit | driftcheck | prompts | report | ablate``."""
+"""The command line: ``alignguard demo | fit | driftcheck | prompts | compare | ablate``."""
 
 from __future__ import annotations
 

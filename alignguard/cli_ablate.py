@@ -35,7 +35,12 @@ def add_ablate(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--stability", type=float, default=0.01, help="λ_T of the terms study (default: 0.01)")
     parser.add_argument("--collision", type=float, default=0.01, help="weight of each collision term (default: 0.01)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="runs at a time (default: cores); step times are those of runs side by side",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablate"), help="default: runs/ablate")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and do nothing")
     bench = parser.add_argument_group("bench", "the embedded model and its task where left out")
@@ -121,14 +126,14 @@ def _jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             name, values = _field(text, "--vary")
             jobs += ablation.knob_jobs(name, [_value(v) for v in values.split(",")], base, seeds)
         return jobs
-    for study in args.study:
+    for study in dict.fromkeys(args.study):
         if study == "terms":
             jobs += ablation.terms_plan(base, seeds, args.stability, args.collision)
         elif study == "knobs":
             jobs += ablation.terms_plan(base, seeds)[: len(seeds)] + ablation.knobs_plan(base, seeds)
         else:
             jobs += ablation.rivals_plan(base, seeds, whole_grid=study == "sweep", unaligned=args.unaligned)
-    return jobs
+    return list({json.dumps(job, sort_keys=True): job for job in jobs}.values())  # studies share their plain runs
 
 
 def run_ablate(args: argparse.Namespace) -> None:

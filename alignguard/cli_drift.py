@@ -1,4 +1,4 @@
-"""``alignguard driftcheck``, ``prompts`` and ``report``: measure a chat model, build prompt sets, show what was found."""
+"""``alignguard driftcheck``, ``prompts`` and ``compare``: measure a chat model, build prompt sets, show what was found."""
 
 from __future__ import annotations
 
@@ -49,12 +49,15 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     prompts.add_argument("--seed", type=int, default=0)
     prompts.set_defaults(run=run_prompts)
 
-    report: argparse.ArgumentParser = commands.add_parser("report", help="show one DriftCheck report, or compare two")
-    report.add_argument("report", type=Path, nargs="+", help="one JSON report, or two: before and after")
-    report.add_argument("--html", type=Path, default=None, help="write a page")
-    report.add_argument("--overwrite", action="store_true")
-    report.set_defaults(run=run_report)
-    return {"driftcheck": drift, "prompts": prompts, "report": report}
+    compare: argparse.ArgumentParser = commands.add_parser(
+        "compare", help="compare two saved DriftCheck reports prompt by prompt, or show one"
+    )
+    compare.add_argument("before", type=Path, help="a JSON report")
+    compare.add_argument("after", type=Path, nargs="?", default=None, help="another, on the same prompts")
+    compare.add_argument("--html", type=Path, default=None, help="write a page")
+    compare.add_argument("--overwrite", action="store_true")
+    compare.set_defaults(run=run_compare)
+    return {"driftcheck": drift, "prompts": prompts, "compare": compare}
 
 
 def _unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
@@ -117,7 +120,10 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     if before is not None:
         print(compare_text(before, report))
     if args.html is not None:
-        write_drift(args.html, *((report,) if before is None else (before, report)))
+        if before is None:
+            write_drift(args.html, report)
+        else:
+            write_drift(args.html, before, report)
 
 
 def run_prompts(args: argparse.Namespace) -> None:
@@ -144,18 +150,17 @@ def run_prompts(args: argparse.Namespace) -> None:
         print(f"{name:<32} {count:6d}")
 
 
-def run_report(args: argparse.Namespace) -> None:
-    """Print one report, or the paired comparison of two, and write the page."""
+def run_compare(args: argparse.Namespace) -> None:
+    """Print the paired comparison of two reports, or what one holds, and write the page."""
     from alignguard.driftcheck import DriftReport
     from alignguard.driftpage import compare_text, write_drift
 
-    if len(args.report) > 2:
-        raise ValueError(f"give one report, or two to compare; found {len(args.report)}")
     _unclaimed("--html", args.html, args.overwrite)
-    reports = [DriftReport.load(path) for path in args.report]
-    print(reports[-1].table())
-    if len(reports) == 2:
-        print(compare_text(*reports))
+    before = DriftReport.load(args.before)
+    after = DriftReport.load(args.after) if args.after is not None else None
+    print((after or before).table())
+    if after is not None:
+        print(compare_text(before, after))
     if args.html is not None:
-        names = tuple(path.stem for path in args.report)
-        write_drift(args.html, *reports, **({"labels": names} if len(reports) == 2 else {}))
+        labels = (args.before.stem, args.after.stem if after is not None else "")
+        write_drift(args.html, before, after, labels=labels)

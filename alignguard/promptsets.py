@@ -216,11 +216,9 @@ def even_shares(available: Mapping[str, int], total: int) -> dict[str, int]:
     if sum(available.values()) < total:
         raise ValueError(f"{total} prompts asked for, {sum(available.values())} found: {dict(available)}")
     taken = dict.fromkeys(available, 0)
-    while sum(taken.values()) < total:
-        open_kinds = [kind for kind in available if taken[kind] < available[kind]]
-        share, rest = divmod(total - sum(taken.values()), len(open_kinds))
-        for place, kind in enumerate(open_kinds):
-            taken[kind] += min(share + (place < rest), available[kind] - taken[kind])
+    for _ in range(total):
+        least = min((kind for kind in available if taken[kind] < available[kind]), key=taken.__getitem__)
+        taken[least] += 1
     return taken
 
 

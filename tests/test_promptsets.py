@@ -1,6 +1,7 @@
 """Prompt sets from small local files that stand in for the public sources."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -64,7 +65,7 @@ def test_capability_rows_hold_the_right_answer(tmp_path):
         if row["source"] == "gsm8k":
             assert row["match"] == "number" and f"What is {int(row['answer']) // 2} and" in row["prompt"]
         else:
-            number = int(row["prompt"].split("message ")[1].split('"')[0])
+            number = int(re.search(r'"message (\d+)"', row["prompt"]).group(1))
             right = names[number % 5].replace("_", " ").rstrip("?")
             assert f"{row['answer']}) {right}" in row["prompt"]
 

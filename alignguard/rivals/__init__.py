@@ -72,7 +72,7 @@ def make_rival(name: str, settings: Mapping[str, Any] | None = None) -> Rival:
     if name not in RIVALS:
         raise ValueError(f"unknown rival {name!r}; there are {', '.join(RIVALS)}")
     kind = RIVALS[name]
-    known = [f.name for f in dataclasses.fields(kind) if f.init] if dataclasses.is_dataclass(kind) else []
+    known: list[str] = [f.name for f in dataclasses.fields(kind) if f.init] if dataclasses.is_dataclass(kind) else []
     if unknown := sorted(set(settings or {}) - set(known)):
         raise ValueError(f"{name}: unknown settings {unknown}; known: {known}")
     return kind(**(settings or {}))

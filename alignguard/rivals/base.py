@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from alignguard.data import collate
+from alignguard.data import IGNORED, collate
 
 Encoded = Mapping[str, Any]
 
@@ -43,6 +43,12 @@ class Run:
         """Rows padded to one batch on the model's device."""
         device = next(self.model.parameters()).device
         return {key: value.to(device) for key, value in collate(rows, self.pad_token_id).items()}
+
+    def logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities over the vocabulary at every response token, (tokens, vocabulary) float32."""
+        keep = batch["labels"][:, 1:] != IGNORED
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return logits[keep].float().log_softmax(-1)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, in the model's order."""
