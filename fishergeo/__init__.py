@@ -3,6 +3,8 @@
 from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
+from fishergeo.black_box import LayerProducts
+from fishergeo.block_lanczos import lanczos, lanczos_layers
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.fisher import Fisher, FisherHeader, estimate_fisher
 from fishergeo.grassmann import Grassmann, karcher_mean
@@ -18,6 +20,7 @@ from fishergeo.spd import (
     fisher_rao_distance,
     log_euclidean_distance,
 )
+from fishergeo.spectrum import ConvergenceError, ConvergenceWarning, Spectrum
 from fishergeo.stability import (
     Agreement,
     bootstrap_agreement,
@@ -32,6 +35,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Complement",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",
@@ -41,11 +46,13 @@ __all__ = [
     "KroneckerMaskProjector",
     "KroneckerOperator",
     "KroneckerProjector",
+    "LayerProducts",
     "LowRank",
     "Projector",
     "SampledOverlap",
     "SoftProjector",
     "SpectralOperator",
+    "Spectrum",
     "Sphere",
     "Stiefel",
     "SumOperator",
@@ -60,6 +67,8 @@ __all__ = [
     "fisher_rao_distance",
     "geodesic_separation",
     "karcher_mean",
+    "lanczos",
+    "lanczos_layers",
     "layer_cosines",
     "log_euclidean_distance",
     "principal_angles",
