@@ -19,12 +19,13 @@ from fishergeo.noise_edge import (
     rank_by_noise_edge,
     rank_by_sign_flips,
 )
-from fishergeo.nystrom import ErrorEstimate, NystromSketch, nystrom
+from fishergeo.nystrom import NystromSketch, nystrom
 from fishergeo.operators import DenseOperator, SpectralOperator, SumOperator, SymmetricOperator
 from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
 from fishergeo.second_pass import second_pass
 from fishergeo.shards import sketch_shards
+from fishergeo.sketch_error import ErrorEstimate
 from fishergeo.spd import (
     affine_invariant_distance,
     bures_wasserstein_distance,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fishergeo._arguments import check_choice, check_finite, check_integer, check_number, check_tensor
 from fishergeo.black_box import BlackBox, EachOperator, LayerProducts, black_box
-from fishergeo.krylov import WHICH, KrylovRun, Plan
+from fishergeo.krylov import KrylovRun
 from fishergeo.krylov_checkpoint import read_checkpoint, write_checkpoint
+from fishergeo.krylov_plan import WHICH, Plan
 from fishergeo.operators import SymmetricOperator
 from fishergeo.spectrum import Spectrum, enforce
 

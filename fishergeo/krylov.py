@@ -10,48 +10,17 @@ the next block. Converged pairs stay in the basis at every restart (soft locking
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fishergeo.krylov_plan import Plan
 from fishergeo.operators import fix_signs
 from fishergeo.orthogonal import directions, orthonormalise
 from fishergeo.spectrum import Spectrum
 
-WHICH = ("largest", "smallest", "magnitude")
 REFRESHES = 3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is asked for.
-
-    Attributes:
-        k: pairs.
-        block: columns of a product.
-        basis: most columns kept.
-        tol: a pair has converged when ‖A v − θ v‖ ≤ tol·|θ|, or is at rounding level.
-        which: end of the spectrum.
-        energy: share of the trace at which to stop, or None.
-        trace: gives the trace, where ``energy`` is set.
-        max_passes: products allowed, those of the check included.
-        recheck: multiply the final vectors once more.
-        seed: of random directions.
-    """
-
-    k: int
-    block: int
-    basis: int
-    tol: float
-    which: str
-    energy: float | None
-    trace: Callable[[], float] | None
-    max_passes: int
-    recheck: bool
-    seed: int
 
 
 class KrylovRun:
@@ -216,12 +185,8 @@ class KrylovRun:
     def _rayleigh_ritz(self) -> None:
         values, rotation = torch.linalg.eigh(self.tensors["projected"])
         self.numbers["norm"] = max(self.numbers["norm"], float(values.abs().max()))
-        order = self._key(values).argsort(stable=True)
+        order = self.plan.key(values).argsort(stable=True)
         self.tensors["values"], self.tensors["rotation"] = values[order], rotation[:, order].contiguous()
-
-    def _key(self, values: Tensor) -> Tensor:
-        """What the wanted values have least of."""
-        return {"largest": -values, "smallest": values, "magnitude": -values.abs()}[self.plan.which]
 
     def _verdict(self, norms: Tensor, values: Tensor) -> tuple[str, int]:
         """Why to stop, or an empty string, and with how many pairs."""
@@ -268,16 +233,8 @@ class KrylovRun:
         return block.contiguous()
 
     def _restart(self, needed: int) -> None:
-        """Keeps the leading Ritz vectors, as many as promise the fastest convergence (Yamazaki et al. 2010).
-
-        With m columns for further block steps of width b, errors fall like exp(−2·(m/b)·√γ), γ the gap from the last
-        wanted value to the first that is dropped, relative to the rest of the spectrum. So a cluster is kept whole.
-        """
-        key = self._key(self.tensors["values"])
-        first, most = min(self.plan.k, len(key)), min(self.plan.basis - needed, len(key) - 1)
-        counts = torch.arange(first, most + 1)
-        gap = (key[counts] - key[first - 1]) / (key[-1] - key[counts]).clamp_min(1e-6 * self.numbers["norm"])
-        self._rotate(int(counts[((self.plan.basis - counts) * gap.sqrt()).argmax()]))
+        """Keeps the leading Ritz vectors, beside ``needed`` columns that are to join."""
+        self._rotate(self.plan.kept(self.plan.key(self.tensors["values"]), needed, self.numbers["norm"]))
 
     def _rotate(self, keep: int, fresh: Tensor | None = None) -> None:
         """The basis becomes its ``keep`` leading Ritz vectors; ``fresh``: new products of the first of them."""

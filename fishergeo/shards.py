@@ -75,13 +75,13 @@ def sketch_shards(
             shared = [Shared() for _ in range(shards)]
 
             def read(record: Record, first: int = first, shared: list[Shared] = shared) -> None:
-                for part, group in enumerate(shared):
-                    rows = slice((part - first) % shards, None, shards)
+                for index, group in enumerate(shared):
+                    rows = slice((index - first) % shards, None, shards)
                     if len(record.inputs[rows]) == 0:
                         continue
                     mask = None if record.mask is None else record.mask[rows]
                     own = Record(record.name, record.inputs[rows], record.gradients[rows], mask, record.source)
-                    parts[part][record.name].add(own, group)
+                    parts[index][record.name].add(own, group)
 
             try:
                 result = capture.pass_over(
@@ -92,9 +92,9 @@ def sketch_shards(
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"batch {number}: {error}") from error
-            for part in range(shards):
-                counts = result.counts[(part - first) % shards :: shards]
-                totals[part] += int((counts > 0).sum() if unit == "sequence" else counts.sum())
+            for index in range(shards):
+                counts = result.counts[(index - first) % shards :: shards]
+                totals[index] += int((counts > 0).sum() if unit == "sequence" else counts.sum())
             first += len(result.counts)
     if min(totals) == 0:
         raise ValueError(f"part {totals.index(0)} of {shards} has no example with a supervised token; use fewer shards")

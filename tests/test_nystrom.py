@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from spectrum_cases import matrices, spectrum, with_spectrum
 
 import fishergeo as fg
-from fishergeo.nystrom import probe_error
+from fishergeo.sketch import PsdSketch
+from fishergeo.sketch_error import probe_error
 
 PSD = ("power law", "slow", "clustered", "repeated", "rank deficient", "condition 1e12", "tiny", "identity", "zero")
 
@@ -81,6 +82,30 @@ def test_error_bounds_cover_the_truth_in_95_percent_of_trials(kind, known_trace)
         tight.append(found.spectral / norm)
     assert float(covered.min()) >= 0.95 * trials - 3 * (trials * 0.95 * 0.05) ** 0.5
     assert sorted(tight)[trials // 2] < 8  # and the bound says something
+
+
+def test_the_streaming_sketch_measures_itself_too():
+    """Its test matrix learns as it goes; the probes it holds back do not."""
+    basis = torch.linalg.qr(gaussian(0, 24, 24)).Q * torch.arange(1, 25, dtype=torch.float64) ** -0.5
+    terms = [x @ x.T for x in (basis @ gaussian(i, 24, 2) for i in range(30))]
+    whole, trials, covered = sum(terms), 60, 0
+    for seed in range(trials):
+        sketch = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"), probes=6)
+        bare = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"))
+        for term in terms:
+            sketch.add(term @ sketch.omega, 1)
+            bare.add(term @ bare.omega, 1)
+        assert torch.allclose(sketch.close(), bare.close(), atol=1e-9)  # holding back changes nothing
+        found = sketch.error()
+        norm = float(torch.linalg.matrix_norm(whole - sketch.factor @ sketch.factor.T, 2))
+        covered += norm <= found.spectral
+        exact = sketch.error(trace=float(whole.trace()), k=5)
+        assert exact.trace == pytest.approx(
+            float(whole.trace() - torch.linalg.svdvals(sketch.factor)[:5].square().sum())
+        )
+    assert covered >= 0.95 * trials - 3 * (trials * 0.95 * 0.05) ** 0.5
+    with pytest.raises(ValueError, match="probes=0"):
+        bare.error()
 
 
 def test_the_frobenius_estimate_is_unbiased_by_its_square():
