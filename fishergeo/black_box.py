@@ -82,6 +82,7 @@ def black_box(
     if isinstance(op, Tensor):
         if op.ndim != 2 or op.shape[0] != op.shape[1]:
             raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
+        op = op.detach()
         if op.layout == torch.strided:
             check_finite("op", check_tensor("op", op))
             skew = float((op - op.T).abs().max())

@@ -60,8 +60,9 @@ def lanczos(
         max_passes: products allowed, those of the final check included.
         block: columns of a product, k if left out.
         basis: most columns kept; memory is 2·size·basis numbers. 4k + 4·block if left out, at least 60.
-        start: (size, c), an old basis or a sketch's vectors to start from; random columns join it up to a block. With
-            ``c >= block`` none join: a start that is itself an invariant subspace then hides what it lacks.
+        start: (size, c), an old basis or a sketch's vectors to start from. Random columns join it up to a block; what
+            the basis has no room for is left out. With ``c >= block`` no random ones join: a start that is itself an
+            invariant subspace then hides what it lacks.
         recheck: residuals are recomputed with the operator from the final vectors, ⌈k/block⌉ passes more, where the
             allowance permits; otherwise they come from the products already made, which is the same to rounding.
         strict: raise if the operator's pairs do not converge, rather than warn.
@@ -177,7 +178,8 @@ def lanczos_layers(
                 raise ValueError(f"start must be ({size}, c), got shape {tuple(guess.shape)}")
         plan = _plan(size, k, block, basis, tol, which, energy, _reader(lookup, name), max_passes, recheck, seed)
         runs[name] = KrylovRun(size, plan, dtype, eps, ops.device, name, guess)
-    _drive(ops, runs, None if checkpoint is None else Path(checkpoint))
+    with torch.no_grad():
+        _drive(ops, runs, None if checkpoint is None else Path(checkpoint))
     return {name: enforce(run.spectrum(), name, strict) for name, run in runs.items()}
 
 

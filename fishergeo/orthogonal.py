@@ -47,7 +47,7 @@ def orthonormalise(block: Tensor, basis: Tensor, floor: float) -> Tensor:
             work = work - basis @ (basis.T @ work)
         work, triangle = torch.linalg.qr(work)
         if attempt == 0:
-            left, singular, _ = torch.linalg.svd(triangle.double().cpu())
+            left, singular, _ = torch.linalg.svd(triangle.cpu().double())
             work = work @ left[:, singular > floor].to(work)
         if work.shape[1] == 0 or basis.shape[1] == 0 or float((basis.T @ work).abs().max()) <= limit:
             break

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fishergeo._arguments import check_choice, check_integer
 from fishergeo.accumulators import Shared, SketchAccumulator
 from fishergeo.capture import Capture, LayerFilter, Record, indexed, layer_shape, padding_mask, select_layers, to_device
-from fishergeo.losses import KINDS, LossFunction, Objective, example_objectives
+from fishergeo.losses import KINDS, LossFunction, example_objectives
 from fishergeo.operators import SymmetricOperator
+from fishergeo.streaming import token_scale
 
 
 def sketch_shards(
@@ -88,7 +89,7 @@ def sketch_shards(
                     lambda batch=batch: example_objectives(model, batch, kind, loss, generator),  # type: ignore[misc]
                     read,
                     padding_mask(batch),
-                    _token_scale if unit == "token" else None,
+                    token_scale if unit == "token" else None,
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"batch {number}: {error}") from error
@@ -105,7 +106,3 @@ def sketch_shards(
         {name: accumulator.operator(total) for name, accumulator in part.items()}
         for part, total in zip(parts, totals, strict=True)
     ]
-
-
-def _token_scale(objective: Objective) -> Tensor:
-    return objective.counts.to(objective.values.dtype)

@@ -80,6 +80,7 @@ class SpectralDensity:
         return kernel @ self.weights.flatten() / len(self.nodes)
 
 
+@torch.no_grad()
 def spectral_density(
     op: BlackBox, probes: int = 16, steps: int = 64, *, size: int | None = None, seed: int = 0
 ) -> SpectralDensity:
@@ -116,14 +117,14 @@ def spectral_density(
         image = matmul(q.to(kind)).to(dtype)
         if not bool(torch.isfinite(image).all()):
             raise FloatingPointError("the operator's product holds NaN or infinity")
-        alphas[j] = (q * image).sum(0).double().cpu()
+        alphas[j] = (q * image).sum(0).cpu().double()
         rest = image.T[:, :, None]
         for _ in range(2):
             known = basis[:, :, : j + 1]
             rest = rest - known @ (known.mT @ rest)
-        scale = torch.maximum(scale, torch.linalg.vector_norm(image, dim=0).double().cpu())
+        scale = torch.maximum(scale, torch.linalg.vector_norm(image, dim=0).cpu().double())
         norms = torch.linalg.vector_norm(rest[:, :, 0], dim=1)
-        betas[j] = norms.double().cpu()
+        betas[j] = norms.cpu().double()
         # An exhausted probe has an invariant subspace: its chain ends, by a coupling of zero.
         ended = betas[j] <= 16 * torch.finfo(dtype).eps * n**0.5 * scale
         betas[j] = torch.where(ended, 0.0, betas[j])

@@ -148,7 +148,7 @@ class StreamingFisher:
                         lambda batch=batch: example_objectives(self.model, batch, self.kind, self.loss, generator),  # type: ignore[misc]
                         read,
                         padding_mask(batch),
-                        _token_scale if self.unit == "token" else None,
+                        token_scale if self.unit == "token" else None,
                     )
                 except FloatingPointError as error:
                     raise FloatingPointError(f"batch {number}: {error}") from error
@@ -157,7 +157,8 @@ class StreamingFisher:
         return examples, tokens
 
 
-def _token_scale(objective: Objective) -> Tensor:
+def token_scale(objective: Objective) -> Tensor:
+    """(n,): turns means over an example's supervised tokens into sums."""
     return objective.counts.to(objective.values.dtype)
 
 

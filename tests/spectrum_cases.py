@@ -38,6 +38,6 @@ KINDS = (
 
 
 @st.composite
-def matrices(draw, low: int = 2, high: int = 40, kinds: tuple[str, ...] = KINDS) -> torch.Tensor:
+def matrices(draw, low: int = 1, high: int = 40, kinds: tuple[str, ...] = KINDS) -> torch.Tensor:
     n, seed = draw(st.integers(low, high)), draw(st.integers(0, 999))
     return with_spectrum(spectrum(draw(st.sampled_from(kinds)), n, seed), seed)

@@ -219,6 +219,24 @@ def test_the_energy_stop_holds_what_it_says_with_as_few_pairs(energy, seed):
     assert len(found.values) >= fg.rank_for_energy(ordered(matrix).clamp_min(0), energy=energy)
 
 
+def test_gradients_and_half_precision_products_are_no_obstacle():
+    matrix = with_spectrum(spectrum("power law", 30))
+    plain = fg.lanczos(matrix, 3)
+    tracked = fg.lanczos(matrix.clone().requires_grad_(), 3, start=torch.ones(30, 1).requires_grad_())
+    assert not tracked.values.requires_grad
+    close(tracked.values, plain.values, 1e-10)
+    half = fg.lanczos(matrix.bfloat16(), 3)
+    assert half.values.dtype == torch.float32
+    assert bool((true_residuals(matrix.bfloat16(), half) <= half.residuals.double()).all())
+    assert bool(((half.values - plain.values).abs() <= half.residuals).all())
+    wide = fg.lanczos(torch.diag(torch.linspace(0, 1, 2000)).bfloat16(), 2, max_passes=3)
+    assert float((wide.vectors.T @ wide.vectors - torch.eye(2)).abs().max()) < 1e-5
+    # A function that computes in single precision inside is symmetric only to that.
+    inner = matrix.float()
+    single = fg.lanczos(lambda block: (inner @ block.float()).double(), 3, size=30, tol=1e-5, strict=True)
+    close(single.values, plain.values, 1e-6)
+
+
 def test_energy_that_k_pairs_cannot_hold_ends_with_converged_pairs():
     matrix = torch.eye(20, dtype=torch.float64)
     found = fg.lanczos(matrix, 3, energy=0.9, trace=20.0)
@@ -338,6 +356,29 @@ def test_lockstep_is_every_layer_alone_and_a_pass_counts_once_for_all(kinds, k, 
         assert torch.equal(found[name].vectors, alone[name].vectors) and found[name].passes == alone[name].passes
         one = fg.lanczos_layers({name: fg.DenseOperator(matrix)}, k, seed=seed)[name]
         assert torch.equal(found[name].vectors, one.vectors) and torch.equal(found[name].values, one.values)
+
+
+def test_layers_in_lockstep_resume_from_one_file(tmp_path):
+    layers = {"a|b": with_spectrum(spectrum("slow", 40)), "c.d": with_spectrum(spectrum("rank deficient", 25))}
+    ops, path, calls = {name: fg.DenseOperator(m) for name, m in layers.items()}, tmp_path / "all.safetensors", 0
+
+    class Breaks:
+        sizes = {name: len(m) for name, m in layers.items()}  # noqa: RUF012
+        dtype, device = torch.float64, torch.device("cpu")
+
+        def multi_matmul(self, blocks):
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                raise KeyboardInterrupt
+            return {name: layers[name] @ block for name, block in blocks.items()}
+
+    with pytest.raises(KeyboardInterrupt):
+        fg.lanczos_layers(Breaks(), 3, checkpoint=path)
+    resumed, whole = fg.lanczos_layers(Breaks(), 3, checkpoint=path), fg.lanczos_layers(ops, 3)
+    for name in layers:
+        assert torch.equal(resumed[name].vectors, whole[name].vectors) and resumed[name].passes == whole[name].passes
+    assert calls == 5 + max(f.passes for f in whole.values()) - 4
 
 
 def test_layers_smaller_than_k_give_all_they_have_and_energies_are_per_layer():

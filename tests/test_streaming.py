@@ -87,6 +87,28 @@ def test_products_and_traces_are_those_of_the_weight_gradients_however_batched(c
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["empirical", "mc", "margin"])
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_language_model_streams_what_its_gram_matrix_holds(tiny_llama, kind, unit, side):
+    model, generator = tiny_llama(torch.float64, layers=1), torch.Generator().manual_seed(0)
+    batches = []
+    for width in (6, 9):
+        ids = torch.randint(3, 60, (2, width), generator=generator)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[0, :2], labels[:, :3] = 0, -100
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    options = {"kind": kind, "unit": unit, "side": side, "layers": ["*.q_proj", "*.down_proj"], "seed": 3}
+    stream = fg.StreamingFisher(model, batches, **options)
+    exact = fg.estimate_fisher(model, batches, structure="gram", **options)
+    for _ in range(2):  # sampled labels are the same in every pass
+        products = stream.multi_matmul({name: torch.eye(size) for name, size in stream.sizes.items()})
+        for name in exact:
+            assert torch.allclose(products[name], exact[name].to_dense(), rtol=1e-9, atol=1e-14)
+            assert stream.traces[name] == pytest.approx(float(exact[name].trace()), rel=1e-9)
+    assert stream.count == exact.header.count
+
+
 @given(
     st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9),
     st.sampled_from(["sequence", "token"]), st.integers(0, 99),
