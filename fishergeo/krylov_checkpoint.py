@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fishergeo import storage
 from fishergeo.krylov import KrylovRun
@@ -30,7 +34,7 @@ def write_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
     """
     tensors = {f"{name}|{key}": run.tensors[key] for name, run in runs.items() for key in STATE}
     header = {name: {"plan": _described(run), "numbers": run.numbers} for name, run in runs.items()}
-    storage.write(path, tensors, {"lanczos": header})
+    storage.write(path, tensors, {"lanczos": header, "digest": _digest(header)})
 
 
 def read_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
@@ -47,6 +51,8 @@ def read_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
     header = raw.get("lanczos")
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a checkpoint of lanczos")
+    if raw.get("digest") != _digest(header):
+        raise ValueError(f"{path}: damaged checkpoint (its counters do not fit their digest)")
     if set(header) != set(runs):
         raise ValueError(f"{path}: a checkpoint of the layers {sorted(header)}, not of {sorted(runs)}")
     tensors = storage.read_tensors(path, [f"{name}|{key}" for name in runs for key in STATE], raw)
@@ -65,8 +71,26 @@ def read_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
             )
         if not complete:
             raise ValueError(f"{path}: damaged checkpoint (its counters are {sorted(numbers)})")
+        _check_shapes(path, {key: tensors[f"{name}|{key}"] for key in STATE}, run.size)
         for key in STATE:
             # clone: memory of our own alignment, or the products' rounding could differ from that of an unbroken run.
             run.tensors[key] = tensors[f"{name}|{key}"].clone().to(run.tensors[key].device)
         run.numbers = dict(numbers)
         run.reopen()
+
+
+def _digest(header: Mapping[str, Any]) -> str:
+    """Of all plain numbers: one wrong digit in the scale would go unnoticed."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def _check_shapes(path: Path, state: Mapping[str, Tensor], size: int) -> None:
+    kept, done = state["values"].numel(), state["partial"].shape[-1]
+    expected = {
+        "basis": (size, kept), "image": (size, kept), "projected": (kept, kept), "values": (kept,),
+        "rotation": (kept, kept), "partial": (size, done),
+    }  # fmt: skip
+    wrong = [key for key, shape in expected.items() if tuple(state[key].shape) != shape]
+    if wrong or state["pending"].ndim != 2 or len(state["pending"]) != size or state["pending"].shape[1] < done:
+        key = wrong[0] if wrong else "pending"
+        raise ValueError(f"{path}: damaged checkpoint ({key} has shape {tuple(state[key].shape)})")

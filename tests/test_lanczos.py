@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from spectrum_cases import KINDS, matrices, spectrum, with_spectrum
 
 import fishergeo as fg
+from fishergeo import storage
+from fishergeo.krylov_checkpoint import _digest
 from fishergeo.orthogonal import directions, orthonormalise
 
 SLOW = {"max_examples": 25, "deadline": None}
@@ -299,17 +301,44 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(b"nothing of use")
     with pytest.raises(ValueError, match="not a readable"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
-    from fishergeo import storage
-
     storage.write(path, {"x": torch.eye(2)}, {"fisher": {}})
     with pytest.raises(ValueError, match="not a checkpoint"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
-    storage.write(path, {}, {"lanczos": {"": {"plan": {}}}})
+    storage.write(path, {}, {"lanczos": {"": {"plan": {}}}, "digest": _digest({"": {"plan": {}}})})
     with pytest.raises(ValueError, match="missing or unreadable"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
-    storage.write(path, {}, {"lanczos": {"other": {}}})
+    storage.write(path, {}, {"lanczos": {"": {"plan": {}}}, "digest": "0"})
+    with pytest.raises(ValueError, match="digest"):
+        fg.lanczos(torch.eye(6), 2, checkpoint=path)
+    storage.write(path, {}, {"lanczos": {"other": {}}, "digest": _digest({"other": {}})})
     with pytest.raises(ValueError, match="layers"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_a_fuzzed_checkpoint_gives_a_named_error_or_the_right_answer(tmp_path_factory, data):
+    path, matrix = tmp_path_factory.mktemp("lanczos") / "run.safetensors", with_spectrum(spectrum("slow", 20))
+    with pytest.warns(fg.ConvergenceWarning):
+        fg.lanczos(matrix, 2, max_passes=3, recheck=False, checkpoint=path)
+    if data.draw(st.booleans()):  # a bit of the header changes, or the file's end is lost
+        raw = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, 7 + int.from_bytes(raw[:8], "little")))
+        raw[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) - 40]))])
+    else:  # a tensor has another shape
+        header = storage.read_header(path)
+        keys = ["basis", "image", "pending", "partial", "projected", "values", "rotation", "found"]
+        tensors = storage.read_tensors(path, [f"|{key}" for key in keys], header)
+        changed = f"|{data.draw(st.sampled_from(keys[:-1]))}"
+        tensors[changed] = torch.zeros(3, dtype=torch.float64)
+        storage.write(path, tensors, {key: header[key] for key in ("lanczos", "digest")})
+    try:
+        found = fg.lanczos(matrix, 2, max_passes=200, recheck=False, checkpoint=path)
+    except (ValueError, TypeError) as error:
+        assert "run.safetensors" in str(error)
+    else:
+        close(found.values, ordered(matrix)[:2], 1e-6)
 
 
 def test_unconverged_pairs_are_never_marked_converged():
