@@ -177,7 +177,8 @@ def test_half_of_the_passes_of_scipy_for_the_same_pairs(kind, seed):
     start = np.random.default_rng(seed).normal(size=200)
     values, vectors = scipy.sparse.linalg.eigsh(operator, 8, which="LA", tol=1e-8, v0=start)
     assert 2 * product.calls <= calls
-    close(found.values, torch.from_numpy(values[::-1].copy()), 1e-10)
+    # Inside a cluster a residual of 2e-8 bounds a value to first order only.
+    close(found.values, torch.from_numpy(values[::-1].copy()), 2e-8 if kind == "clustered" else 1e-10)
     if kind != "clustered":
         theirs = torch.from_numpy(vectors[:, ::-1].copy())
         assert float((found.vectors * theirs).sum(0).abs().min()) > 1 - 1e-6
