@@ -3,9 +3,9 @@
     python benchmarks/choices.py rate      --out benchmarks/results/learning_rate.json
     python benchmarks/choices.py strength  --out benchmarks/results/strength.json
 
-``rate`` trains plain LoRA over learning rates; the demo takes the one with the lowest task loss on validation rows among
-those that still answer ordinary prompts. ``strength`` trains every guard over strengths and refresh intervals at that
-rate. Neither reads the prompts that results are reported on, nor a seed that they are reported for.
+``rate`` trains plain LoRA over learning rates; the demo takes the smallest one whose task accuracy on validation rows lies
+within half a point of the best. ``strength`` trains every guard over strengths and refresh intervals at that rate. Neither
+reads the prompts that results are reported on, nor a seed that they are reported for.
 """
 
 from __future__ import annotations

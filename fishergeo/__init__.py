@@ -3,25 +3,41 @@
 from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
+from fishergeo.black_box import LayerProducts
+from fishergeo.block_lanczos import lanczos, lanczos_layers
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
 from fishergeo.exact_operator import ExactOperator
 from fishergeo.fisher import Fisher, FisherHeader
+from fishergeo.frequent_directions import FrequentDirections
 from fishergeo.grassmann import Grassmann, karcher_mean
 from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
 from fishergeo.layer_operators import DiagonalOperator, EigenKroneckerOperator, KroneckerOperator
 from fishergeo.lowrank import LowRank
+from fishergeo.noise_edge import (
+    gavish_donoho_factor,
+    marchenko_pastur_edge,
+    rank_by_gavish_donoho,
+    rank_by_noise_edge,
+    rank_by_sign_flips,
+)
+from fishergeo.nystrom import NystromSketch, nystrom
 from fishergeo.operators import SpectralOperator
 from fishergeo.plan import LayerPlan, Plan, plan
 from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
+from fishergeo.second_pass import second_pass
+from fishergeo.shards import sketch_shards
+from fishergeo.sketch_error import ErrorEstimate
 from fishergeo.spd import (
     affine_invariant_distance,
     bures_wasserstein_distance,
     fisher_rao_distance,
     log_euclidean_distance,
 )
+from fishergeo.spectral_density import SpectralDensity, effective_dimension, spectral_density
+from fishergeo.spectrum import ConvergenceError, ConvergenceWarning, Spectrum
 from fishergeo.stability import (
     Agreement,
     Confidence,
@@ -30,11 +46,13 @@ from fishergeo.stability import (
     davis_kahan_bound,
     eigenspace_shift_bound,
     layer_cosines,
+    shard_agreement,
     split_half_agreement,
 )
 from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
 from fishergeo.symmetric_operator import DenseOperator, SumOperator, SymmetricOperator
+from fishergeo.trace_estimators import Estimate, diagonal, trace
 from fishergeo.weights import FirstTokens
 
 __version__ = "0.1.0"
@@ -43,24 +61,33 @@ __all__ = [
     "Agreement",
     "Complement",
     "Confidence",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",
+    "ErrorEstimate",
+    "Estimate",
     "ExactOperator",
     "FirstTokens",
     "Fisher",
     "FisherHeader",
+    "FrequentDirections",
     "Grassmann",
     "KroneckerMaskProjector",
     "KroneckerOperator",
     "KroneckerProjector",
     "LayerPlan",
+    "LayerProducts",
     "LowRank",
+    "NystromSketch",
     "Plan",
     "Projector",
     "SampledOverlap",
     "SoftProjector",
+    "SpectralDensity",
     "SpectralOperator",
+    "Spectrum",
     "Sphere",
     "Stiefel",
     "StreamingFisher",
@@ -74,19 +101,34 @@ __all__ = [
     "bootstrap_confidence",
     "bures_wasserstein_distance",
     "davis_kahan_bound",
+    "diagonal",
+    "effective_dimension",
     "eigenspace_shift_bound",
     "estimate_fisher",
     "fisher_rao_distance",
+    "gavish_donoho_factor",
     "geodesic_separation",
     "karcher_mean",
+    "lanczos",
+    "lanczos_layers",
     "layer_cosines",
     "log_euclidean_distance",
+    "marchenko_pastur_edge",
+    "nystrom",
     "plan",
     "principal_angles",
+    "rank_by_gavish_donoho",
+    "rank_by_noise_edge",
+    "rank_by_sign_flips",
     "rank_for_energy",
     "riemannian_overlap",
     "sampled_riemannian_overlap",
+    "second_pass",
+    "shard_agreement",
+    "sketch_shards",
+    "spectral_density",
     "split_half_agreement",
     "subspace_distance",
     "subspace_overlap",
+    "trace",
 ]

@@ -13,6 +13,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from fishergeo.sketch_error import ErrorEstimate, probe_error
 from fishergeo.symmetric_operator import fix_signs
 
 FIRST_SEGMENT = 8
@@ -109,6 +110,7 @@ class PsdSketch:
         dtype: of the sums.
         device: of the sums.
         factor: to continue from.
+        probes: columns held back to measure the error with; products then have ``columns + probes`` columns.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class PsdSketch:
         dtype: torch.dtype,
         device: torch.device,
         factor: Tensor | None = None,
+        probes: int = 0,
     ) -> None:
         self.columns = min(columns, size)
         self.seed = seed
@@ -130,10 +133,17 @@ class PsdSketch:
         self._product: Tensor | None = None
         self._omega: Tensor | None = None
         self._last: Tensor | None = None
+        held = gaussian(size, probes, seed, f"{name}/probes")
+        self._probes = held.to(self.factor.device, self.factor.dtype)
+        self._probed = torch.zeros_like(self._probes)
 
     @property
     def omega(self) -> Tensor:
-        """(size, columns), orthonormal: the present test matrix."""
+        """(size, columns + probes): the present test matrix, orthonormal, and the probes, Gaussian."""
+        basis = self._basis()
+        return torch.cat([basis, self._probes], 1) if self._probes.shape[1] else basis
+
+    def _basis(self) -> Tensor:
         if self._omega is None:
             if self._last is None:
                 random = gaussian(len(self.factor), self.columns, self.seed, self.name)
@@ -188,6 +198,9 @@ class PsdSketch:
         """
         if examples > self.room:
             raise ValueError(f"examples={examples} exceed the room of {self.room} in this segment")
+        if self._probes.shape[1]:
+            self._probed = self._probed + product[:, self.columns :]
+            product = product[:, : self.columns]
         self._product = product if self._product is None else self._product.add_(product)
         self._seen += examples
         if self._seen == self._end:
@@ -198,7 +211,7 @@ class PsdSketch:
     def close(self) -> Tensor:
         """Ends the segment; :attr:`factor` then stands for everything added. Returns the factor."""
         if self._product is not None:
-            latest = nystrom_factor(self._product, self.omega)
+            latest = nystrom_factor(self._product, self._basis())
             if self.factor.shape[1] + self.columns > 3 * self.columns:
                 self.factor = compress(self.factor, 2 * self.columns)
             self.factor = torch.cat([self.factor, latest], 1)
@@ -223,3 +236,27 @@ class PsdSketch:
         self._product = state.get("sketch product")
         self._omega = state.get("sketch omega")
         self._last = state.get("sketch last")
+
+    def error(self, trace: float | None = None, k: int | None = None, level: float = 0.95) -> ErrorEstimate:
+        """How far the factor, cut to its k leading pairs, is from everything added; after :meth:`close`.
+
+        A sketch that continues from an older factor has probed only what came since, so it has no estimate.
+
+        Args:
+            trace: of everything added, where it is known.
+            k: leading pairs, all if left out.
+            level: probability of the bounds.
+
+        Returns:
+            ErrorEstimate.
+
+        Raises:
+            ValueError: if no probes were held back.
+        """
+        if not self._probes.shape[1]:
+            raise ValueError("probes=0: no columns were held back to measure the error with")
+        values, vectors = factor_eigh(self.factor, min(self.factor.shape) if k is None else k)
+        z = self._probes.double()
+        return probe_error(
+            self._probed.double() - vectors @ (values[:, None] * (vectors.T @ z)), z, float(values.sum()), trace, level
+        )

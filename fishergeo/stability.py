@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from fishergeo._arguments import (
     check_tensor,
 )
 from fishergeo.lowrank import LowRank, as_update, check_finite_update
+from fishergeo.symmetric_operator import SymmetricOperator
 
 
 def davis_kahan_bound(residual: float, gap: float) -> float:
@@ -252,6 +254,40 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
     chance = m / reduced.shape[1]
     weights = ((found - chance) / (1 - chance)).clamp(0, 1) if chance < 1 else torch.ones_like(found)
     return Confidence(frame @ whole, weights)
+
+
+def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 0.95) -> Agreement:
+    """Overlap of the top-m eigenspaces of operators that were estimated from disjoint parts of the data.
+
+    For two halves this is the split-half agreement of that one split: mean, low and high coincide. More parts give a
+    pair of disjoint estimates each and so an interval, for estimates of that size. The parts come from one pass over
+    the data: see :func:`fishergeo.sketch_shards`.
+
+    Args:
+        shards: at least two operators of one size, say of one layer.
+        m: dimensions to report; each operator must know as many eigenpairs.
+        level: of the percentile interval over pairs, in (0, 1).
+
+    Returns:
+        Agreement with tensors (m,), float64.
+
+    Raises:
+        TypeError: arguments of the wrong type.
+        ValueError: fewer than two operators, different sizes, or arguments out of range.
+    """
+    operators = list(shards)
+    if len(operators) < 2:
+        raise ValueError(f"shards holds {len(operators)} operators, at least 2 are needed to compare")
+    for i, operator in enumerate(operators):
+        if not isinstance(operator, SymmetricOperator):
+            raise TypeError(f"shards[{i}] must be a SymmetricOperator, got {type(operator).__name__}")
+        if operator.shape != operators[0].shape:
+            raise ValueError(f"shards[{i}] has shape {operator.shape}, shards[0] {operators[0].shape}")
+    size = operators[0].shape[0]
+    m = check_integer("m", m, low=1, high=size)
+    level = check_number("level", level, low=1e-6, high=1 - 1e-6)
+    bases = [operator.eigh(m)[1].double().to(operators[0].device) for operator in operators]
+    return _summary([_overlaps(u, v) for u, v in combinations(bases, 2)], size, level)
 
 
 def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[str, torch.Tensor]:

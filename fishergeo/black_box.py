@@ -1,0 +1,96 @@
+"""Everything a symmetric operator may be given as, and many of them that are multiplied together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fishergeo._arguments import check_finite, check_integer, check_tensor
+from fishergeo.symmetric_operator import SymmetricOperator
+
+Product = Callable[[Tensor], Tensor]
+BlackBox = SymmetricOperator | Tensor | Product
+
+
+class LayerProducts(Protocol):
+    """Many symmetric operators whose products are made together, in one pass over the data.
+
+    Attributes:
+        sizes: layer -> size of its operator.
+        dtype: of the products.
+        device: of the products.
+    """
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Layer -> size."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of the products."""
+        ...
+
+    def multi_matmul(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer -> product with that layer's (size, c) block; only the layers in ``blocks`` are multiplied."""
+        ...
+
+
+@dataclass(frozen=True)
+class EachOperator:
+    """A mapping of single operators as :class:`LayerProducts`."""
+
+    products: Mapping[str, Product]
+    sizes: Mapping[str, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def multi_matmul(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One product each."""
+        return {name: self.products[name](block.to(self.dtype)) for name, block in blocks.items()}
+
+
+def black_box(
+    op: BlackBox, size: int | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[Product, int, torch.dtype, torch.device]:
+    """Whatever acts on blocks, as (product, size, dtype, device).
+
+    Args:
+        op: an operator, a square tensor (dense or sparse), or a function of a (size, c) block.
+        size: of a function.
+        dtype: of a function's blocks, float64 if left out.
+        device: of a function's blocks, the CPU if left out.
+
+    Returns:
+        (product, size, dtype, device).
+
+    Raises:
+        TypeError: for anything else, or a tensor that is not floating.
+        ValueError: for a matrix that is not square or not symmetric, or a function without ``size``.
+    """
+    if isinstance(op, SymmetricOperator):
+        return op.__matmul__, op.shape[0], op.dtype, op.device
+    if isinstance(op, Tensor):
+        if op.ndim != 2 or op.shape[0] != op.shape[1]:
+            raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
+        op = op.detach()
+        if op.layout == torch.strided:
+            check_finite("op", check_tensor("op", op))
+            skew = float((op - op.T).abs().max())
+            if skew > torch.finfo(op.dtype).eps ** 0.5 * float(op.abs().max()):
+                raise ValueError(f"op is not symmetric: entries differ from their mirror image by up to {skew:.3g}")
+        return op.__matmul__, op.shape[0], op.dtype, op.device
+    if not callable(op):
+        raise TypeError(f"op must be a SymmetricOperator, a square tensor or a function, got {type(op).__name__}")
+    if size is None:
+        raise ValueError("op is a function: pass size=, the number of rows of the blocks it takes")
+    return op, check_integer("size", size, low=1), dtype or torch.float64, torch.device(device or "cpu")

@@ -1,0 +1,198 @@
+"""A one-pass, mergeable Nyström sketch of any stream of positive semi-definite terms, with an estimate of its error.
+
+Tropp, Yurtsever, Udell and Cevher (2017), "Fixed-rank approximation of a positive-semidefinite matrix from streaming
+data". Only Y = F Ω is kept, which is linear in F: sketches of shards, processes or decayed pasts add up exactly. Some
+columns of Ω are held back from the approximation F̂ and measure it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fishergeo._arguments import check_finite, check_integer, check_number, check_tensor
+from fishergeo.black_box import BlackBox, black_box
+from fishergeo.operators import SpectralOperator
+from fishergeo.orthogonal import directions
+from fishergeo.sketch import factor_eigh, nystrom_factor
+from fishergeo.sketch_error import ErrorEstimate, probe_error
+from fishergeo.symmetric_operator import SymmetricOperator
+
+
+class NystromSketch:
+    """Σ_i F_i of positive semi-definite terms, known through Y = F Ω and, where it is given, the exact trace.
+
+    Use: multiply each term by :attr:`test_matrix` and give the product to :meth:`add`; or hand terms to
+    :meth:`add_operator`. Read :meth:`eigh`, :meth:`operator` and :meth:`error`.
+
+    Args:
+        size: of the terms.
+        columns: of Ω; with ``columns >= size`` the sketch is exact. The best rank-r part wants 2r columns or more.
+        seed: of Ω and the probes. Sketches add up if size, columns, probes, seed and name are equal.
+        probes: columns held back to measure the error; 0 for none.
+        name: of the layer.
+        dtype: of the sums, float32 or float64.
+        device: of the sums.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        columns: int,
+        *,
+        seed: int = 0,
+        probes: int = 8,
+        name: str = "",
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.size = check_integer("size", size, low=1)
+        self.columns = min(check_integer("columns", columns, low=1), size)
+        self.probes = check_integer("probes", probes, low=0)
+        self.seed, self.name = seed, name
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        omega = torch.linalg.qr(directions(size, self.columns, seed, f"{name}/sketch"))[0]
+        held = directions(size, self.probes, seed, f"{name}/probes") * size**0.5
+        self.test_matrix = torch.cat([omega, held], 1).to(device, dtype)
+        self.product = torch.zeros_like(self.test_matrix)
+        self.trace: float | None = 0.0
+
+    def add(self, product: Tensor, trace: float | Tensor | None = None) -> None:
+        """Adds F_i :attr:`test_matrix`.
+
+        Args:
+            product: (size, columns + probes).
+            trace: tr(F_i); once it is missing, the sum's trace is unknown.
+
+        Raises:
+            ValueError: if the shape is wrong or NaN or infinity is in it.
+        """
+        check_tensor("product", product)
+        if product.shape != self.product.shape:
+            raise ValueError(f"product must have shape {tuple(self.product.shape)}, got {tuple(product.shape)}")
+        check_finite("product", product)
+        self.product = self.product + product.to(self.product)
+        self.trace = None if trace is None or self.trace is None else self.trace + float(trace)
+
+    def add_operator(self, term: SymmetricOperator | Tensor, weight: float = 1.0) -> None:
+        """Adds weight·term; of an operator or dense matrix the trace is taken along."""
+        check_number("weight", weight, low=0.0)
+        matmul, size, dtype, device = black_box(term)
+        if size != self.size:
+            raise ValueError(f"term has size {size}, the sketch {self.size}")
+        product = weight * matmul(self.test_matrix.to(device, dtype))
+        dense = isinstance(term, SymmetricOperator) or term.layout == torch.strided
+        self.add(product, weight * float(term.trace()) if dense else None)
+
+    def merge(self, other: NystromSketch) -> NystromSketch:
+        """The sketch of both sums; neither is changed.
+
+        Raises:
+            ValueError: if the two have not the same test matrix.
+        """
+        mine, theirs = (
+            (s.size, s.columns, s.probes, s.seed, s.name, str(s.product.dtype)) for s in (self, other)
+        )  # fmt: skip
+        if mine != theirs:
+            raise ValueError(f"sketches differ in (size, columns, probes, seed, name, dtype): {mine} and {theirs}")
+        merged = self.scaled(1.0)
+        merged.add(other.product, other.trace)
+        return merged
+
+    def scaled(self, weight: float) -> NystromSketch:
+        """The sketch of weight·F, weight ≥ 0: exponential forgetting.
+
+        Raises:
+            ValueError: for a negative weight.
+        """
+        check_number("weight", weight, low=0.0)
+        result = NystromSketch(
+            self.size, self.columns, seed=self.seed, probes=self.probes, name=self.name,
+            dtype=self.product.dtype, device=self.product.device,
+        )  # fmt: skip
+        result.product = self.product * weight
+        result.trace = None if self.trace is None else self.trace * weight
+        return result
+
+    def factor(self) -> Tensor:
+        """B, (size, columns), with F̂ = B Bᵀ ≤ F up to rounding."""
+        c = self.columns
+        return nystrom_factor(self.product[:, :c], self.test_matrix[:, :c])
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k leading eigenpairs of F̂, at most ``columns``: (values (k,), vectors (size, k)).
+
+        Raises:
+            ValueError: for k out of range.
+        """
+        k = self.columns if k is None else check_integer("k", k, low=1, high=self.columns)
+        values, vectors = factor_eigh(self.factor(), k)
+        return values.to(self.product.dtype), vectors.to(self.product.dtype)
+
+    def operator(self, k: int | None = None, side: str = "output") -> SpectralOperator:
+        """F̂, cut to rank k, as an operator; ``full_trace`` is that of F where it is known."""
+        values, vectors = self.eigh(k)
+        return SpectralOperator(values, vectors, None if self.trace is None else values.new_tensor(self.trace), side)
+
+    def error(self, k: int | None = None, level: float = 0.95) -> ErrorEstimate:
+        """How far F̂, cut to rank k, is from F.
+
+        Args:
+            k: rank, all columns if left out.
+            level: probability of the bounds.
+
+        Returns:
+            ErrorEstimate.
+
+        Raises:
+            ValueError: if no probes were held back, or for arguments out of range.
+        """
+        check_number("level", level, low=0.5, high=1 - 1e-9)
+        if not self.probes:
+            raise ValueError("probes=0: no columns were held back to measure the error with")
+        z, images = self.test_matrix[:, self.columns :].double(), self.product[:, self.columns :].double()
+        if self.columns == self.size and k is None:
+            return ErrorEstimate(0.0, 0.0, 0.0, 0.0, 1.0, level)
+        values, vectors = (x.double() for x in self.eigh(k))
+        return probe_error(
+            images - vectors @ (values[:, None] * (vectors.T @ z)), z, float(values.sum()), self.trace, level
+        )
+
+
+def nystrom(
+    op: BlackBox, columns: int, *, size: int | None = None, seed: int = 0, probes: int = 8,
+    trace: float | Tensor | None = None,
+) -> NystromSketch:  # fmt: skip
+    """One product with ``columns + probes`` columns: the Nyström approximation of a positive semi-definite operator.
+
+    Args:
+        op: an operator, a symmetric tensor, or a function of a (size, c) block.
+        columns: of the sketch.
+        size: of a function's blocks.
+        seed: of the test matrix.
+        probes: columns held back to measure the error with.
+        trace: tr(op), where it is known exactly; taken from an operator or a dense tensor if left out.
+
+    Returns:
+        NystromSketch: read :meth:`~NystromSketch.eigh`, :meth:`~NystromSketch.operator`, :meth:`~NystromSketch.error`.
+
+    Raises:
+        FloatingPointError: once read, if the operator is far from positive semi-definite.
+        ValueError: for arguments out of range.
+    """
+    product, n, dtype, device = black_box(op, size)
+    if trace is None and (isinstance(op, SymmetricOperator) or (isinstance(op, Tensor) and op.layout == torch.strided)):
+        trace = op.trace()
+    work = torch.promote_types(dtype, torch.float32)
+    sketch = NystromSketch(n, columns, seed=seed, probes=probes, dtype=work, device=device)
+    sketch.add(product(sketch.test_matrix.to(dtype)), trace)
+    if trace is not None and not math.isfinite(float(trace)):
+        raise ValueError(f"trace must be finite, got {float(trace)}")
+    return sketch

@@ -1,0 +1,133 @@
+"""Sketches of disjoint parts of the data, all from one pass: what an estimate would be on other data of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishergeo._arguments import check_choice, check_integer
+from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.layers import LayerFilter, select_layers
+from fishergeo.losses import KINDS, LossFunction
+from fishergeo.records import Record
+from fishergeo.sketch_accumulator import SketchAccumulator
+from fishergeo.structures import SIDES
+from fishergeo.sweep import DataOptions, Sweep
+from fishergeo.symmetric_operator import SymmetricOperator
+
+
+@dataclass
+class Part:
+    """Which examples a sketch takes.
+
+    Attributes:
+        number: takes the examples whose place in the stream is this, modulo ``parts``.
+        parts: how many there are.
+        first: place of the present batch's first example.
+        units: examples with a supervised token taken in earlier batches.
+        size: of the present batch.
+        fresh: examples with a supervised token taken of it.
+    """
+
+    number: int
+    parts: int
+    first: int = 0
+    units: int = 0
+    size: int = 0
+    fresh: int = 0
+
+    def next_batch(self) -> None:
+        """Counts the present batch."""
+        self.first, self.units = self.first + self.size, self.units + self.fresh
+        self.size = self.fresh = 0
+
+
+class PartAccumulator(SketchAccumulator):
+    """A sketch that sees every batch and takes the rows of its part."""
+
+    def __init__(self, layout: Layout, sums: dict[str, Tensor], part: Part) -> None:
+        super().__init__(layout, sums)
+        self.part = part
+
+    def add(self, record: Record, shared: Shared) -> None:
+        """Adds this part's rows of one batch."""
+        part = self.part
+        rows = slice((part.number - part.first) % part.parts, None, part.parts)
+        mask = None if record.mask is None else record.mask[rows]
+        own = replace(record, inputs=record.inputs[rows], gradients=record.gradients[rows], mask=mask)
+        # A layer may miss examples, or the batch (an expert that nobody chose): those that missed none know the count.
+        part.size = max(part.size, len(record.inputs))
+        part.fresh = max(part.fresh, len(own.inputs) if mask is None else int(mask.any(1).sum()))
+        if len(own.inputs):
+            super().add(own, Shared(shared.number, shared.draw))
+
+
+def sketch_shards(
+    model: nn.Module,
+    batches: Iterable[Any],
+    shards: int = 2,
+    *,
+    rank: int = 64,
+    kind: str = "empirical",
+    side: str = "output",
+    layers: LayerFilter = None,
+    loss: LossFunction | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[dict[str, SymmetricOperator]]:
+    """One sketched Fisher for each part of the examples: example i goes to part i modulo ``shards``.
+
+    One forward and backward pass serves them all. Compare a layer's parts with :func:`fishergeo.shard_agreement`.
+
+    Args:
+        model: any module; left exactly as it was.
+        batches: iterable of batches, as for :func:`fishergeo.estimate_fisher`.
+        shards: how many parts, at least 2.
+        rank: eigenpairs of each sketch.
+        kind: where labels come from.
+        side: ``"output"`` or ``"input"``.
+        layers: names, globs or a predicate.
+        loss: ``(model, batch) -> (n,)``.
+        seed: of sampled labels and test matrices.
+        progress: a progress bar over batches.
+
+    Returns:
+        A list of ``shards`` mappings from layer name to operator.
+
+    Raises:
+        ValueError: for unknown choices, or a part without a supervised token.
+        FloatingPointError: naming the batch.
+    """
+    check_integer("shards", shards, low=2)
+    check_integer("rank", rank, low=1)
+    check_choice("kind", kind, KINDS)
+    check_choice("side", side, SIDES)
+    chosen = select_layers(model, layers)
+    parts = [Part(number, shards) for number in range(shards)]
+    groups: dict[str, dict[str, Accumulator]] = {}
+    for part in parts:
+        group = groups.setdefault(str(part.number), {})
+        for name, layer in chosen.items():
+            dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+            # Test matrices of their own: parts that shared one would agree in what it happens to miss.
+            layout = Layout(f"{name}/{part.number}", *layer.shape, "sequence", side, rank, seed=seed)
+            group[name] = PartAccumulator(
+                layout, SketchAccumulator.empty(layout, dtype, layer.weight.device).sums, part
+            )
+
+    def after() -> None:
+        for part in parts:
+            part.next_batch()
+
+    Sweep(model, chosen, groups, DataOptions(kind, loss=loss, seed=seed)).run(batches, progress, after)
+    for part in parts:
+        if part.units == 0:
+            raise ValueError(f"part {part.number} of {shards} has no example with a supervised token; use fewer shards")
+    return [
+        {name: one.operator(part.units) for name, one in group.items()}
+        for part, group in zip(parts, groups.values(), strict=True)
+    ]

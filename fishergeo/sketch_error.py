@@ -1,0 +1,70 @@
+"""How far an approximation from below is from what it approximates, by random columns that were held back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import scipy.stats
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ErrorEstimate:
+    """How far an approximation F̂ ≤ F is from F. Every bound marked so holds with the probability asked for.
+
+    Attributes:
+        spectral: bound on ‖F − F̂‖₂ from the probes.
+        frobenius: unbiased estimate of ‖F − F̂‖_F, by its square.
+        trace: tr(F) − tr(F̂): exact where the trace of F was given, else an unbiased estimate.
+        trace_bound: bound on tr(F) − tr(F̂), and so on ‖F − F̂‖₂ too; equal to ``trace`` where that is exact.
+        energy: bound from below on the captured share tr(F̂)/tr(F), in [0, 1].
+        level: the probability.
+    """
+
+    spectral: float
+    frobenius: float
+    trace: float
+    trace_bound: float
+    energy: float
+    level: float
+
+
+def probe_error(
+    differences: Tensor, probes: Tensor, known: float, trace: float | None = None, level: float = 0.95
+) -> ErrorEstimate:
+    """The error of F̂ from E·Z, with E = F − F̂ ⪰ 0 and Z Gaussian and independent of F̂.
+
+    Spectral: ‖E z‖ ≥ ‖E‖·|g| with g standard normal, so the largest of s probes falls below ‖E‖·c with probability at
+    most P(|g| < c)^s, for every E. Trace: Σ zᵀE z / s is a mean of weighted χ² variables, which is least likely to
+    be large if E has rank one: tr E ≤ mean·s/χ²_s(1 − level).
+
+    Args:
+        differences: E·Z, (size, s).
+        probes: Z, (size, s), standard Gaussian.
+        known: tr(F̂).
+        trace: tr(F), where it is known exactly.
+        level: probability of the bounds, each by itself.
+
+    Returns:
+        ErrorEstimate.
+    """
+    count = probes.shape[1]
+    images, z = differences.double(), probes.double()
+    lengths = torch.linalg.vector_norm(images, dim=0)
+    smallest = scipy.stats.norm.ppf((1 + (1 - level) ** (1 / count)) / 2)
+    spectral = float(lengths.max()) / smallest
+    mean = max(0.0, float((z * images).sum() / count))
+    bound = mean * count / scipy.stats.chi2.ppf(1 - level, count)
+    missing = mean if trace is None else max(0.0, trace - known)
+    bound = bound if trace is None else missing
+    whole = known + bound
+    return ErrorEstimate(
+        # Only a bound that is certain may be combined: two that hold with 95 % each hold together with 90 %.
+        spectral=spectral if trace is None else min(spectral, bound),
+        frobenius=float(lengths.square().mean().sqrt()),
+        trace=missing,
+        trace_bound=bound,
+        energy=known / whole if whole > 0 else 1.0,
+        level=level,
+    )

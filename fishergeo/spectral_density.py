@@ -1,0 +1,163 @@
+"""The whole spectrum of an operator from a few products: stochastic Lanczos quadrature.
+
+Ubaru, Chen and Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature". A Lanczos run of m steps
+from a random vector z is a Gauss quadrature of the measure Σ_j (u_jᵀz)² δ(λ − λ_j): exact for polynomials of degree
+2m − 1 for that z. The mean over probes estimates the density of eigenvalues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishergeo._arguments import check_finite, check_integer, check_number, check_tensor
+from fishergeo.black_box import BlackBox, black_box
+from fishergeo.orthogonal import directions
+from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.trace_estimators import Estimate
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """An estimate of the density of eigenvalues: one quadrature rule a probe.
+
+    Attributes:
+        nodes: (probes, steps), Ritz values.
+        weights: (probes, steps), not negative; each row sums to one.
+        size: of the operator, so that the density counts ``size`` eigenvalues.
+        passes: block products that it took.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    size: int
+    passes: int
+
+    def integrate(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """Tr f(A), with its standard error over probes.
+
+        Args:
+            function: f, applied to a tensor of eigenvalues elementwise.
+
+        Returns:
+            Estimate with scalar tensors.
+        """
+        samples = self.size * (self.weights * function(self.nodes)).sum(1)
+        error = samples.std() / len(samples) ** 0.5 if len(samples) > 1 else samples.new_full((), torch.nan)
+        return Estimate(samples.mean(), error, self.passes * len(samples))
+
+    def count(self, low: float, high: float) -> Estimate:
+        """How many eigenvalues lie in [low, high]."""
+        return self.integrate(lambda x: ((x >= low) & (x <= high)).to(x.dtype))
+
+    def moment(self, power: int) -> Estimate:
+        """tr(Aᵖ), without bias for powers below twice the steps."""
+        return self.integrate(lambda x: x**power)
+
+    def density(self, grid: Tensor, width: float | None = None) -> Tensor:
+        """The density smoothed by a Gaussian, integrating to one.
+
+        Args:
+            grid: (g,), where to evaluate.
+            width: standard deviation of the Gaussian; a fiftieth of the range of the nodes if left out.
+
+        Returns:
+            (g,), per unit of eigenvalue.
+
+        Raises:
+            ValueError: unless width > 0.
+        """
+        check_tensor("grid", grid, min_dim=1)
+        if width is None:
+            width = max(float(self.nodes.max() - self.nodes.min()) / 50, torch.finfo(self.nodes.dtype).tiny)
+        elif check_number("width", width, low=0.0) == 0:
+            raise ValueError("width must be positive")
+        scaled = (grid.to(self.nodes)[:, None] - self.nodes.flatten()[None]) / width
+        kernel = (-0.5 * scaled.square()).exp() / (width * (2 * torch.pi) ** 0.5)
+        return kernel @ self.weights.flatten() / len(self.nodes)
+
+
+@torch.no_grad()
+def spectral_density(
+    op: BlackBox, probes: int = 16, steps: int = 64, *, size: int | None = None, seed: int = 0
+) -> SpectralDensity:
+    """Stochastic Lanczos quadrature with full reorthogonalisation, all probes at once.
+
+    ``steps`` products with a block of ``probes`` columns; memory is size·probes·steps numbers.
+
+    Args:
+        op: an operator, a symmetric tensor, or a function of a (size, c) block; indefinite ones too.
+        probes: random vectors.
+        steps: Lanczos steps, cut to the size.
+        size: of a function's blocks.
+        seed: of the vectors, which are the same on every device.
+
+    Returns:
+        SpectralDensity, in float64 on the CPU.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for arguments out of range.
+        FloatingPointError: if a product holds NaN or infinity.
+    """
+    matmul, n, kind, device = black_box(op, size)
+    steps = min(check_integer("steps", steps, low=1), n)
+    check_integer("probes", probes, low=1)
+    dtype = torch.promote_types(kind, torch.float32)
+    start = directions(n, probes, seed, "density").to(device, dtype)
+    q = start / torch.linalg.vector_norm(start, dim=0)
+    basis = torch.zeros(probes, n, steps, dtype=dtype, device=device)
+    alphas, betas = torch.zeros(steps, probes, dtype=torch.float64), torch.zeros(steps, probes, dtype=torch.float64)
+    scale = torch.zeros(probes, dtype=torch.float64)
+    for j in range(steps):
+        basis[:, :, j] = q.T
+        image = matmul(q.to(kind)).to(dtype)
+        if not bool(torch.isfinite(image).all()):
+            raise FloatingPointError("the operator's product holds NaN or infinity")
+        alphas[j] = (q * image).sum(0).cpu().double()
+        rest = image.T[:, :, None]
+        for _ in range(2):
+            known = basis[:, :, : j + 1]
+            rest = rest - known @ (known.mT @ rest)
+        scale = torch.maximum(scale, torch.linalg.vector_norm(image, dim=0).cpu().double())
+        norms = torch.linalg.vector_norm(rest[:, :, 0], dim=1)
+        betas[j] = norms.cpu().double()
+        # An exhausted probe has an invariant subspace: its chain ends, by a coupling of zero.
+        ended = betas[j] <= 16 * torch.finfo(dtype).eps * n**0.5 * scale
+        betas[j] = torch.where(ended, 0.0, betas[j])
+        divisor = torch.where(ended.to(device), 1.0, norms)
+        q = torch.where(ended.to(device), 0.0, rest[:, :, 0].T / divisor)
+    tridiagonal = torch.diag_embed(alphas.T)
+    if steps > 1:
+        coupling = torch.diag_embed(betas[:-1].T, offset=1)
+        tridiagonal = tridiagonal + coupling + coupling.mT
+    nodes, rotation = torch.linalg.eigh(tridiagonal)
+    return SpectralDensity(nodes, rotation[:, 0, :].square(), n, steps)
+
+
+def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, damping: float) -> float:
+    """Σ λ/(λ + damping): how many directions the damping leaves free (degrees of freedom of ridge regression).
+
+    Args:
+        spectrum: an operator, whose eigenvalues are computed; an estimated density; or all eigenvalues, (size,), of
+            which zeros may be left out. Rounding below zero counts as zero.
+        damping: positive.
+
+    Returns:
+        From 0 to the number of eigenvalues.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: unless damping > 0, or for values that are not finite.
+    """
+    if check_number("damping", damping, low=0.0) == 0:
+        raise ValueError("damping must be positive")
+    share: Callable[[Tensor], Tensor] = lambda x: x.clamp_min(0) / (x.clamp_min(0) + damping)  # noqa: E731
+    if isinstance(spectrum, SpectralDensity):
+        return float(spectrum.integrate(share))
+    values = spectrum._eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
+    check_finite("spectrum", check_tensor("spectrum", values))
+    return float(share(values.double()).sum())

@@ -1,0 +1,118 @@
+"""What an eigensolver found, and what it promises about it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishergeo.operators import SpectralOperator
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenpairs with certificates.
+
+    Attributes:
+        values: (k,), the wanted end of the spectrum first: descending for ``which="largest"``.
+        vectors: (size, k), orthonormal; each one's entry of largest magnitude is positive.
+        residuals: (k,), upper bounds on ‖A v − θ v‖: the computed residual and an allowance for the rounding of one
+            product. Some eigenvalue of A lies within ``residuals[i]`` of ``values[i]``.
+        pairs_converged: (k,) bool, which pairs meet the tolerance that was asked for.
+        passes: applications of the operator to a block of at most ``block`` columns, all of them counted.
+        columns: columns multiplied in all of these passes.
+        stopped: ``"tolerance"``, ``"energy"``, ``"passes"`` (the allowance ran out) or ``"stalled"`` (nothing is left
+            to try: the products are noisier than the tolerance).
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    pairs_converged: Tensor
+    passes: int
+    columns: int
+    stopped: str
+
+    @property
+    def converged(self) -> bool:
+        """Whether every returned pair meets the tolerance."""
+        return bool(self.pairs_converged.all())
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the solver stopped because it had what was asked for."""
+        return self.stopped == "energy" or (self.stopped == "tolerance" and self.converged)
+
+    def value_bounds(self) -> Tensor:
+        """Bounds on |θ_i − λ_i|, (k,): min(r, r²/gap), the Kato-Temple bound, where the gap allows it.
+
+        The gap of a pair is its distance to the nearest other returned value, less that one's residual. For the last
+        pair nothing is known of what follows, so its bound is r.
+
+        Returns:
+            (k,), at most ``residuals``.
+        """
+        bounds = self.residuals.clone()
+        for i in range(len(self.values) - 1):
+            gap = torch.inf
+            for j in (i - 1, i + 1):
+                if j >= 0:
+                    gap = min(gap, float((self.values[i] - self.values[j]).abs() - self.residuals[j]))
+            if gap > float(self.residuals[i]):
+                bounds[i] = torch.minimum(bounds[i], self.residuals[i].square() / gap)
+        return bounds
+
+    def operator(self, full_trace: Tensor | None = None, side: str = "output") -> SpectralOperator:
+        """V diag(θ) Vᵀ as an operator.
+
+        Args:
+            full_trace: scalar tensor, the trace of the whole, where known.
+            side: see :class:`fishergeo.SymmetricOperator`.
+        """
+        return SpectralOperator(self.values, self.vectors, full_trace, side)
+
+
+class ConvergenceWarning(UserWarning):
+    """An eigensolver stopped before it had what was asked for."""
+
+
+class ConvergenceError(RuntimeError):
+    """The same, where ``strict=True`` was passed.
+
+    Attributes:
+        spectrum: what there is, with honest flags.
+    """
+
+    def __init__(self, message: str, spectrum: Spectrum) -> None:
+        super().__init__(message)
+        self.spectrum = spectrum
+
+
+def enforce(spectrum: Spectrum, name: str, strict: bool) -> Spectrum:
+    """Warns, or raises, where a spectrum is not what was asked for.
+
+    Args:
+        spectrum: to check.
+        name: of the layer, or empty.
+        strict: raise rather than warn.
+
+    Returns:
+        The same spectrum.
+
+    Raises:
+        ConvergenceError: with ``strict``.
+    """
+    if spectrum.satisfied:
+        return spectrum
+    missing = int((~spectrum.pairs_converged).sum())
+    where = f"layer {name!r}: " if name else ""
+    message = (
+        f"{where}{missing} of {len(spectrum.values)} eigenpairs have not converged after {spectrum.passes} passes "
+        f"(stopped: {spectrum.stopped}); allow more with max_passes, a wider basis, or a larger tol"
+    )
+    if strict:
+        raise ConvergenceError(message, spectrum)
+    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    return spectrum
