@@ -161,11 +161,11 @@ def test_kl_is_zero_at_the_start_and_equals_the_formula(tiny_llama, tokenizer, a
     keep = batch["labels"][:, 1:] != -100
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        present = model(**inputs).logits[:, :-1][keep].float().log_softmax(-1)
+        present = model(**inputs).logits[:, :-1][keep].log_softmax(-1)
         with model.disable_adapter():
-            base = model(**inputs).logits[:, :-1][keep].float().log_softmax(-1)
+            base = model(**inputs).logits[:, :-1][keep].log_softmax(-1)
     expected = torch.nn.functional.kl_div(present, base, log_target=True, reduction="batchmean")
-    torch.testing.assert_close(Guard(model, rows, config).penalty(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(Guard(model, rows, config).penalty(), expected, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
 
 
@@ -224,9 +224,6 @@ def test_what_is_not_understood_is_refused_by_name(tiny_llama, tokenizer, alignm
     dora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="Dora"):
         Guard(dora, rows, GuardConfig())
-    pissa = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
-    with pytest.raises(ValueError, match="pissa"):
-        Guard(pissa, rows, GuardConfig())
     with pytest.raises(ValueError, match="at least one"):
         Guard(adapted(tiny_llama), [], GuardConfig())
 

@@ -1,0 +1,191 @@
+"""Checkpoints that are whole or not there: the guard's state in them, and a marker that lists every file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from torch import Tensor
+
+import fishergeo as fg
+from alignguard.curvature import LayerCurvature
+from alignguard.files import write_text
+from fishergeo import storage
+
+if TYPE_CHECKING:
+    from alignguard.guard import Guard
+
+STAGING = ".unfinished"
+MARKER = "alignguard_complete.json"
+COUNTERS = "alignguard_guard.json"
+TENSORS = "alignguard_guard.safetensors"
+RUNNING = "alignguard_fisher.safetensors"
+FORMAT = 1
+
+
+def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None:
+    """Write a guard's curvature, references and counters into a folder.
+
+    Args:
+        folder: an existing folder.
+        guard: None writes ``extra`` alone.
+        extra: JSON-able, returned by :func:`load_guard`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    counters: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
+    if guard is not None:
+        tensors, operators = {}, {}
+        for name, layer in guard.layers.items():
+            operators[name] = {"operator": type(layer.operator).__name__, "total": layer.total}
+            parts = {**_operator_tensors(layer.operator), "basis": layer.projector.basis, "values": layer.values}
+            if type(layer.projector) is fg.SoftProjector:
+                parts["weights"] = layer.projector.weights
+            tensors |= {f"layer|{name}|{role}": tensor for role, tensor in parts.items()}
+        tensors |= {f"reference|{name}": tensor for name, tensor in guard.updates.references().items()}
+        counters["guard"] = {
+            "config": guard.config.to_dict(),
+            "layers": operators,
+            "step": guard.step,
+            "examples_read": guard.examples_read,
+            "refreshes": guard.refreshes,
+            "turned": guard.turned,
+            "estimated_at": guard._estimated_at,
+            "scales": guard._scales,
+            "budget": None if guard.budget is None else guard.budget.state(),
+            "freshness": None if guard.freshness is None else guard.freshness.state(),
+        }
+        storage.write(folder / TENSORS, tensors, {"alignguard": FORMAT})
+        if guard.running is not None:
+            guard.running.save(folder / RUNNING)
+    write_text(folder / COUNTERS, json.dumps(counters))
+
+
+def _operator_tensors(operator: Any) -> dict[str, Tensor]:
+    if isinstance(operator, fg.KroneckerOperator):
+        return {"output_factor": operator.output_factor, "input_factor": operator.input_factor}
+    if isinstance(operator, fg.SpectralOperator):
+        trace = {} if operator.full_trace is None else {"full_trace": operator.full_trace}
+        return {"eigenvalues": operator.values, "eigenvectors": operator.vectors, **trace}
+    if isinstance(operator, fg.DenseOperator):
+        return {"matrix": operator.matrix}
+    raise TypeError(f"a curvature of kind {type(operator).__name__} cannot be saved")
+
+
+def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
+    if kind == "KroneckerOperator":
+        return fg.KroneckerOperator(parts["output_factor"], parts["input_factor"])
+    if kind == "SpectralOperator":
+        return fg.SpectralOperator(parts["eigenvalues"], parts["eigenvectors"], parts.get("full_trace"))
+    return fg.DenseOperator(parts["matrix"])
+
+
+def load_guard(folder: Path, guard: Guard) -> dict[str, Any]:
+    """Put a guard back where :func:`save_guard` found it.
+
+    Returns:
+        what was passed as ``extra``.
+
+    Raises:
+        ValueError: files damaged or missing, of another configuration, or of another model.
+    """
+    try:
+        counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+        kept, extra, version = counters["guard"], counters["extra"], counters["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
+    if version > FORMAT:
+        raise ValueError(f"{folder}: written in format {version}, this alignguard reads up to {FORMAT}; upgrade it")
+    if kept is None:
+        raise ValueError(f"{folder}: written by a run without a guard")
+    ours = json.loads(json.dumps(guard.config.to_dict()))
+    if differ := sorted(name for name in ours if kept["config"].get(name) != ours[name]):
+        raise ValueError(f"{folder}: written with other settings of {differ}; resume with the same, or start anew")
+    header = storage.read_header(folder / TENSORS)
+    device = next(guard.model.parameters()).device
+    with safetensors.safe_open(folder / TENSORS, framework="pt") as file:
+        names = [*file.keys(), *header["aliases"]]
+    tensors = storage.read_tensors(folder / TENSORS, names, header, device)
+    grouped: dict[str, dict[str, Tensor]] = {}
+    references: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        group, rest = key.split("|", 1)
+        if group == "reference":
+            references[rest] = tensor
+        else:
+            name, role = rest.rsplit("|", 1)
+            grouped.setdefault(name, {})[role] = tensor
+    shapes = {name: parts["basis"].shape[0] for name, parts in grouped.items()}
+    wanted = {matrix.name: matrix.shape[0] for matrix in guard.updates.matrices.values()}
+    if shapes and shapes != wanted:
+        differ = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+        raise ValueError(f"{folder}: of another model; {differ[:3]} differ")
+    guard.updates.restore(references)
+    guard.layers = {name: _layer(kept["layers"][name], grouped[name]) for name in wanted if name in grouped}
+    guard.step, guard._estimated_at, guard.refreshes = kept["step"], kept["estimated_at"], kept["refreshes"]
+    guard.examples_read, guard.turned, guard._scales = kept["examples_read"], kept["turned"], kept["scales"]
+    for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
+        for name, value in (state or {}).items():
+            setattr(part, name, value)
+    guard.running = fg.Fisher.load(folder / RUNNING, device=device) if guard.config.averaging else None
+    return extra
+
+
+def _layer(kept: dict[str, Any], parts: dict[str, Tensor]) -> LayerCurvature:
+    basis = parts["basis"]
+    projector = fg.SoftProjector(basis, parts["weights"]) if "weights" in parts else fg.Projector(basis)
+    return LayerCurvature(_operator(kept["operator"], parts), projector, parts["values"], kept["total"])
+
+
+def seal(written: Path, place: Path) -> None:
+    """Sync every file of a finished folder, list them in its marker, and move it to its place.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    sizes = {}
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        sizes[file.relative_to(written).as_posix()] = file.stat().st_size
+    write_text(written / MARKER, json.dumps({"format": FORMAT, "files": sizes}))
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(written, place)
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a checkpoint that is not whole.
+
+    Raises:
+        ValueError: no marker, or a file that it lists is missing or of another size.
+    """
+    try:
+        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not a complete checkpoint: its {MARKER} is missing or unreadable") from error
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing or cut short")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run, or None; what is incomplete is passed over."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            found.append((int(match[1]), path))
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_complete(path)
+        except ValueError:
+            continue
+        return path
+    return None
