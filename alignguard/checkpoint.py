@@ -86,8 +86,8 @@ def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
     return fg.DenseOperator(parts["matrix"])
 
 
-def load_guard(folder: Path, guard: Guard) -> dict[str, Any]:
-    """Put a guard back where :func:`save_guard` found it.
+def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
+    """Put a guard back where :func:`save_guard` found it; for None only check that there was none.
 
     Returns:
         what was passed as ``extra``.
@@ -102,8 +102,10 @@ def load_guard(folder: Path, guard: Guard) -> dict[str, Any]:
         raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
     if version > FORMAT:
         raise ValueError(f"{folder}: written in format {version}, this alignguard reads up to {FORMAT}; upgrade it")
-    if kept is None:
-        raise ValueError(f"{folder}: written by a run without a guard")
+    if (kept is None) != (guard is None):
+        raise ValueError(f"{folder}: written by a run {'without' if kept is None else 'with'} a guard; resume it so")
+    if guard is None:
+        return extra
     ours = json.loads(json.dumps(guard.config.to_dict()))
     if differ := sorted(name for name in ours if kept["config"].get(name) != ours[name]):
         raise ValueError(f"{folder}: written with other settings of {differ}; resume with the same, or start anew")

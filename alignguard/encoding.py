@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.data import IGNORED, Source, collate, encode_messages, load_conversations, render_prompt
+from alignguard.data import IGNORED, Source, collate, encode_messages, load_conversations, read_rows, render_prompt
 
 Encoded = Mapping[str, Any]
 
@@ -71,9 +71,7 @@ def _encode_labelled(source: Source, name: str, tokenizer: Any, max_length: int)
 
 def _with_response(source: Source, labels: list[Any]) -> Iterable[Any]:
     """Rows as the reader of conversations wants them; their labels go to ``labels``."""
-    from alignguard.data import _read
-
-    for where, row in _read(source):
+    for where, row in read_rows(source):
         label = row.get("label")
         if isinstance(label, str) and label.isdigit():  # from a CSV file
             label = int(label)

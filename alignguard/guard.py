@@ -293,6 +293,17 @@ class Guard:
         parts = [self.layers[m.name].operator.quadratic(delta).double() for m, delta in self.updates.deltas()]
         return 0.5 * float(torch.stack(parts).sum())
 
+    def measured_drift(self, examples: int = 16) -> float | None:
+        """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.
+
+        Returns:
+            None where the model's start can no longer be read.
+        """
+        reference = self._held or self._anchor
+        if reference is None and self.updates.base_is_reference:
+            reference = Reference(self.model, self.rows[:examples], self._batch, True, 0)
+        return None if reference is None else reference.drift(range(min(examples, len(reference.rows))))
+
     @torch.no_grad()
     def cosine(self) -> float:
         """Mean over matrices of how alike the two parts' inputs are: <ΔW_AᵀΔW_A, ΔW_TᵀΔW_T> / (‖·‖‖·‖), in [0, 1]."""

@@ -12,7 +12,7 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from alignguard.checkpoint import STAGING, check_complete, load_guard, save_guard, seal
+from alignguard.checkpoint import MARKER, STAGING, check_complete, load_guard, save_guard, seal
 from alignguard.guard import TERMS, Guard
 from alignguard.lossprobe import honours_item_count
 
@@ -185,10 +185,11 @@ class GuardMixin:
         Raises:
             ValueError: a checkpoint without its marker, or of another guard.
         """
-        if self.guard is not None:
+        ours = self.guard is not None or (Path(resume_from_checkpoint) / MARKER).exists()
+        if ours:
             check_complete(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        if self.guard is not None:
+        if ours:
             kept = load_guard(Path(resume_from_checkpoint), self.guard)
             self.step_seconds = list(kept["step_seconds"])
             self._term_sums = {name: torch.tensor(value) for name, value in kept["term_sums"].items()}

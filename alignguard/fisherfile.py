@@ -1,0 +1,110 @@
+"""Fisher files that name the model and data they came from, and refuse a model that does not match."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fishergeo as fg
+from alignguard.config import GuardConfig
+from alignguard.data import pad_id
+from alignguard.encoding import encode_source, pad_rows
+from alignguard.files import write_text
+from alignguard.objective import model_kind, response_loss
+from fishergeo.fisher import fingerprint
+
+
+def origin_path(path: str | Path) -> Path:
+    """The JSON beside a Fisher file that says what it is of."""
+    return Path(f"{path}.json")
+
+
+def write_fisher(
+    path: str | Path, model: Any, tokenizer: Any, data: Any, config: GuardConfig, *, name: str, progress: bool = False
+) -> fg.Fisher:
+    """Estimate the Fisher of alignment data at a model's present weights and write it with its origin.
+
+    Args:
+        path: the file; ``path`` + ``.json`` names model and data.
+        model: without an adapter.
+        tokenizer: its tokenizer.
+        data: alignment rows, all of them are read.
+        config: structure, kind, sketch_rank, batch_size, max_length and seed are read.
+        name: what the model is called.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad rows, or a model without layers to capture.
+        OSError: the file cannot be written.
+    """
+    kind = model_kind(model)
+    rows = encode_source(data, "data", tokenizer, kind, config.max_length)
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    pad, size = pad_id(tokenizer), config.batch_size
+    fisher = fg.estimate_fisher(
+        model,
+        [pad_rows(rows[i : i + size], pad, kind) for i in range(0, len(rows), size)],
+        structure=config.structure,
+        kind=config.kind,
+        rank=config.sketch_rank,
+        loss=response_loss if config.kind == "empirical" else None,
+        progress=progress,
+        seed=config.seed,
+    )
+    text = json.dumps(rows, sort_keys=True)
+    origin = {
+        "model": name,
+        "fingerprint": fingerprint(model),
+        "data": str(data) if isinstance(data, (str, Path)) else "rows",
+        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "examples": len(rows),
+        "structure": config.structure,
+        "kind": config.kind,
+        "versions": {n: importlib.metadata.version(n) for n in ("fishergeo", "torch", "transformers")},
+    }
+    fisher.save(path)
+    write_text(origin_path(path), json.dumps(origin, indent=1))
+    return fisher
+
+
+def load_fisher(path: str | Path, model: torch.nn.Module, config: GuardConfig) -> fg.Fisher:
+    """Read a Fisher file for a model that it must match.
+
+    Args:
+        path: the file.
+        model: before an adapter is put on it.
+        config: what the guard expects of it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, of another structure, or of a model with other layers, shapes or weights.
+    """
+    header = fg.Fisher.load(path, layers=[]).header if Path(path).is_file() else None
+    if header is None:
+        raise FileNotFoundError(f"fisher: no such file: {path}")
+    if header.structure != config.structure or header.side != "output":
+        raise ValueError(
+            f"fisher: {path} is a {header.structure!r} of the {header.side} side, the guard asks for "
+            f"structure={config.structure!r}; estimate it again, or give structure={header.structure!r}"
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = fg.Fisher.load(path, device=next(base.parameters()).device)
+    layers = {name: tuple(shape) for name, shape in whole.header.shapes.items()}
+    modules = dict(base.named_modules())
+    for name, shape in layers.items():
+        if name not in modules and name.rsplit(".", 1)[0] not in modules and "experts" not in name:
+            raise ValueError(f"fisher: {path} has a layer {name!r} that the model lacks; it is of another model")
+        found = getattr(modules.get(name), "weight", None)
+        if found is not None and sorted(found.shape) != sorted(shape):
+            raise ValueError(f"fisher: {path} has {name} as {shape}, the model as {tuple(found.shape)}")
+    if base is model and whole.header.fingerprint != fingerprint(model):
+        raise ValueError(
+            f"fisher: {path} was estimated at other weights (fingerprint {whole.header.fingerprint}, the model's is "
+            f"{fingerprint(model)}); estimate it again with `alignguard fisher`"
+        )
+    return whole
