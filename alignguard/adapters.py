@@ -12,12 +12,16 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 import fishergeo as fg
-from fishergeo.capture import is_transposed_linear
 
 STILL_INITS = {"gaussian", "orthogonal", "eva"}  # starts that leave the base weights where they were
 MOVING_INITS = {"olora", "corda", "loftq", "lora_ga"}  # and those that move them; pissa comes with a suffix
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+(?=\.|$)")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D: a linear map whose weight is stored (q, p)."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
 
 
 def plain_name(name: str) -> str:
@@ -124,7 +128,7 @@ def check_layer(name: str, layer: Any, adapters: list[str], holders: dict[int, l
         if not layer._did_swap_in_out_features and layer.get_param().ndim != 3:
             raise ValueError(f"{name} adapts a parameter of {layer.get_param().ndim} dimensions; {advice}")
         return
-    if not isinstance(base, nn.Linear) and not is_transposed_linear(base):
+    if not isinstance(base, nn.Linear) and not is_conv1d(base):
         raise ValueError(
             f"{name} adapts a {type(base).__name__}; the guard covers Linear, Conv1D and experts; {advice}"
         )
@@ -168,7 +172,7 @@ def plain_weight(base: nn.Module) -> Tensor:
 
 def oriented(module: nn.Module, weight: Tensor) -> Tensor:
     """The weight as (p, q), whichever way round the module stores it."""
-    return weight.mT if is_transposed_linear(module) else weight
+    return weight.mT if is_conv1d(module) else weight
 
 
 def turned(matrix: Tensor, flip: bool) -> Tensor:

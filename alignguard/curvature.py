@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 import fishergeo as fg
 from alignguard.config import GuardConfig
-from alignguard.updates import Update
+from alignguard.updates import Matrix, Update
+
+WIDEST = 16384  # most outputs of a matrix whose output side is held whole
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,20 @@ class LayerCurvature:
         With ``projection="soft"`` all known eigenvectors are taken, each with the weight λ/(λ + ε), ε the last
         eigenvalue that the hard projector would have held, which so weighs one half.
         """
+        operator = _contiguous(operator)
         two_sided = isinstance(operator, fg.KroneckerOperator)
         output = operator.output_factor if two_sided else operator
         values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
         if isinstance(output, Tensor):
             values, vectors = values.flip(0), vectors.flip(1)
+        vectors = vectors.contiguous()
         values = values.clamp_min(0)  # rounding leaves tiny negative ones
         total = float(output.trace())
         m = min(fg.rank_for_energy(values, total, config.energy), config.max_rank or len(values), vectors.shape[1])
         if config.projection == "soft" and m > 0 and float(values[m - 1]) > 0:
             soft = fg.SoftProjector.from_spectrum(vectors, values, float(values[m - 1]))
             return cls(operator, soft, values, total)
-        return cls(operator, fg.Projector(vectors[:, :m]), values[:m], total)
+        return cls(operator, fg.Projector(vectors[:, :m].contiguous()), values[:m], total)
 
     def alignment(self, delta: Update) -> Tensor:
         """‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so it is Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
@@ -110,3 +115,63 @@ class LayerCurvature:
         if m == 0:
             return 0.0
         return float(torch.rad2deg(fg.principal_angles(new[:, :m].to(old.dtype), old[:, :m]).mean()))
+
+    def summary(self) -> dict[str, Any]:
+        """Leading eigenvalues, trace, rank and share of energy, as JSON."""
+        held = float(self.values.sum()) / self.total if self.total > 0 else 0.0
+        return {"values": self.values.tolist(), "total": self.total, "rank": len(self.values), "energy": held}
+
+
+def _contiguous(operator: Any) -> Any:
+    """The operator with its tensors laid out as a file lays them out: products of other strides round otherwise."""
+    if isinstance(operator, fg.KroneckerOperator):
+        return fg.KroneckerOperator(operator.output_factor.contiguous(), operator.input_factor.contiguous())
+    if isinstance(operator, fg.SpectralOperator):
+        vectors, trace = operator.vectors.contiguous(), operator.full_trace
+        return fg.SpectralOperator(operator.values.contiguous(), vectors, trace, operator.side, operator.rest)
+    return (
+        fg.DenseOperator(operator.matrix.contiguous(), operator.side)
+        if isinstance(operator, fg.DenseOperator)
+        else operator
+    )
+
+
+def check_widths(matrices: Iterable[Matrix], config: GuardConfig) -> None:
+    """Refuse matrices whose output side would not fit in memory.
+
+    Raises:
+        ValueError: naming the matrix.
+    """
+    for matrix in matrices:
+        if config.structure != "sketch" and matrix.shape[0] > WIDEST:
+            raise ValueError(
+                f"{matrix.plain} has {matrix.shape[0]} outputs, and structure={config.structure!r} would hold the square "
+                f"of that; take structure='sketch', or exclude={matrix.plain!r}"
+            )
+
+
+def curvatures(fisher: Mapping[str, Any], matrices: Iterable[Matrix], config: GuardConfig) -> dict[str, LayerCurvature]:
+    """Curvature of every matrix from a Fisher.
+
+    Args:
+        fisher: operator by name, of captured layers or of matrices with or without what peft puts around them.
+        matrices: what is guarded.
+        config: rank and projection.
+
+    Raises:
+        ValueError: a matrix has no operator in it, or one of another shape.
+    """
+    layers = {}
+    for matrix in matrices:
+        key = next((name for name in (matrix.layer, matrix.name, matrix.plain) if name in fisher), None)
+        if key is None:
+            raise ValueError(f"the Fisher holds no {matrix.plain!r}; it has {', '.join(list(fisher)[:4])}, ...")
+        operator, (p, q) = fisher[key], matrix.shape
+        size = p * q if operator.side == "both" else p
+        if operator.side == "input" or operator.shape[0] != size:
+            raise ValueError(
+                f"the Fisher of {matrix.plain!r} has shape {operator.shape} on the {operator.side} side, the matrix "
+                f"{matrix.shape}; it is of another model, or not of the output side"
+            )
+        layers[matrix.name] = LayerCurvature.from_operator(operator, config)
+    return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import fishergeo as fg
 from alignguard.budget import DriftBudget
 from alignguard.config import GuardConfig
 from alignguard.coverage import Covered, coverage
-from alignguard.curvature import LayerCurvature
+from alignguard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.encoding import pad_rows
 from alignguard.freshness import Freshness
 from alignguard.objective import model_kind, response_loss
@@ -22,7 +22,6 @@ from alignguard.reference import Reference
 from alignguard.updates import Matrix, WeightUpdates
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
-WIDEST = 16384  # most outputs of a matrix whose output side is held whole
 
 
 class Guard:
@@ -68,7 +67,8 @@ class Guard:
         if not rows:
             raise ValueError("the guard needs at least one alignment example")
         self.model, self.config, self.pad_token_id = model, config, pad_token_id
-        self._check_widths()
+        if self.uses_curvature:
+            check_widths(self.updates.matrices.values(), config)
         self.rows = list(rows)
         random.Random(config.seed).shuffle(self.rows)
         held = self._hold_back()
@@ -102,14 +102,6 @@ class Guard:
         guard = cls(model, rows, config or GuardConfig(), pad_token_id, **options)
         guard.refresh(progress=progress)
         return guard
-
-    def _check_widths(self) -> None:
-        for matrix in self.updates.matrices.values():
-            if self.uses_curvature and self.config.structure != "sketch" and matrix.shape[0] > WIDEST:
-                raise ValueError(
-                    f"{matrix.plain} has {matrix.shape[0]} outputs, and structure={self.config.structure!r} would hold "
-                    f"the square of that; take structure='sketch', or exclude={matrix.plain!r}"
-                )
 
     def _hold_back(self) -> list[Mapping[str, Any]]:
         """Take the examples on which drift is measured out of the rows, where drift is measured at all."""
@@ -221,20 +213,7 @@ class Guard:
         Raises:
             ValueError: a guarded matrix has no operator in it, or one of another shape.
         """
-        names: Callable[[Matrix], tuple[str, ...]] = lambda m: (m.layer, m.name, m.plain)  # noqa: E731
-        layers = {}
-        for matrix in self.updates.matrices.values():
-            key = next((name for name in names(matrix) if name in fisher), None)
-            if key is None:
-                raise ValueError(f"the Fisher holds no {matrix.plain!r}; it has {', '.join(list(fisher)[:4])}, ...")
-            operator, (p, q) = fisher[key], matrix.shape
-            size = {"output": p, "input": q}.get(operator.side, p * q)
-            if operator.side == "input" or operator.shape[0] != size:
-                raise ValueError(
-                    f"the Fisher of {matrix.plain!r} has shape {operator.shape} on the {operator.side} side, the matrix "
-                    f"{matrix.shape}; it is of another model, or not of the output side"
-                )
-            layers[matrix.name] = LayerCurvature.from_operator(operator, self.config)
+        layers = curvatures(fisher, self.updates.matrices.values(), self.config)
         if self.layers:
             with torch.no_grad():
                 self.turned = sum(new.turned_from(self.layers[name]) for name, new in layers.items()) / len(layers)
@@ -324,12 +303,4 @@ class Guard:
 
     def spectra(self) -> dict[str, dict[str, Any]]:
         """Leading eigenvalues, trace, rank and share of energy of every layer, for reports."""
-        return {
-            name: {
-                "values": layer.values.tolist(),
-                "total": layer.total,
-                "rank": len(layer.values),
-                "energy": float(layer.values.sum()) / layer.total if layer.total > 0 else 0.0,
-            }
-            for name, layer in self.layers.items()
-        }
+        return {name: layer.summary() for name, layer in self.layers.items()}

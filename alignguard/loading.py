@@ -69,10 +69,16 @@ def default_lora(model: Any) -> dict[str, Any]:
         }
     )
     if experts:
+        # "all-linear" would take the routers too, whatever exclude_modules says.
+        head = model.get_output_embeddings()
+        fields["target_modules"] = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear) and module is not head and not ROUTER.search(name)
+            }
+        )
         fields["target_parameters"] = experts
-    routers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ROUTER.search(n)]
-    if routers:
-        fields["exclude_modules"] = sorted({name.rsplit(".", 1)[-1] for name in routers})
     return fields
 
 
@@ -80,7 +86,7 @@ def _fields(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults with what was given in their place; whoever names targets names all of them."""
     fields = default_lora(model)
     if "target_modules" in given or "target_parameters" in given:
-        for name in ("target_modules", "target_parameters", "exclude_modules"):
+        for name in ("target_modules", "target_parameters"):
             fields.pop(name, None)
     return {**fields, **given}
 

@@ -18,6 +18,7 @@ from alignguard.adapters import (
     base_name,
     check_layer,
     check_untied,
+    is_conv1d,
     layer_key,
     lora_factors,
     lora_layers,
@@ -30,7 +31,6 @@ from alignguard.adapters import (
     turned,
     whole,
 )
-from fishergeo.capture import is_transposed_linear, layer_shape
 
 __all__ = ["Matrix", "WeightUpdates", "base_name", "lora_updates", "plain_name"]
 
@@ -176,7 +176,7 @@ class WeightUpdates:
             if not adapters:
                 continue
             key = layer_key(name, layer)
-            if self._left_out(key, layer):
+            if self._left_out(key, layer, name):
                 continue
             check_layer(key, layer, adapters, self._owners)
             for adapter in adapters:
@@ -225,8 +225,8 @@ class WeightUpdates:
                 lambda expert=expert: turned(getattr(inner, parameter)[expert], flip),  # type: ignore[misc]
             )
 
-    def _left_out(self, key: str, layer: Any) -> bool:
-        """Whether a layer is left unguarded, and if so noted as such."""
+    def _left_out(self, key: str, layer: Any, path: str | None = None) -> bool:
+        """Whether a layer is left unguarded, and if so noted as such; ``path`` is the module's where the key is another."""
         plain = plain_name(key)
         reason = None
         if any(fnmatch.fnmatchcase(plain, pattern) for pattern in self.exclude):
@@ -235,7 +235,7 @@ class WeightUpdates:
             reason = "a router, which is guarded only if asked for (include_router)"
         if reason is None:
             return False
-        for name, parameter in layer.named_parameters(prefix=key):
+        for name, parameter in layer.named_parameters(prefix=path or key):
             if parameter.requires_grad:
                 self.skipped[name] = reason
         return True
@@ -248,7 +248,7 @@ class WeightUpdates:
             head = root.get_output_embeddings()  # type: ignore[operator]
         for inner, module in root.named_modules():
             name = ".".join(part for part in (prefix, inner) if part)
-            if isinstance(module, nn.Linear) or is_transposed_linear(module):
+            if isinstance(module, nn.Linear) or is_conv1d(module):
                 weight = module.weight
                 if not weight.requires_grad or self._left_out(name, module):
                     continue
@@ -265,13 +265,12 @@ class WeightUpdates:
 
     def _add_matrix(self, name: str, module: nn.Module, weight: Tensor, kind: str) -> None:
         reference = self._keep(name, weight)
+        shape = (reference.shape[1], reference.shape[0]) if is_conv1d(module) else tuple(reference.shape)
 
         def read() -> Tensor:
             return oriented(module, whole(weight) - whole(reference.to(weight.device)))
 
-        self.matrices[name] = Matrix(
-            name, name, kind, layer_shape(module), None, read, lambda: oriented(module, reference)
-        )
+        self.matrices[name] = Matrix(name, name, kind, shape, None, read, lambda: oriented(module, reference))
 
     def _add_experts(self, name: str, stack: Tensor, flip: bool, kind: str) -> None:
         reference = self._keep(name, stack)
