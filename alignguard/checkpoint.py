@@ -116,7 +116,8 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
     tensors = storage.read_tensors(folder / TENSORS, names, header, device)
     grouped: dict[str, dict[str, Tensor]] = {}
     references: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, mapped in tensors.items():
+        tensor = mapped.clone()  # a file's memory is not aligned as torch's own is, and products round by alignment
         group, rest = key.split("|", 1)
         if group == "reference":
             references[rest] = tensor

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from alignguard.checkpoint import MARKER, STAGING, check_complete, load_guard, save_guard, seal
 from alignguard.guard import TERMS, Guard
@@ -173,6 +174,21 @@ class GuardMixin:
                 use_mtime=False,
             )
         self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it.
+
+        transformers 5.23 would take one more step from there.
+        """
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            saved = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+            if saved.is_file():
+                state = TrainerState.load_from_json(str(saved))
+                if 0 < state.max_steps <= state.global_step:
+                    self._load_from_checkpoint(str(resume_from_checkpoint))
+                    self.state = state
+                    return TrainOutput(state.global_step, float("nan"), {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _accumulated(self) -> dict[str, Any]:
         """What the mixin itself must not forget: times, and terms not logged yet."""
