@@ -9,13 +9,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from torch import Tensor
 
 import fishergeo as fg
 from alignguard.curvature import LayerCurvature
-from alignguard.files import write_text
-from fishergeo import storage
+from alignguard.files import read_tensors, write_tensors, write_text
 
 if TYPE_CHECKING:
     from alignguard.guard import Guard
@@ -61,7 +59,7 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
             "budget": None if guard.budget is None else guard.budget.state(),
             "freshness": None if guard.freshness is None else guard.freshness.state(),
         }
-        storage.write(folder / TENSORS, tensors, {"alignguard": FORMAT})
+        write_tensors(folder / TENSORS, tensors)
         if guard.running is not None:
             guard.running.save(folder / RUNNING)
     write_text(folder / COUNTERS, json.dumps(counters))
@@ -100,24 +98,36 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
         kept, extra, version = counters["guard"], counters["extra"], counters["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
-    if version > FORMAT:
+    if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{folder}: written in format {version}, this alignguard reads up to {FORMAT}; upgrade it")
     if (kept is None) != (guard is None):
         raise ValueError(f"{folder}: written by a run {'without' if kept is None else 'with'} a guard; resume it so")
     if guard is None:
         return extra
+    try:
+        _restore(folder, guard, kept)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: damaged {COUNTERS} or {TENSORS} ({type(error).__name__}: {error})") from error
+    return extra
+
+
+def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
     ours = json.loads(json.dumps(guard.config.to_dict()))
     if differ := sorted(name for name in ours if kept["config"].get(name) != ours[name]):
         raise ValueError(f"{folder}: written with other settings of {differ}; resume with the same, or start anew")
-    header = storage.read_header(folder / TENSORS)
+    for name in ("step", "examples_read", "refreshes"):
+        if isinstance(kept[name], bool) or not isinstance(kept[name], int):
+            raise ValueError(f"{folder}: damaged {COUNTERS}: {name} is {kept[name]!r}")
+    if kept["estimated_at"] is not None and not isinstance(kept["estimated_at"], int):
+        raise ValueError(f"{folder}: damaged {COUNTERS}: estimated_at is {kept['estimated_at']!r}")
+    scales = {str(name): float(value) for name, value in kept["scales"].items()}
     device = next(guard.model.parameters()).device
-    with safetensors.safe_open(folder / TENSORS, framework="pt") as file:
-        names = [*file.keys(), *header["aliases"]]
-    tensors = storage.read_tensors(folder / TENSORS, names, header, device)
     grouped: dict[str, dict[str, Tensor]] = {}
     references: dict[str, Tensor] = {}
-    for key, mapped in tensors.items():
-        tensor = mapped.clone()  # a file's memory is not aligned as torch's own is, and products round by alignment
+    for key, read in read_tensors(folder / TENSORS).items():
+        tensor = read.to(device)
         group, rest = key.split("|", 1)
         if group == "reference":
             references[rest] = tensor
@@ -132,12 +142,11 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
     guard.updates.restore(references)
     guard.layers = {name: _layer(kept["layers"][name], grouped[name]) for name in wanted if name in grouped}
     guard.step, guard._estimated_at, guard.refreshes = kept["step"], kept["estimated_at"], kept["refreshes"]
-    guard.examples_read, guard.turned, guard._scales = kept["examples_read"], kept["turned"], kept["scales"]
+    guard.examples_read, guard.turned, guard._scales = kept["examples_read"], float(kept["turned"]), scales
     for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
-        for name, value in (state or {}).items():
-            setattr(part, name, value)
+        for name in () if part is None else part.state():
+            setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
     guard.running = fg.Fisher.load(folder / RUNNING, device=device) if guard.config.averaging else None
-    return extra
 
 
 def _layer(kept: dict[str, Any], parts: dict[str, Tensor]) -> LayerCurvature:

@@ -148,9 +148,10 @@ class GuardConfig:
         for field in ("scale_free", "adaptive", "include_router"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+        names = self.exclude
+        if not isinstance(names, (list, tuple)) or not all(isinstance(pattern, str) for pattern in names):
             raise ValueError(f"exclude must be a list of names, not {self.exclude!r}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", tuple(names))
         if self.max_drift is not None:
             drift = self.max_drift
             if isinstance(drift, bool) or not (isinstance(drift, (int, float)) and 0 < drift < math.inf):

@@ -1,9 +1,12 @@
 """The penalty and its gradient against the dense formula, and the guard's manners."""
 
 import copy
+import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from alignguard.config import GuardConfig
@@ -246,3 +249,19 @@ def test_config_survives_a_round_trip_and_names_unknown_fields():
     assert GuardConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="lamda"):
         GuardConfig.from_dict({"lamda": 1})
+
+
+@given(
+    st.sampled_from(sorted(GuardConfig().to_dict())),
+    st.one_of(
+        st.none(), st.booleans(), st.text(max_size=4), st.floats(), st.integers(), st.lists(st.integers(), max_size=2),
+        st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+    ),
+)  # fmt: skip
+def test_any_value_of_any_setting_is_taken_or_named(field, value):
+    try:
+        taken = GuardConfig(**{field: value})
+    except ValueError as error:
+        assert field in str(error)
+    else:
+        assert GuardConfig.from_dict(json.loads(json.dumps(taken.to_dict()))) == taken

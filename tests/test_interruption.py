@@ -10,6 +10,8 @@ import pytest
 import torch
 from architectures import make, move
 from forked import kill_at, run
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from alignguard import GuardConfig, fit
@@ -149,3 +151,35 @@ def test_damaged_or_foreign_guard_files_are_named(tmp_path):
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
     with pytest.raises(ValueError, match="no readable"):
         load_guard(tmp_path / "gone", guard)
+
+
+@given(st.data())
+def test_a_spoilt_counter_file_is_one_named_error(saved_guard, data):
+    folder, guard, text = saved_guard
+    counters = json.loads(text)
+    junk = st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+    spot = data.draw(st.sampled_from(["format", "guard", *[f"guard.{k}" for k in counters["guard"]], "cut"]))
+    if spot == "cut":
+        spoilt = text[: data.draw(st.integers(0, len(text) - 1))]
+    else:
+        *path, last = spot.split(".")
+        place = counters[path[0]] if path else counters
+        if data.draw(st.booleans()):
+            del place[last]
+        else:
+            place[last] = data.draw(junk)
+        spoilt = json.dumps(counters)
+    (folder / "alignguard_guard.json").write_text(spoilt)
+    try:
+        load_guard(folder, guard)
+    except ValueError as error:
+        assert str(folder) in str(error)
+
+
+@pytest.fixture(scope="module")
+def saved_guard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guard")
+    config = GuardConfig(structure="gram", max_drift=0.1, held_back=1)
+    guard = Guard.from_alignment(make("llama", dtype=torch.float32), ROWS, config)
+    save_guard(folder, guard, {})
+    return folder, guard, (folder / "alignguard_guard.json").read_text()
