@@ -156,7 +156,7 @@ def _layer(kept: dict[str, Any], parts: dict[str, Tensor]) -> LayerCurvature:
 
 
 def seal(written: Path, place: Path) -> None:
-    """Sync every file of a finished folder, list them in its marker, and move it to its place.
+    """Sync every file of a finished folder, list them in its marker, and move it to its place if it is elsewhere.
 
     Raises:
         OSError: the disk is full, or the place cannot be written.
@@ -167,6 +167,8 @@ def seal(written: Path, place: Path) -> None:
             os.fsync(handle.fileno())
         sizes[file.relative_to(written).as_posix()] = file.stat().st_size
     write_text(written / MARKER, json.dumps({"format": FORMAT, "files": sizes}))
+    if written == place:
+        return
     if place.exists():
         shutil.rmtree(place)
     os.replace(written, place)

@@ -84,17 +84,17 @@ def load_fisher(path: str | Path, model: torch.nn.Module, config: GuardConfig) -
         FileNotFoundError: no such file.
         ValueError: damaged, of another structure, or of a model with other layers, shapes or weights.
     """
-    header = fg.Fisher.load(path, layers=[]).header if Path(path).is_file() else None
-    if header is None:
+    if not Path(path).is_file():
         raise FileNotFoundError(f"fisher: no such file: {path}")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = fg.Fisher.load(path, device=next(base.parameters()).device)
+    header = whole.header
     if header.structure != config.structure or header.side != "output":
         raise ValueError(
             f"fisher: {path} is a {header.structure!r} of the {header.side} side, the guard asks for "
             f"structure={config.structure!r}; estimate it again, or give structure={header.structure!r}"
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    whole = fg.Fisher.load(path, device=next(base.parameters()).device)
-    layers = {name: tuple(shape) for name, shape in whole.header.shapes.items()}
+    layers = {name: tuple(shape) for name, shape in header.shapes.items()}
     modules = dict(base.named_modules())
     for name, shape in layers.items():
         if name not in modules and name.rsplit(".", 1)[0] not in modules and "experts" not in name:
@@ -102,9 +102,9 @@ def load_fisher(path: str | Path, model: torch.nn.Module, config: GuardConfig) -
         found = getattr(modules.get(name), "weight", None)
         if found is not None and sorted(found.shape) != sorted(shape):
             raise ValueError(f"fisher: {path} has {name} as {shape}, the model as {tuple(found.shape)}")
-    if base is model and whole.header.fingerprint != fingerprint(model):
+    if base is model and header.fingerprint != fingerprint(model):
         raise ValueError(
-            f"fisher: {path} was estimated at other weights (fingerprint {whole.header.fingerprint}, the model's is "
+            f"fisher: {path} was estimated at other weights (fingerprint {header.fingerprint}, the model's is "
             f"{fingerprint(model)}); estimate it again with `alignguard fisher`"
         )
     return whole

@@ -148,22 +148,24 @@ class GuardMixin:
         """The trainer's own checkpoint and the guard's state, written aside and moved into place whole."""
         state, args = self.state, self.args  # type: ignore[attr-defined]
         run = Path(self._get_output_dir(trial))
-        self._staging = run / STAGING
         name = f"checkpoint-{state.global_step}"
+        # An upload reads the folder while training goes on, so that one is not moved; its marker still comes last.
+        self._staging = None if args.push_to_hub else run / STAGING
         try:
-            if args.should_save:
+            if args.should_save and self._staging is not None:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
             if args.should_save:
-                written = self._staging / name
+                written = (self._staging or run) / name
                 if state.best_model_checkpoint == str(written):
                     state.best_model_checkpoint = str(run / name)
-                    state.save_to_json(str(written / "trainer_state.json"))
+                    state.save_to_json(str(written / TRAINER_STATE_NAME))
                 save_guard(written, self.guard, self._accumulated())
                 seal(written, run / name)
-                self._staging.rmdir()
+                if self._staging is not None:
+                    self._staging.rmdir()
         finally:
             self._staging = None
         if args.should_save:

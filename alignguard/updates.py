@@ -201,6 +201,10 @@ class WeightUpdates:
             parts = [lora_factors(layer, adapter) for adapter in adapters] + starts
             return sum(parts[1:], parts[0])
 
+        def weight(matrix: Tensor, *place: int) -> Tensor:
+            # W0 is the base and what the adapter took out of it at its start.
+            return matrix - sum(start.to_dense()[place].to(matrix) for start in starts) if starts else matrix
+
         now = read()
         kind = "s·(BA − B0A0)" if starts else "s·BA"
         if len(adapters) > 1:
@@ -208,7 +212,7 @@ class WeightUpdates:
         if now.ndim == 2:
             base = layer.get_base_layer()
             self.matrices[key] = Matrix(
-                key, base_name(name), kind, tuple(now.shape), now.rank, read, lambda: plain_weight(base)
+                key, base_name(name), kind, tuple(now.shape), now.rank, read, lambda: weight(plain_weight(base))
             )
             return
         inner, parameter = layer.get_base_layer(), layer.parameter_name
@@ -222,7 +226,7 @@ class WeightUpdates:
                 (now.shape[-2], now.shape[-1]),
                 now.rank,
                 lambda expert=expert: read()[expert],  # type: ignore[misc]
-                lambda expert=expert: turned(getattr(inner, parameter)[expert], flip),  # type: ignore[misc]
+                lambda expert=expert: weight(turned(getattr(inner, parameter)[expert], flip), expert),  # type: ignore[misc]
             )
 
     def _left_out(self, key: str, layer: Any, path: str | None = None) -> bool:

@@ -187,6 +187,11 @@ def test_the_dense_penalty_keeps_no_update_in_the_graph():
     assert not [s for s in held if tuple(s) in shapes]
 
 
+def llama_start():
+    torch.manual_seed(0)
+    return {n: p.detach() for n, p in llama().named_parameters()}
+
+
 def test_start_snapshots_measure_from_the_model_before_training():
     for kind in ("pissa", "olora"):
         model = make("llama", kind, torch.float32)
@@ -196,6 +201,9 @@ def test_start_snapshots_measure_from_the_model_before_training():
         assert abs(float(guard.penalty())) < 1e-5, "KL to the start, not to the residual base"
         move(model)
         assert float(guard.penalty()) > 1e-4
+        plain = llama_start()
+        for matrix in guard.updates.matrices.values():
+            torch.testing.assert_close(matrix.weight(), weight_of(plain, matrix.plain), rtol=1e-4, atol=1e-6)
 
 
 def test_a_router_is_guarded_only_if_asked_for():
