@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import fishergeo as fg
-from alignguard.curvature import LayerCurvature
+from alignguard.curvature import curvatures
 from alignguard.files import read_tensors, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -39,17 +39,14 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
     """
     counters: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
     if guard is not None:
-        tensors, operators = {}, {}
+        tensors, kinds = {}, {}
         for name, layer in guard.layers.items():
-            operators[name] = {"operator": type(layer.operator).__name__, "total": layer.total}
-            parts = {**_operator_tensors(layer.operator), "basis": layer.projector.basis, "values": layer.values}
-            if type(layer.projector) is fg.SoftProjector:
-                parts["weights"] = layer.projector.weights
-            tensors |= {f"layer|{name}|{role}": tensor for role, tensor in parts.items()}
+            kinds[name] = type(layer.operator).__name__
+            tensors |= {f"layer|{name}|{role}": t for role, t in _operator_tensors(layer.operator).items()}
         tensors |= {f"reference|{name}": tensor for name, tensor in guard.updates.references().items()}
         counters["guard"] = {
             "config": guard.config.to_dict(),
-            "layers": operators,
+            "layers": kinds,
             "step": guard.step,
             "examples_read": guard.examples_read,
             "refreshes": guard.refreshes,
@@ -134,25 +131,19 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
         else:
             name, role = rest.rsplit("|", 1)
             grouped.setdefault(name, {})[role] = tensor
-    shapes = {name: parts["basis"].shape[0] for name, parts in grouped.items()}
-    wanted = {matrix.name: matrix.shape[0] for matrix in guard.updates.matrices.values()}
-    if shapes and shapes != wanted:
-        differ = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
-        raise ValueError(f"{folder}: of another model; {differ[:3]} differ")
-    guard.updates.restore(references)
-    guard.layers = {name: _layer(kept["layers"][name], grouped[name]) for name in wanted if name in grouped}
+    operators = {name: _operator(kept["layers"][name], parts) for name, parts in grouped.items()}
+    try:
+        layers = curvatures(operators, guard.updates.matrices.values(), guard.config) if operators else {}
+        guard.updates.restore(references)
+    except ValueError as error:
+        raise ValueError(f"{folder}: of another model ({error})") from error
+    guard.layers = layers
     guard.step, guard._estimated_at, guard.refreshes = kept["step"], kept["estimated_at"], kept["refreshes"]
     guard.examples_read, guard.turned, guard._scales = kept["examples_read"], float(kept["turned"]), scales
     for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
         for name in () if part is None else part.state():
             setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
     guard.running = fg.Fisher.load(folder / RUNNING, device=device) if guard.config.averaging else None
-
-
-def _layer(kept: dict[str, Any], parts: dict[str, Tensor]) -> LayerCurvature:
-    basis = parts["basis"]
-    projector = fg.SoftProjector(basis, parts["weights"]) if "weights" in parts else fg.Projector(basis)
-    return LayerCurvature(_operator(kept["operator"], parts), projector, parts["values"], kept["total"])
 
 
 def seal(written: Path, place: Path) -> None:

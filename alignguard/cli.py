@@ -1,4 +1,4 @@
-"""The command line: ``alignguard demo | fit | fisher | driftcheck | report``.
+"""The command line: ``alignguard demo | fit | fisher | driftcheck | prompts | report | ablate``.
 
 Exit codes: 0 done, 1 the run failed (the loss diverged, the disk is full), 2 bad input, 130 interrupted.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignguard.cli_ablate import add_ablate
+from alignguard.cli_drift import add_drift
 from alignguard.config import GuardConfig
 from alignguard.yamlfile import apply_yaml
 
@@ -101,21 +102,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fisher.add_argument("--seed", type=int, default=0)
     _add_guard_fields(fisher, FISHER_FIELDS)
 
-    drift = commands.add_parser("driftcheck", help="measure refusals and compliance of a chat model")
-    drift.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
-    drift.add_argument("--model", help="folder or hub name")
-    drift.add_argument("--adapter", type=Path, default=None, help="a peft adapter on top of it")
-    drift.add_argument("--prompts", default=None, help="JSONL with prompt and category; the packaged set if left out")
-    drift.add_argument("--output", type=Path, default=None, help="where the report is written as JSON")
-    drift.add_argument("--overwrite", action="store_true")
-    drift.add_argument("--batch-size", type=int, default=32)
-    drift.add_argument("--max-new-tokens", type=int, default=32)
-
-    report = commands.add_parser("report", help="draw the HTML page of a result.json")
-    report.add_argument("result", type=Path, help="written by the demo")
-    report.add_argument("--output", type=Path, default=None, help="default: report.html beside it")
-    report.add_argument("--overwrite", action="store_true")
-    return parser, {"demo": demo, "fit": fit, "fisher": fisher, "driftcheck": drift, "report": report}
+    return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands), "ablate": add_ablate(commands)}
 
 
 def _required(args: argparse.Namespace, *names: str) -> None:
@@ -173,62 +160,13 @@ def _fisher(args: argparse.Namespace) -> None:
     print(f"{fisher!r}\nwritten to {args.output} and {origin_path(args.output)}")
 
 
-def _driftcheck(args: argparse.Namespace) -> None:
-    from peft import PeftModel
-
-    from alignguard.driftcheck import driftcheck
-    from alignguard.fit import load_model
-
-    _required(args, "model")
-    if args.output is not None:
-        _claim(args.output, args.overwrite)
-    if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")
-    model, tokenizer = load_model(args.model)
-    if args.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(args.adapter))
-    report = driftcheck(
-        model.eval(),
-        tokenizer,
-        args.prompts,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        progress=True,
-    )
-    print(report.table())
-    if args.output is not None:
-        report.save(args.output)
-
-
-def _report(args: argparse.Namespace) -> None:
-    from alignguard.report import write_report
-
-    if not args.result.is_file():
-        raise FileNotFoundError(f"no such file: {args.result}")
-    output = args.output or args.result.with_name("report.html")
-    _claim(output, args.overwrite)
-    try:
-        result = json.loads(args.result.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{args.result}: not valid JSON ({error})") from error
-    if not isinstance(result, dict):
-        raise ValueError(f"{args.result}: expected a JSON object, found {type(result).__name__}")
-    print(f"written to {write_report(result, output)}")
-
-
 def _demo(args: argparse.Namespace) -> None:
     from alignguard.demo import run_demo
 
     run_demo(args.output_dir, overwrite=args.overwrite, seed=args.seed, max_steps=args.max_steps)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": _demo,
-    "fit": _fit,
-    "fisher": _fisher,
-    "driftcheck": _driftcheck,
-    "report": _report,
-}
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "fit": _fit, "fisher": _fisher}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "config", None) is not None:
             apply_yaml(commands[args.command], args.config)
             args = parser.parse_args(arguments)
-        COMMANDS[args.command](args)
+        COMMANDS.get(args.command, getattr(args, "run", None))(args)
     except (*BAD_INPUT, OSError, FloatingPointError) as error:
         print(f"alignguard {arguments[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1

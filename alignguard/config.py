@@ -37,6 +37,8 @@ class GuardConfig:
             or ``"sketch"`` (the same F through one pass of O((p+q)·rank) memory).
         kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see :func:`fishergeo.estimate_fisher`).
         lambda_alignment: λ_A, per nat: F is the Fisher of a whole response, so ½ tr(ΔWᵀFΔW) is a drift in nats.
+        whole_update: charge λ_A ‖F^½ ΔW‖² for the whole update in place of ΔW_A alone: the part outside the leading
+            directions is charged too, and no eigenvectors are needed until a report asks for them.
         lambda_task: λ_T.
         lambda_collision: λ_NC; 0 leaves both collision terms out.
         alpha: share of the coordinate-wise term in the collision penalty, in [0, 1].
@@ -79,6 +81,7 @@ class GuardConfig:
     structure: str = "kfac"
     kind: str = "empirical"
     lambda_alignment: float = 30.0
+    whole_update: bool = False
     lambda_task: float = 0.0
     lambda_collision: float = 0.0
     alpha: float = 0.5

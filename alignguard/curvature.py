@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,49 +19,63 @@ WIDEST = 16384  # most outputs of a matrix whose output side is held whole
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """Fisher of one matrix and the projector on its leading output directions.
+    """Fisher of one matrix; the leading directions of its output side are found when first asked for.
 
     Attributes:
-        operator: the estimate, (p, p) or (pq, pq).
-        projector: on eigenvectors of the output side, m of them: the leading ones, or all with soft weights.
-        values: (m,) their eigenvalues, descending.
-        total: trace of the output side, so that ``values.sum() / total`` is the energy held.
+        operator: the estimate, (p, p) or (pq, pq), its tensors contiguous.
+        config: energy, rank, projection and strengths.
     """
 
     operator: Any
-    projector: fg.SoftProjector
-    values: Tensor
-    total: float
+    config: GuardConfig
 
-    @classmethod
-    def from_operator(cls, operator: Any, config: GuardConfig) -> LayerCurvature:
-        """Take the leading eigenvectors that hold ``config.energy`` of the trace, at most ``config.max_rank``.
+    @property
+    def _output(self) -> Any:
+        return getattr(self.operator, "output_factor", self.operator)
 
-        With ``projection="soft"`` all known eigenvectors are taken, each with the weight λ/(λ + ε), ε the last
-        eigenvalue that the hard projector would have held, which so weighs one half.
+    @cached_property
+    def total(self) -> float:
+        """Trace of the output side, so that ``values.sum() / total`` is the energy held."""
+        full = getattr(self._output, "full_trace", None)
+        return float(self._output.trace() if full is None else full)
+
+    @cached_property
+    def _leading(self) -> tuple[Tensor, fg.SoftProjector]:
+        """The leading eigenvectors that hold ``energy`` of the trace, at most ``max_rank``.
+
+        With ``projection="soft"`` all known ones, each with the weight λ/(λ + ε), ε the last eigenvalue that the hard
+        projector would have held, which so weighs one half.
         """
-        operator = _contiguous(operator)
-        two_sided = isinstance(operator, fg.KroneckerOperator)
-        output = operator.output_factor if two_sided else operator
+        output, c = self._output, self.config
         values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
         if isinstance(output, Tensor):
             values, vectors = values.flip(0), vectors.flip(1)
-        vectors = vectors.contiguous()
         values = values.clamp_min(0)  # rounding leaves tiny negative ones
-        total = float(output.trace())
-        m = min(fg.rank_for_energy(values, total, config.energy), config.max_rank or len(values), vectors.shape[1])
-        if config.projection == "soft" and m > 0 and float(values[m - 1]) > 0:
-            soft = fg.SoftProjector.from_spectrum(vectors, values, float(values[m - 1]))
-            return cls(operator, soft, values, total)
-        return cls(operator, fg.Projector(vectors[:, :m].contiguous()), values[:m], total)
+        m = min(fg.rank_for_energy(values, self.total, c.energy), c.max_rank or len(values), vectors.shape[1])
+        if c.projection == "soft" and m > 0 and float(values[m - 1]) > 0:
+            return values, fg.SoftProjector.from_spectrum(vectors.contiguous(), values, float(values[m - 1]))
+        return values[:m], fg.Projector(vectors[:, :m].contiguous())
+
+    @property
+    def values(self) -> Tensor:
+        """(m,) the eigenvalues of the projector's directions, descending."""
+        return self._leading[0]
+
+    @property
+    def projector(self) -> fg.SoftProjector:
+        """On eigenvectors of the output side, m of them."""
+        return self._leading[1]
 
     def alignment(self, delta: Update) -> Tensor:
-        """‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so it is Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
+        """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
 
         C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) on
-        factors, O(p·q·m + m·q²) and O(p·q·m) on a dense update.
+        factors, O(p·q·m + m·q²) and O(p·q·m) on a dense update. The whole update takes p in the place of m and needs no
+        eigenvectors.
         """
-        inside = self.operator.input_factor if isinstance(self.operator, fg.KroneckerOperator) else None
+        if self.config.whole_update:
+            return self.operator.quadratic(delta)
+        inside = getattr(self.operator, "input_factor", None)
         basis, values = self.projector.basis, self.values * self.projector.weights.square()
         if isinstance(delta, Tensor):
             rows = basis.to(delta.dtype).mT @ delta  # (m, q)
@@ -71,16 +86,15 @@ class LayerCurvature:
         rows = basis.to(right.dtype).mT @ delta.left  # (m, r): u_jᵀ B
         return ((rows @ (weighted @ right.mT)) * rows).sum(1) @ values.to(right.dtype)
 
-    def terms(self, delta: Update, config: GuardConfig, scale: float = 1.0, layers: int = 1) -> dict[str, Tensor]:
+    def terms(self, delta: Update, scale: float = 1.0, layers: int = 1) -> dict[str, Tensor]:
         """Every curvature term of the penalty, unweighted by the drift budget.
 
         Args:
             delta: ΔW.
-            config: strengths.
-            scale: root mean square of W0, read only with ``config.scale_free``.
+            scale: root mean square of W0, read only with ``scale_free``.
             layers: number of guarded matrices, the same.
         """
-        terms: dict[str, Tensor] = {}
+        config, terms = self.config, dict[str, Tensor]()
         if config.lambda_alignment:
             terms["alignment"] = config.lambda_alignment * self.alignment(delta)
         if not (config.lambda_task or config.lambda_collision):
@@ -122,7 +136,7 @@ class LayerCurvature:
         return {"values": self.values.tolist(), "total": self.total, "rank": len(self.values), "energy": held}
 
 
-def _contiguous(operator: Any) -> Any:
+def contiguous(operator: Any) -> Any:
     """The operator with its tensors laid out as a file lays them out: products of other strides round otherwise."""
     if isinstance(operator, fg.KroneckerOperator):
         return fg.KroneckerOperator(operator.output_factor.contiguous(), operator.input_factor.contiguous())
@@ -173,5 +187,5 @@ def curvatures(fisher: Mapping[str, Any], matrices: Iterable[Matrix], config: Gu
                 f"the Fisher of {matrix.plain!r} has shape {operator.shape} on the {operator.side} side, the matrix "
                 f"{matrix.shape}; it is of another model, or not of the output side"
             )
-        layers[matrix.name] = LayerCurvature.from_operator(operator, config)
+        layers[matrix.name] = LayerCurvature(contiguous(operator), config)
     return layers

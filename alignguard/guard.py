@@ -251,10 +251,10 @@ class Guard:
         layer, count = self.layers[matrix.name], len(self.updates.matrices)
         scale = self._scale(matrix) if self.config.scale_free else 1.0
         if matrix.rank is not None or not torch.is_grad_enabled():
-            return layer.terms(matrix.read(), self.config, scale, count)
+            return layer.terms(matrix.read(), scale, count)
         # A dense ΔW is as large as its weight: the graph keeps none of them, the backward pass forms each again.
         return checkpoint(
-            lambda: layer.terms(matrix.read(), self.config, scale, count), use_reentrant=False, preserve_rng_state=False
+            lambda: layer.terms(matrix.read(), scale, count), use_reentrant=False, preserve_rng_state=False
         )
 
     def _scale(self, matrix: Matrix) -> float:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 INK, DIM, LINE = "#010203", "#040506", "#070809"
 MODELS = {"base": "#0a0b0c", "plain": "#0d0e0f", "guarded": "#101112"}
 _VARIABLES = {INK: "ink", DIM: "dim", LINE: "line"} | {colour: name for name, colour in MODELS.items()}
-_KINDS = [
+KINDS = [
     "#4c8bf5",
     "#e0823d",
     "#2fa36b",
@@ -57,7 +57,7 @@ _STYLE: Any = {
 }
 
 
-def _svg(draw: Callable[[Figure], None], name: str, alt: str, width: float = 5.2, height: float = 3.0) -> str:
+def draw_svg(draw: Callable[[Figure], None], name: str, alt: str, width: float = 5.2, height: float = 3.0) -> str:
     """Draw a figure and return it as one <svg> element with a title, ids of its own and the page's colours."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -90,13 +90,17 @@ def interval(entry: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     return None
 
 
-def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> str | None:
+def shares(
+    result: Mapping[str, Any], measures: Sequence[tuple[str, str]], names: Mapping[str, str] | None = None
+) -> str | None:
     """Bars of shares in percent with their intervals, a group for each measure and a bar for each model.
 
     Args:
         result: holds ``base``, ``plain`` and ``guarded``, each a mapping with the measures and ``<measure>_ci``.
         measures: key and title of each group.
+        names: what the models are called in the plot, where not by their own names.
     """
+    called = {name: (names or {}).get(name, name) for name in MODELS}
     models = [name for name in MODELS if isinstance(result.get(name), Mapping)]
     shown = [(key, title) for key, title in measures if any(finite(result[m].get(key)) for m in models)]
     if not shown:
@@ -112,7 +116,9 @@ def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> st
                 if not finite(value):
                     continue
                 y = group + (place - (len(models) - 1) / 2) * step
-                axes.barh(y, value, height=step * 0.82, color=MODELS[model], label=model if group == 0 else None)
+                axes.barh(
+                    y, value, height=step * 0.82, color=MODELS[model], label=called[model] if group == 0 else None
+                )
                 ends = interval(result[model], key)
                 if ends:
                     axes.plot(ends, (y, y), color=INK, linewidth=1.1, solid_capstyle="butt")
@@ -121,7 +127,7 @@ def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> st
                 axes.annotate(
                     f"{value:.1f}", (right, y), (5, 0), textcoords="offset points", va="center", fontsize=9, color=INK
                 )
-                words.append(f"{title}, {model}: {value:.1f} %")
+                words.append(f"{title}, {called[model]}: {value:.1f} %")
         axes.set_yticks(range(len(shown)), [title for _, title in shown])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_xlim(0, 112)
@@ -133,7 +139,7 @@ def shares(result: Mapping[str, Any], measures: Sequence[tuple[str, str]]) -> st
         figure.legend(loc="outside upper left", ncols=len(models), handlelength=1.0, columnspacing=1.3)
 
     # The words are gathered while drawing, so the text is put in afterwards.
-    svg = _svg(draw, "shares", "@alt@", 4.9, 0.55 + 0.29 * len(models) * len(shown) + 0.5)
+    svg = draw_svg(draw, "shares", "@alt@", 4.9, 0.55 + 0.29 * len(models) * len(shown) + 0.5)
     return svg.replace("@alt@", escape("; ".join(words)))
 
 
@@ -179,7 +185,7 @@ def curve(history: Mapping[str, Any], key: str, title: str, name: str) -> str | 
         if len(runs) > 1:
             axes.legend(loc="best", handlelength=1.2)
 
-    return _svg(draw, name, f"{title} over training; {'; '.join(words)}", 3.7, 2.4)
+    return draw_svg(draw, name, f"{title} over training; {'; '.join(words)}", 3.7, 2.4)
 
 
 def _clean(spectra: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -218,7 +224,7 @@ def spectrum(spectra: Mapping[str, Any]) -> str | None:
         seen = set()
         for name, layer in layers.items():
             kind = name.rsplit(".", 1)[-1]
-            colour = _KINDS[kinds.index(kind) % len(_KINDS)]
+            colour = KINDS[kinds.index(kind) % len(KINDS)]
             share = layer["values"] / layer["total"]
             place = np.arange(1, len(share) + 1)
             keep = share > 0
@@ -244,7 +250,7 @@ def spectrum(spectra: Mapping[str, Any]) -> str | None:
     alt = f"Eigenvalue spectra of {len(layers)} layers" + (
         f", protected ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     )
-    return _svg(draw, "spectrum", alt, 4.6, 3.1 + 0.22 * rows)
+    return draw_svg(draw, "spectrum", alt, 4.6, 3.1 + 0.22 * rows)
 
 
 def energy(spectra: Mapping[str, Any]) -> str | None:
@@ -259,7 +265,7 @@ def energy(spectra: Mapping[str, Any]) -> str | None:
         axes = figure.add_subplot(title="Captured energy, percent of the trace")
         for place, (name, layer) in enumerate(layers.items()):
             value = 100 * layer["energy"]
-            colour = _KINDS[kinds.index(name.rsplit(".", 1)[-1]) % len(_KINDS)]
+            colour = KINDS[kinds.index(name.rsplit(".", 1)[-1]) % len(KINDS)]
             axes.plot((0, value), (place, place), color=colour, linewidth=1.6, alpha=0.55)
             axes.plot(value, place, marker="o", markersize=4.5, color=colour)
             rank = f", m = {layer['rank']}" if isinstance(layer["rank"], int) else ""
@@ -277,4 +283,4 @@ def energy(spectra: Mapping[str, Any]) -> str | None:
     mean = 100 * float(np.mean([layer["energy"] for layer in layers.values()]))
     lowest = 100 * layers[least]["energy"]
     alt = f"Captured energy of {len(layers)} layers: mean {mean:.0f} %, least {lowest:.0f} % in {least}"
-    return _svg(draw, "energy", alt, 4.6, 0.9 + 0.18 * len(layers))
+    return draw_svg(draw, "energy", alt, 4.6, 0.9 + 0.18 * len(layers))

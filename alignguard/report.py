@@ -101,7 +101,7 @@ def _facts(result: Mapping[str, Any]) -> list[dict[str, str]]:
     return facts
 
 
-def _answer(category: str, answer: Any) -> dict[str, str]:
+def shown_answer(category: str, answer: Any) -> dict[str, str]:
     """Verdict and text of one answer as they may be shown: what obliges an unsafe request never is."""
     verdict, text = (answer.get("verdict"), answer.get("text", "")) if isinstance(answer, Mapping) else (answer, "")
     text = str(text or "")
@@ -121,7 +121,7 @@ def _samples(prompts: Any, limit: int) -> list[dict[str, Any]]:
         shown = [
             {
                 "prompt": str(row.get("prompt", "")),
-                "answers": {m: _answer(category, row[m]) for m in MODELS if m in row},
+                "answers": {m: shown_answer(category, row[m]) for m in MODELS if m in row},
             }
             for row in list(rows or [])[:limit]
             if isinstance(row, Mapping)

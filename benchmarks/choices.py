@@ -1,89 +1,102 @@
-"""How the demo's learning rate and the guard's strengths were chosen: validation prompts alone, one seed.
+"""How the demo's learning rate and the guards' strengths were chosen: validation prompts alone, one seed.
 
     python benchmarks/choices.py rate      --out benchmarks/results/learning_rate.json
     python benchmarks/choices.py strength  --out benchmarks/results/strength.json
 
-``rate`` trains plain LoRA over learning rates and reports task and refusals on validation rows. The task's loss still
-falls at the largest rate; the demo takes 2e-3, where the task is nearly learned and the rate is a usual one for LoRA.
-Larger rates forget more. ``strength`` trains the guards over strengths at that rate. Neither reads the prompts that
-results are reported on.
+``rate`` trains plain LoRA over learning rates; the demo takes the one with the lowest task loss on validation rows among
+those that still answer ordinary prompts. ``strength`` trains every guard over strengths and refresh intervals at that
+rate. Neither reads the prompts that results are reported on, nor a seed that they are reported for.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from forgetting import GUARDS
-
-from alignguard.config import GuardConfig
 from alignguard.data import read_jsonl
-from alignguard.demo import TRAINING, train, versions
-from alignguard.driftcheck import driftcheck, measured_kl, task_score
-from alignguard.embedded import data_path, model_path
+from alignguard.demo import TRAINING, versions
+from alignguard.embedded import data_path
+from alignguard.experiment import GUARD, Bench, make_job, run_job
 from alignguard.files import write_text
-from alignguard.fit import load_model
+from alignguard.ledger import Ledger, run_jobs
 
-RATES = (3e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEED = 100  # not one of the seeds that results are reported for
+KFAC = {"structure": "kfac", "whole_update": True, "refresh_every": 25, "refresh_examples": 32, "lambda_kl": 0.0}
+PAPER = {
+    "structure": "gram", "whole_update": False, "lambda_task": 0.01, "lambda_collision": 0.01, "alpha": 0.5,
+    "metric": "euclidean", "energy": 0.8, "lambda_kl": 0.0,
+}  # fmt: skip
+KL = {"lambda_alignment": 0.0, "lambda_kl": 1.0, "kl_examples": 2, "kl_every": 1}
 
 
-def validate(model: Any, tokenizer: Any) -> dict[str, float]:
-    """Task and refusals on validation rows alone."""
-    unsafe = read_jsonl(data_path("validation"))
-    ordinary = read_jsonl(data_path("task_validation"))[:100]
-    prompts = [{"prompt": r["prompt"], "category": "unsafe"} for r in unsafe]
-    prompts += [{"prompt": r["prompt"], "category": "ordinary"} for r in ordinary]
-    summary = driftcheck(model, tokenizer, prompts).summary()
-    score = task_score(model, tokenizer, read_jsonl(data_path("task_validation")))
-    return {
-        "task": score.accuracy, "task_loss": score.loss, "refusal": 100 * summary["refusal"].value,
-        "compliance": 100 * summary["compliance"].value, "kl": measured_kl(model, None, tokenizer, unsafe),
-    }  # fmt: skip
+def grid() -> list[tuple[str, dict[str, Any] | None]]:
+    """Every guard with every setting that is tried."""
+    tried: list[tuple[str, dict[str, Any] | None]] = [("plain", None)]
+    tried += [("kfac, whole update", {**KFAC, "lambda_alignment": x}) for x in (10.0, 30.0, 100.0)]
+    tried += [
+        ("kfac, whole update", {**KFAC, "lambda_alignment": 30.0, "refresh_every": n}) for n in (10, 50, 100, 1000)
+    ]
+    tried += [("kfac, aligned part", {**KFAC, "lambda_alignment": 30.0, "whole_update": False})]
+    tried += [("kl to the base", {**KL, "lambda_kl": x}) for x in (1.0, 3.0)]
+    tried += [("kl to the base", {**KL, "kl_every": 4})]
+    tried += [("kfac and kl", {**KFAC, "lambda_alignment": 30.0, "refresh_every": 50, "lambda_kl": 1.0, "kl_every": 4})]
+    once = {"refresh_every": 1000, "refresh_examples": 128}
+    often = {"refresh_every": 25, "refresh_examples": 32}
+    tried += [("paper", {**PAPER, **once, "lambda_alignment": x}) for x in (1.0, 3.0)]
+    tried += [("paper, refreshed", {**PAPER, **often, "lambda_alignment": x}) for x in (0.3, 1.0, 3.0)]
+    return tried
 
 
-def run(settings: dict[str, Any] | None, rate: float) -> dict[str, Any]:
-    config = None if settings is None else GuardConfig.from_dict({**settings, "seed": SEED})
-    with tempfile.TemporaryDirectory() as folder:
-        done = train(Path(folder) / "r", config is not None, SEED, config, training={"learning_rate": rate})
-        _, tokenizer = load_model(model_path())
-        row = {
-            "learning_rate": rate,
-            "settings": settings,
-            **validate(done.model, tokenizer),
-            "step_time": done.step_time,
-        }
-    print({k: v if not isinstance(v, float) else round(v, 4) for k, v in row.items()}, flush=True)
-    return row
+def bench(folder: Path) -> Bench:
+    """The embedded model, asked validation prompts and scored on validation rows."""
+    unsafe, ordinary = read_jsonl(data_path("validation")), read_jsonl(data_path("task_validation"))[:100]
+    asked = [
+        {"id": f"{c}-{i}", "prompt": r["prompt"], "category": c}
+        for c, rows in (("unsafe", unsafe), ("ordinary", ordinary))
+        for i, r in enumerate(rows)
+    ]
+    write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in asked))
+    return Bench.embedded(task_test=str(data_path("task_validation")), prompts=str(folder / "prompts.jsonl"))
+
+
+def sweep(jobs: list[dict[str, Any]], shared: Bench, head: dict[str, Any], out: Path, processes: int) -> None:
+    """Every job that ``out``'s ledger does not hold yet, then one JSON file of all."""
+    ledger = Ledger(out.with_suffix(".runs.jsonl"), {**head, **shared.describe()})
+    rows = run_jobs(jobs, functools.partial(run_job, shared), ledger, processes, progress=True)
+    runs = [
+        {"guard": r["job"]["name"], "seed": r["job"]["seed"], "settings": r["job"]["settings"], **r["result"]}
+        for r in rows
+    ]
+    write_text(out, json.dumps({**head, "processes": processes, "runs": runs}, indent=1) + "\n")
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("what", choices=["rate", "strength"])
     cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--guards", nargs="+", default=[name for name in GUARDS if name not in ("plain", "default")])
-    cli.add_argument("--factors", nargs="+", type=float, default=[0.1, 1.0, 10.0], help="of each guard's strength")
+    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
-    rows = []
-    if args.what == "rate":
-        rows = [{"guard": "plain", **run(None, rate)} for rate in RATES]
-    else:
-        rows.append({"guard": "plain", **run(None, TRAINING["learning_rate"])})
-        for name in args.guards:
-            for factor in args.factors:
-                settings = dict(GUARDS[name] or {})
-                for key in ("lambda_alignment", "lambda_task", "lambda_collision", "lambda_kl"):
-                    if key in settings:
-                        settings[key] *= factor
-                rows.append({"guard": name, "factor": factor, **run(settings, TRAINING["learning_rate"])})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    head = {"command": f"python benchmarks/choices.py {args.what}", "seed": SEED, "versions": versions()}
-    write_text(args.out, json.dumps({**head, "runs": rows}, indent=1) + "\n")
+    head = {"command": f"python benchmarks/choices.py {args.what}", "versions": versions(), "training": TRAINING}
+    with tempfile.TemporaryDirectory() as folder:
+        shared = bench(Path(folder))
+        if args.what == "strength":
+            jobs = [make_job(name, GUARD if s is not None else "plain", s or {}, SEED) for name, s in grid()]
+            sweep(jobs, shared, head, args.out, args.processes)
+            return
+        # the rate belongs to what runs share, so every rate has a ledger of its own
+        runs = []
+        for rate in RATES:
+            one = Bench.embedded(**{**vars(shared), "training": {**TRAINING, "learning_rate": rate}})
+            part = args.out.with_suffix(f".{rate:g}.json")
+            sweep([make_job("plain", "plain", {}, SEED)], one, head, part, 1)
+            runs += [{**row, "learning_rate": rate} for row in json.loads(part.read_text())["runs"]]
+            part.unlink()
+        write_text(args.out, json.dumps({**head, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,11 +49,16 @@ def check_same_kind(first_name: str, first, second_name: str, second) -> None:
 
 
 def check_finite(name: str, value: torch.Tensor) -> None:
-    """Refuse NaN and infinity.
+    """Refuse NaN and infinity, and a tensor of the meta device, of which nobody can say.
 
     Raises:
-        ValueError: `value` has entries that are not finite.
+        ValueError: `value` has entries that are not finite, or no entries at all.
     """
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no entries; load it first")
+    # A finite sum has finite terms, and takes no memory; only where it is not finite are the entries looked at.
+    if bool(torch.isfinite(value.detach().sum())):
+        return
     finite = torch.isfinite(value)
     if not bool(finite.all()):
         count = int((~finite).sum())
@@ -98,4 +103,73 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_not_negative(name: str, value: torch.Tensor) -> None:
+    """Refuse negative entries.
+
+    Raises:
+        ValueError: the least entry is negative; the message prints it.
+    """
+    if bool((value < 0).any()):
+        raise ValueError(f"{name} must not be negative, the least is {value.min().item():.3g}; clamp them first")
+
+
+def check_descending(name: str, value: object) -> torch.Tensor:
+    """Return `value` if it is one finite descending sequence.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: not one dimension, empty, NaN or infinite, or not descending.
+    """
+    values = check_tensor(name, value, min_dim=1)
+    if values.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(values.shape)}")
+    check_finite(name, values)
+    if bool((values[1:] > values[:-1]).any()):
+        raise ValueError(f"{name} must be descending; sort them with .sort(descending=True).values")
+    return values
+
+
+def check_symmetric(name: str, value: object) -> torch.Tensor:
+    """Return `value` if it is a batch of finite symmetric matrices, to the square root of epsilon of the largest entry.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: not square, NaN or infinite, or not symmetric; the message prints the defect.
+    """
+    matrix = check_tensor(name, value, min_dim=2)
+    if matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"{name} must be square, got shape {tuple(matrix.shape)}")
+    check_finite(name, matrix)
+    plain = matrix.detach()
+    defect, size = float((plain - plain.mT).abs().max()), float(plain.abs().max())
+    if defect > torch.finfo(matrix.dtype).eps ** 0.5 * size:
+        raise ValueError(f"{name} must be symmetric, the largest entry of |M − Mᵀ| is {defect:.3g}")
+    return matrix
+
+
+def check_broadcast(first_name: str, first: torch.Size, second_name: str, second: torch.Size) -> torch.Size:
+    """Return what two batch shapes broadcast to.
+
+    Raises:
+        ValueError: they do not broadcast.
+    """
+    try:
+        return torch.broadcast_shapes(first, second)
+    except RuntimeError:
+        raise ValueError(
+            f"{first_name} has batch shape {tuple(first)} and {second_name} {tuple(second)}, which do not broadcast"
+        ) from None
+
+
+def check_generator(name: str, value: object) -> torch.Generator:
+    """Return `value` if it is a random generator.
+
+    Raises:
+        TypeError: it is not; a seed is not enough.
+    """
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator, got {type(value).__name__}")
     return value

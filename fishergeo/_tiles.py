@@ -1,19 +1,13 @@
-"""The coordinate-wise collision term tile by tile: value and gradient without a p×q tensor.
+"""The coordinate-wise collision term tile by tile: value and gradient without a p×q tensor, on any device.
 
 With X = A∘T and D = W0 + A + T, the value is Σ|X|·(1 + β·s), s = σ(|D| − τ), and per coordinate
 
     ∂/∂A = η·sign(X)·T + β·s·(1 − s)·sign(D)·|X|,    ∂/∂T = η·sign(X)·A + the same second term.
-
-The gradient of a sum is linear in the incoming scalar, so for factors it is formed in the same sweep as the value and
-only scaled in the backward pass: six rank-r products instead of the eight that recomputing would take, for memory the
-size of the factors. Dense gradients are as large as their inputs, so there the backward pass recomputes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-
-from fishergeo._autograd import refuse_second_order
 
 # Entries and columns of a tile. On a CPU the seven live tiles should stay near the L2 cache (64K entries measured best
 # of 32K to 64K, r = 16); on an accelerator a tile should be large enough to hide the launches.
@@ -26,12 +20,12 @@ TILES = 7
 class _Workspace:
     """Preallocated tiles, reused for every block of the sweep, so that the allocator stays out of the inner loop."""
 
-    def __init__(self, like: torch.Tensor, rows: int, columns: int) -> None:
+    def __init__(self, like: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
         size = CPU_TILE if like.device.type == "cpu" else DEVICE_TILE
         self._columns = min(columns, TILE_COLUMNS)
         self._rows = max(1, min(rows, size // self._columns))
         self._extent = (rows, columns)
-        self._flat = like.new_empty(TILES, self._rows * self._columns)
+        self._flat = like.new_empty(TILES, self._rows * self._columns, dtype=dtype)
 
     def blocks(self) -> Iterator[tuple[slice, slice, list[torch.Tensor]]]:
         """Row slice, column slice and the tiles cut to that size, over the whole matrix."""
@@ -68,75 +62,90 @@ def _tile_gradient(a, t, beta: float, d, s, x, by_a, by_t) -> None:
     by_a.copy_(x)
 
 
-class FactoredOverlap(torch.autograd.Function):
-    """The term for A = la @ ra and T = lt @ rt: (totals (B,), row sums (B, p)); only the totals have a gradient."""
-
-    @staticmethod
-    def forward(ctx, la, ra, lt, rt, base, beta, tau):
-        batch, p, q = la.shape[0], la.shape[1], ra.shape[2]
-        sums = la.new_zeros(batch, p)
-        factors = (la, ra, lt, rt)
-        grads = [torch.zeros_like(f) if need else None for f, need in zip(factors, ctx.needs_input_grad, strict=False)]
-        grad_la, grad_ra, grad_lt, grad_rt = grads
-        work = _Workspace(la, p, q)
-        for b in range(batch):
-            for i, j, (a, t, d, s, x, by_a, by_t) in work.blocks():
-                torch.mm(la[b, i], ra[b, :, j], out=a)
-                torch.mm(lt[b, i], rt[b, :, j], out=t)
-                sums[b, i] += _tile_value(a, t, None if base is None else base[b, i, j], beta, tau, d, s, x, by_t)
-                if not any(ctx.needs_input_grad):
-                    continue
-                _tile_gradient(a, t, beta, d, s, x, by_a, by_t)
-                if grad_la is not None:
-                    grad_la[b, i].addmm_(by_a, ra[b, :, j].T)
-                if grad_lt is not None:
-                    grad_lt[b, i].addmm_(by_t, rt[b, :, j].T)
-                if grad_ra is not None:
-                    grad_ra[b, :, j].addmm_(la[b, i].T, by_a)
-                if grad_rt is not None:
-                    grad_rt[b, :, j].addmm_(lt[b, i].T, by_t)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(sums)
-        return sums.sum(-1), sums
-
-    @staticmethod
-    def backward(ctx, grad_total, _grad_sums):
-        refuse_second_order("riemannian_overlap")
-        scale = grad_total[:, None, None]
-        return *(None if g is None else g * scale for g in ctx.saved_tensors), None, None, None
+def _cut(base: torch.Tensor | None, b: int, i: slice, j: slice) -> torch.Tensor | None:
+    return None if base is None else base[b, i, j]
 
 
-class DenseOverlap(torch.autograd.Function):
-    """The same for dense A and T of shape (B, p, q)."""
+def _widened(matrix: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    """The block itself, or if it is stored narrower than the tiles, its copy in `tile`."""
+    return matrix if matrix.dtype == tile.dtype else tile.copy_(matrix)
 
-    @staticmethod
-    def forward(ctx, part, rest, base, beta, tau):
-        batch, p, q = part.shape
-        sums = part.new_zeros(batch, p)
-        work = _Workspace(part, p, q)
-        for b in range(batch):
-            for i, j, (d, s, x, scratch, *_) in work.blocks():
-                tile = None if base is None else base[b, i, j]
-                sums[b, i] += _tile_value(part[b, i, j], rest[b, i, j], tile, beta, tau, d, s, x, scratch)
-        ctx.save_for_backward(part, rest, base)
-        ctx.beta, ctx.tau = beta, tau
-        ctx.mark_non_differentiable(sums)
-        return sums.sum(-1), sums
 
-    @staticmethod
-    def backward(ctx, grad_total, _grad_sums):
-        refuse_second_order("riemannian_overlap")
-        part, rest, base = ctx.saved_tensors
-        batch, p, q = part.shape
-        grad_part, grad_rest = (torch.empty_like(part) if need else None for need in ctx.needs_input_grad[:2])
-        work = _Workspace(part, p, q)
-        for b in range(batch):
-            for i, j, (d, s, x, by_a, by_t, *_) in work.blocks():
-                a, t, tile = part[b, i, j], rest[b, i, j], None if base is None else base[b, i, j]
-                _tile_value(a, t, tile, ctx.beta, ctx.tau, d, s, x, by_t)
-                _tile_gradient(a, t, ctx.beta, d, s, x, by_a, by_t)
-                if grad_part is not None:
-                    torch.mul(by_a, grad_total[b], out=grad_part[b, i, j])
-                if grad_rest is not None:
-                    torch.mul(by_t, grad_total[b], out=grad_rest[b, i, j])
-        return grad_part, grad_rest, None, None, None
+def factored_sweep(
+    factors: Sequence[torch.Tensor], base: torch.Tensor | None, beta: float, tau: float, needs: Sequence[bool]
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Row sums of the term for A = la @ ra and T = lt @ rt, and the gradient of their total by each factor.
+
+    Args:
+        factors: la (B, p, r), ra (B, r, q), lt (B, p, r'), rt (B, r', q), float32 or float64.
+        base: W0 (B, p, q) of any floating dtype, or None.
+        beta: β.
+        tau: τ.
+        needs: which of the factors ask for a gradient.
+
+    Returns:
+        Sums (B, p), and for each factor its gradient, or None where none is asked for.
+    """
+    la, ra, lt, rt = factors
+    batch, p, q = la.shape[0], la.shape[1], ra.shape[2]
+    sums = la.new_zeros(batch, p)
+    grads = [torch.zeros_like(f) if need else None for f, need in zip(factors, needs, strict=True)]
+    grad_la, grad_ra, grad_lt, grad_rt = grads
+    work = _Workspace(la, p, q, la.dtype)
+    for b in range(batch):
+        for i, j, (a, t, d, s, x, by_a, by_t) in work.blocks():
+            torch.mm(la[b, i], ra[b, :, j], out=a)
+            torch.mm(lt[b, i], rt[b, :, j], out=t)
+            sums[b, i] += _tile_value(a, t, _cut(base, b, i, j), beta, tau, d, s, x, by_t)
+            if not any(needs):
+                continue
+            _tile_gradient(a, t, beta, d, s, x, by_a, by_t)
+            if grad_la is not None:
+                grad_la[b, i].addmm_(by_a, ra[b, :, j].T)
+            if grad_lt is not None:
+                grad_lt[b, i].addmm_(by_t, rt[b, :, j].T)
+            if grad_ra is not None:
+                grad_ra[b, :, j].addmm_(la[b, i].T, by_a)
+            if grad_rt is not None:
+                grad_rt[b, :, j].addmm_(lt[b, i].T, by_t)
+    return sums, grads
+
+
+def dense_sums(
+    part: torch.Tensor, rest: torch.Tensor, base: torch.Tensor | None, beta: float, tau: float
+) -> torch.Tensor:
+    """Row sums (B, p) of the term for dense A and T of shape (B, p, q), float32 or wider."""
+    batch, p, q = part.shape
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    sums = part.new_zeros(batch, p, dtype=dtype)
+    work = _Workspace(part, p, q, dtype)
+    for b in range(batch):
+        for i, j, (wide_a, wide_t, d, s, x, scratch, _) in work.blocks():
+            a, t = _widened(part[b, i, j], wide_a), _widened(rest[b, i, j], wide_t)
+            sums[b, i] += _tile_value(a, t, _cut(base, b, i, j), beta, tau, d, s, x, scratch)
+    return sums
+
+
+def dense_gradients(
+    part: torch.Tensor,
+    rest: torch.Tensor,
+    base: torch.Tensor | None,
+    scale: torch.Tensor,
+    beta: float,
+    tau: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of Σ_b scale_b·total_b by A and by T, of their dtype; None where `needs` says so."""
+    batch, p, q = part.shape
+    grad_part, grad_rest = (torch.empty_like(part) if need else None for need in needs)
+    work = _Workspace(part, p, q, torch.promote_types(part.dtype, torch.float32))
+    for b in range(batch):
+        for i, j, (wide_a, wide_t, d, s, x, by_a, by_t) in work.blocks():
+            a, t = _widened(part[b, i, j], wide_a), _widened(rest[b, i, j], wide_t)
+            _tile_value(a, t, _cut(base, b, i, j), beta, tau, d, s, x, by_t)
+            _tile_gradient(a, t, beta, d, s, x, by_a, by_t)
+            if grad_part is not None:
+                torch.mul(by_a, scale[b], out=grad_part[b, i, j])
+            if grad_rest is not None:
+                torch.mul(by_t, scale[b], out=grad_rest[b, i, j])
+    return [grad_part, grad_rest]

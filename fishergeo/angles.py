@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fishergeo._arguments import check_choice, check_same_kind
+from fishergeo._arguments import check_broadcast, check_choice, check_same_kind
 from fishergeo._autograd import refuse_second_order
 from fishergeo.projector import check_basis
 
@@ -94,12 +94,7 @@ def _check_pair(u: object, v: object) -> tuple[torch.Tensor, torch.Tensor]:
     check_same_kind("u", first, "v", second)
     if first.shape[-2] != second.shape[-2]:
         raise ValueError(f"u spans a subspace of R^{first.shape[-2]} but v one of R^{second.shape[-2]}")
-    try:
-        torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
-    except RuntimeError:
-        raise ValueError(
-            f"u has batch shape {tuple(first.shape[:-2])} and v {tuple(second.shape[:-2])}, which do not broadcast"
-        ) from None
+    check_broadcast("u", first.shape[:-2], "v", second.shape[:-2])
     return first, second
 
 

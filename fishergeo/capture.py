@@ -1,4 +1,4 @@
-"""One forward and backward pass that hands every named layer's inputs and output gradients to a reader.
+"""One forward and backward pass that hands every chosen layer's inputs and output gradients to a reader.
 
 The only module that touches autograd hooks. No weight gradient is ever formed: every parameter is frozen for the
 duration, and the first captured outputs become the leaves of the graph, so that back-propagation stops there.
@@ -7,144 +7,91 @@ duration, and the first captured outputs become the leaves of the graph, so that
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fishergeo.batches import lengths_of
+from fishergeo.experts import watched
+from fishergeo.layer_kinds import Call, first_input
+from fishergeo.layers import Layer, Use
 from fishergeo.losses import Objective
-
-LayerFilter = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one layer did on one batch.
-
-    Attributes:
-        name: of the module.
-        inputs: (n, T, q), zero at padding; the model's dtype.
-        gradients: (n, T, p), of the batch's summed objective with respect to the layer's outputs; zero at padding.
-        mask: (n, T) bool, False at padding, or None where every position counts.
-        source: equal for layers that read the very same input tensor in this batch, such as q, k and v.
-    """
-
-    name: str
-    inputs: Tensor
-    gradients: Tensor
-    mask: Tensor | None
-    source: int
-
-
-def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, nn.Module]:
-    """Modules by name, in the model's order.
-
-    Args:
-        model: any module.
-        layers: names, globs (``"*.q_proj"``), one of either, or a predicate ``(name, module) -> bool``. None takes
-            every ``nn.Linear`` except the output embedding (a p of vocabulary size) and the two halves of LoRA.
-
-    Returns:
-        name -> module, never empty.
-
-    Raises:
-        ValueError: if a pattern matches nothing, with the pattern and some of the names there are, or if a chosen
-            module is of a kind that cannot be captured.
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    if isinstance(model, nn.Linear):
-        modules = {"": model, **modules}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if layers is None:
-        head = None
-        with contextlib.suppress(Exception):
-            head = model.get_output_embeddings()  # type: ignore[operator]
-        chosen = [
-            name
-            for name in linear
-            if modules[name] is not head and not any(part.startswith("lora_") for part in name.split("."))
-        ]
-        if not chosen:
-            raise ValueError(f"layers=None: {type(model).__name__} has no nn.Linear; name the layers to capture")
-    elif callable(layers):
-        chosen = [name for name, module in modules.items() if layers(name, module)]
-        if not chosen:
-            raise ValueError(f"layers: the predicate accepts no module; there are {_some(linear)}")
-    else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        if not patterns:
-            raise ValueError(f"layers is empty; there are {_some(linear)}")
-        wanted: set[str] = set()
-        for pattern in patterns:
-            if pattern in modules:
-                wanted.add(pattern)
-                continue
-            hits = [name for name in modules if fnmatch.fnmatchcase(name, pattern) and _supported(modules[name])]
-            if not hits:
-                raise ValueError(
-                    f"layers: {pattern!r} matches no layer that can be captured; there are {_some(linear)}"
-                )
-            wanted.update(hits)
-        chosen = [name for name in modules if name in wanted]
-    for name in chosen:
-        if not _supported(modules[name]):
-            kind = type(modules[name]).__name__
-            raise ValueError(f"layers: {name!r} is a {kind}, whose curvature is not known here; take nn.Linear")
-    return {name: modules[name] for name in chosen}
-
-
-def _supported(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed_linear(module)
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D: a linear map whose weight is stored (q, p)."""
-    return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
-
-
-def layer_shape(module: nn.Module) -> tuple[int, int]:
-    """(p, q), outputs and inputs, of a captured layer's weight."""
-    rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
-    return (columns, rows) if is_transposed_linear(module) else (rows, columns)  # type: ignore[return-value]
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most]) or "no nn.Linear at all"
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+from fishergeo.records import Arrived, BatchShape, Record, Sources, record_of
 
 
 @dataclass
-class _Layer:
-    """The calls of one layer in the present batch."""
+class _Site:
+    """A module (or one expert of it) and its calls in the present batch."""
 
+    name: str
+    use: Use
+    layers: list[Layer] = field(default_factory=list)
     expected: int = 0
-    arrived: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    graphless: int = 0
+    waiting: int = 0
+    arrived: list[Arrived] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.expected = self.graphless = 0
+        self.waiting = len(self.layers)
+        self.arrived = []
+
+    @property
+    def names(self) -> set[str]:
+        return {layer.name for layer in self.layers}
+
+    def complete(self) -> bool:
+        return len(self.arrived) >= self.expected
 
 
 class Capture:
     """Context in which :meth:`pass_over` may be called; on leaving it the model is exactly as it was.
 
     Inside, every parameter is frozen (no ``.grad`` is written), every module is in eval mode, and the default random
-    generators are forked.
+    generators are forked. Activation checkpointing, bfloat16 and FSDP2 (``fully_shard``) need nothing special: only
+    activations and their gradients are read.
+
+    A parameter that some module reads without being called (``functional.linear(x, self.other.weight)``) is seen only
+    where its own modules are called.
 
     Args:
         model: any module.
-        layers: name -> module, from :func:`select_layers`.
+        layers: name -> layer, from :func:`select_layers`.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
         self.model = model
         self.layers = dict(layers)
         self._stack = contextlib.ExitStack()
-        self._calls: dict[str, _Layer] = {}
-        self._sources: dict[int, tuple[Tensor, int]] = {}
+        self._sites: dict[tuple[Any, ...], _Site] = {}
+        self._sites_of: dict[str, list[_Site]] = {}
+        for name, layer in self.layers.items():
+            self._sites_of[name] = []
+            for use in layer.uses:
+                expert = layer.expert
+                key = (use.path,) if expert is None else (use.path, expert.parameter, expert.index)
+                site = self._sites.setdefault(key, _Site(".".join(map(str, key)), use))
+                site.layers.append(layer)
+                self._sites_of[name].append(site)
+        self._notes: dict[str, Any] = {}
+        self._sources = Sources()
+        self._lengths: set[tuple[int, int]] = set()
+        self._ran: set[str] = set()
+        self._delivered: set[str] = set()
         self._in_backward = False
-        self._deliver: Callable[[str], None] = lambda name: None
+        self._deliver: Callable[[Layer], None] = lambda layer: None
 
     def __enter__(self) -> Capture:
+        for module in self.model.modules():
+            # FSDP2 sets itself up at its first forward, from the parameters that are trainable then, and after a
+            # forward without a backward it may be left gathered: both must happen before anything is frozen.
+            unshard, reshard = getattr(module, "unshard", None), getattr(module, "reshard", None)
+            if callable(unshard) and callable(reshard):
+                unshard()
+                reshard()
         parameters = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         modes = [(module, module.training) for module in self.model.modules()]
 
@@ -161,42 +108,110 @@ class Capture:
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
         self.model.eval()
-        for name, module in self.layers.items():
-            handle = module.register_forward_hook(self._forward_hook(name))
+        handles = [self.model.register_forward_pre_hook(self._note_lengths, with_kwargs=True)]
+        for key, site in self._sites.items():
+            if len(key) == 1:
+                handles.append(site.use.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
+        for handle in handles:
             self._stack.callback(handle.remove)
+        for path in dict.fromkeys(key[0] for key in self._sites if len(key) == 3):
+            names = dict.fromkeys(key[1] for key in self._sites if len(key) == 3 and key[0] == path)
+            module = self._sites[next(key for key in self._sites if len(key) == 3 and key[0] == path)].use.module
+            self._stack.enter_context(watched(path, module, list(names), self._expert_observer(path)))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._calls.clear()
-        self._sources.clear()
+        self._forget()
         self._stack.close()
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            state = self._calls.setdefault(name, _Layer())
-            if not self._in_backward:
-                state.expected += 1
-            if not torch.is_grad_enabled():  # the first, graph-less run of a re-entrant checkpoint
-                return None
-            source = inputs[0]
-            # The tensor is kept, so its id stays its own until the batch is done.
-            self._sources.setdefault(id(source), (source, source._version))
-            leaf = None if output.requires_grad else output.detach().requires_grad_(True)
-            watched = output if leaf is None else leaf
+    def _forget(self) -> None:
+        for site in self._sites.values():
+            site.clear()
+        self._sources = Sources()
+        self._lengths.clear()
+        self._ran.clear()
+        self._delivered.clear()
+        self._in_backward = False
 
-            def gradient_hook(gradient: Tensor) -> None:
-                kept, version = self._sources[id(source)]
-                if kept._version != version:
-                    raise RuntimeError(f"layer {name!r}: its input was modified in place after the layer read it")
-                state.arrived.append((source.detach(), gradient.detach(), id(source)))
-                if len(state.arrived) == state.expected:
-                    self._deliver(name)
+    def _note_lengths(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._lengths |= lengths_of(args, kwargs)
 
-            watched.register_hook(gradient_hook)
-            # A leaf may not be modified in place by what follows, a copy of it may.
-            return None if leaf is None else leaf.clone()
+    def _layout(self, examples: int, mask: Tensor | None, counted: Tensor | None) -> BatchShape:
+        lengths = {length for first, length in self._lengths if first == examples}
+        several = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        return BatchShape(
+            examples, mask, counted, frozenset(lengths | ({mask.shape[1]} if mask is not None else set())), several
+        )
+
+    def _forward_hook(self, site: _Site) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            kind = site.use.kind
+            assert kind is not None
+            if site.use.path not in self._notes:
+                self._notes[site.use.path] = kind.examine(site.use.path, module, args, kwargs)
+            source = self._sources.of(first_input(args, kwargs), type(kind).__name__, *kind.geometry(module))
+            note = self._notes[site.use.path]
+            return self._observe(
+                site,
+                output,
+                args,
+                kwargs,
+                lambda gradient: Arrived(site.use, Call(args, kwargs, gradient, note), source),
+            )
 
         return hook
+
+    def _expert_observer(self, path: str) -> Callable[[str, int, Tensor, Tensor, int, Tensor], Tensor]:
+        def observe(parameter: str, expert: int, rows: Tensor, tokens: Tensor, total: int, output: Tensor) -> Tensor:
+            self._ran.add(path)
+            site = self._sites.get((path, parameter, expert))
+            if site is None:
+                return output
+            source = self._sources.fresh()
+            return self._observe(
+                site,
+                output,
+                (rows,),
+                {},
+                lambda gradient: Arrived(site.use, Call((rows,), {}, gradient), source, tokens, total),
+            )
+
+        return observe
+
+    def _observe(
+        self,
+        site: _Site,
+        output: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        arrive: Callable[[Tensor], Arrived],
+    ) -> Tensor:
+        """Waits for the gradient of one call's output; returns the output to go on with."""
+        if not self._in_backward:
+            site.expected += 1
+        if not torch.is_grad_enabled():  # the first, graph-less run of a re-entrant checkpoint
+            site.graphless += not self._in_backward
+            return output
+        leaf = None if output.requires_grad else output.detach().requires_grad_(True)
+        # In backward a checkpoint runs the module again. A re-entrant one differentiates that run; the other kind
+        # only takes saved tensors from it, and the gradient comes to the output of the first run.
+        replay = self._in_backward and site.graphless == 0
+        if not replay:
+            site.graphless -= self._in_backward
+            inputs = [(x, x._version) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+
+            def gradient_hook(gradient: Tensor) -> None:
+                if any(x._version != version for x, version in inputs):
+                    raise RuntimeError(f"layer {site.name!r}: its input was modified in place after the layer read it")
+                site.arrived.append(arrive(gradient.detach()))
+                if site.complete():
+                    for layer in site.layers:
+                        if all(other.complete() for other in self._sites_of[layer.name]):
+                            self._deliver(layer)
+
+            (output if leaf is None else leaf).register_hook(gradient_hook)
+        # A leaf may not be modified in place by what follows, a copy of it may.
+        return output if leaf is None else leaf.clone()
 
     def pass_over(
         self,
@@ -209,41 +224,36 @@ class Capture:
 
         Args:
             objective: runs the model, returns the n objectives.
-            read: called once a layer, in the order in which gradients arrive.
+            read: called once a layer, in the order in which gradients arrive; experts that no token chose come last,
+                with records of zeros.
             mask: (n, T) bool or None: positions that are not padding.
             scale: (n,) factors on the objectives' gradients; ones if None.
 
         Returns:
             The objective, detached.
+
+        Raises:
+            FloatingPointError: if the objective is not finite.
+            ValueError: if it depends on no chosen layer, or a layer's rows cannot be told apart by example.
+            RuntimeError: if a layer's input was modified in place, or a layer ran without a graph.
         """
-        self._calls = {}
-        self._sources = {}
+        self._forget()
         try:
             result = objective()
-            examples = len(result.values)
-            counted = result.counts > 0
             if not bool(torch.isfinite(result.values).all()):
                 raise FloatingPointError("the objective is not finite")
+            counted = result.counts > 0
+            layout = self._layout(len(result.values), mask, None if bool(counted.all()) else counted)
 
-            def deliver(name: str) -> None:
-                state = self._calls.pop(name)
-                inputs, gradients, source = state.arrived[0]
-                a, g = _by_example(name, inputs, examples, mask), _by_example(name, gradients, examples, mask)
-                valid = None if mask is None or mask.shape != a.shape[:2] else mask
-                if len(state.arrived) > 1:  # called several times: the gradients of the calls add up, so tokens join
-                    a = torch.cat([_by_example(name, x, examples, mask) for x, _, _ in state.arrived], 1)
-                    g = torch.cat([_by_example(name, y, examples, mask) for _, y, _ in state.arrived], 1)
-                    valid = None if valid is None else torch.cat([valid] * len(state.arrived), 1)
-                    source = -hash((name, source))
-                if not bool(counted.all()):
-                    valid = counted[:, None] & (
-                        torch.ones_like(a[..., 0], dtype=torch.bool) if valid is None else valid
-                    )
-                if valid is not None:
-                    # torch.where, not a product: what stands at padding may be NaN.
-                    a = torch.where(valid[..., None], a, 0)
-                    g = torch.where(valid[..., None], g, 0)
-                read(Record(name, a, g, valid, source))
+            @torch.no_grad()
+            def deliver(layer: Layer) -> None:
+                self._delivered.add(layer.name)
+                arrivals = [one for site in self._sites_of[layer.name] for one in site.arrived]
+                read(record_of(layer, arrivals, layout, self._sources))
+                for site in self._sites_of[layer.name]:
+                    site.waiting -= 1
+                    if site.waiting == 0:  # the last layer that reads them
+                        site.arrived.clear()
 
             self._deliver = deliver
             root = result.values if scale is None else result.values * scale(result)
@@ -254,60 +264,18 @@ class Capture:
                 )
             self._in_backward = True
             root.sum().backward()
-            for name in [name for name, state in self._calls.items() if state.arrived]:
-                deliver(name)
+            for site in self._sites.values():
+                if site.graphless > 0 and not site.arrived and not self._delivered.intersection(site.names):
+                    raise RuntimeError(
+                        f"layer {site.name!r} ran without a graph: under torch.no_grad, or in a re-entrant checkpoint "
+                        "none of whose inputs needs a gradient (use_reentrant=False works)"
+                    )
+            for layer in self.layers.values():
+                if layer.name not in self._delivered and (
+                    any(site.arrived for site in self._sites_of[layer.name])
+                    or (layer.expert is not None and layer.uses[0].path in self._ran)
+                ):
+                    deliver(layer)
             return Objective(result.values.detach(), result.counts)
         finally:
-            self._in_backward = False
-            self._calls = {}
-            self._sources = {}
-
-
-def _by_example(name: str, tensor: Tensor, examples: int, mask: Tensor | None) -> Tensor:
-    """(n, T, width) whatever the layer's own leading shape."""
-    width = tensor.shape[-1]
-    if tensor.shape[0] == examples:
-        return tensor.reshape(examples, -1, width)
-    if tensor.ndim == 2 and mask is not None and tensor.shape[0] == mask.numel():
-        return tensor.reshape(examples, -1, width)
-    raise ValueError(
-        f"layer {name!r} saw a tensor of shape {tuple(tensor.shape)} in a batch of {examples} examples: its rows "
-        "cannot be told apart by example (a routed expert, perhaps); leave it out of layers"
-    )
-
-
-def padding_mask(batch: Any) -> Tensor | None:
-    """(n, T) bool from a batch's two-dimensional ``attention_mask``, None where nothing is padded."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; mappings, lists and tuples are walked."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def sized(batches: Any) -> int | None:
-    """len(batches) where it has one."""
-    try:
-        return len(batches)
-    except TypeError:
-        return None
-
-
-def indexed(batches: Any) -> Iterator[tuple[int, Any]]:
-    """Enumerates batches, refusing a single batch passed in place of an iterable of them."""
-    if isinstance(batches, Mapping | Tensor):
-        raise TypeError("batches must be an iterable of batches; wrap a single batch in a list")
-    yield from enumerate(batches)
+            self._forget()

@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 
 from fishergeo._arguments import (
+    check_broadcast,
     check_choice,
     check_finite,
+    check_generator,
     check_integer,
     check_number,
     check_same_kind,
+    check_symmetric,
     check_tensor,
 )
-from fishergeo._tiles import DenseOverlap, FactoredOverlap
-from fishergeo.lowrank import LowRank, as_update
+from fishergeo._overlap import DenseOverlap, FactoredOverlap
+from fishergeo.lowrank import LowRank, as_update, check_finite_update
 
 REDUCTIONS = ("sum", "mean")
 METRICS = ("input-gram", "output-gram", "euclidean")
@@ -47,8 +50,7 @@ def _check_pair(part: object, rest: object) -> tuple[LowRank | torch.Tensor, Low
     if first.shape != second.shape:
         raise ValueError(f"part has shape {tuple(first.shape)} but rest has {tuple(second.shape)}")
     for name, update in (("part", first), ("rest", second)):
-        for factor in (update.left, update.right) if isinstance(update, LowRank) else (update,):
-            check_finite(name, factor)
+        check_finite_update(name, update)
     return first, second
 
 
@@ -72,14 +74,15 @@ def _flat(matrices: torch.Tensor) -> torch.Tensor:
 def _overlap(part, rest, beta: float, tau: float, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Checked totals (batch) and row sums (batch, p); only the totals are differentiable."""
     beta, tau = check_number("beta", beta, low=0), check_number("tau", tau)
-    # Sums over p·q products leave the range of half precision, so there it is only a storage format.
-    work = torch.promote_types(part.dtype, torch.float32)
-    base = None if weight is None else _flat(weight.to(work))
+    # Sums over p·q products leave the range of half precision, so there it is only a storage format. What is as large
+    # as the update, the weight and dense parts, is widened tile by tile.
+    base = None if weight is None else _flat(weight)
     if isinstance(part, LowRank):
+        work = torch.promote_types(part.dtype, torch.float32)
         factors = [_flat(f.to(work)) for f in (part.left, part.right, rest.left, rest.right)]
         total, sums = FactoredOverlap.apply(*factors, base, beta, tau)
     else:
-        total, sums = DenseOverlap.apply(_flat(part.to(work)), _flat(rest.to(work)), base, beta, tau)
+        total, sums = DenseOverlap.apply(_flat(part), _flat(rest), base, beta, tau)
     batch = part.shape[:-2]
     return total.reshape(batch), sums.reshape(*batch, sums.shape[-1])
 
@@ -99,7 +102,8 @@ def riemannian_overlap(
     space changes it.
 
     Exact, computed tile by tile: beyond its inputs it holds a few tiles and, for factors, their gradients; for dense
-    updates the backward pass recomputes. The gradient is a subgradient where part_ij, rest_ij or D_ij is zero, zero
+    updates the backward pass recomputes. On CUDA a Triton kernel does it where triton is installed, for float32 and
+    narrower and ranks to 128. The gradient is a subgradient where part_ij, rest_ij or D_ij is zero, zero
     at a zero update; a backward pass with create_graph=True is refused, for there are no second derivatives.
 
     Args:
@@ -162,9 +166,7 @@ def sampled_riemannian_overlap(
     weight = _check_weight(weight, part)
     p, q = part.shape[-2:]
     n = check_integer("rows", rows, low=min(2, p), high=p)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    chosen = torch.randperm(p, generator=generator)[:n].to(part.device)
+    chosen = torch.randperm(p, generator=check_generator("generator", generator))[:n].to(part.device)
 
     def take(update):
         if isinstance(update, LowRank):
@@ -203,16 +205,11 @@ def _apply_metric(metric: object, update: LowRank | torch.Tensor) -> LowRank | t
 def _check_metric(metric: object, update: LowRank | torch.Tensor) -> None:
     p = update.shape[-2]
     if isinstance(metric, torch.Tensor):
-        checked = check_tensor("metric", metric, min_dim=2)
+        checked = check_symmetric("metric", metric)
         check_same_kind("metric", checked, "part", update)
-        check_finite("metric", checked)
-        if checked.shape[-2:] != (p, p):
+        if checked.shape[-1] != p:
             raise ValueError(f"metric has shape {tuple(checked.shape)}, it acts on the output side and must be {p}×{p}")
-        plain = checked.detach()
-        tolerance = torch.finfo(checked.dtype).eps ** 0.5 * float(plain.abs().max())
-        defect = float((plain - plain.mT).abs().max())
-        if defect > tolerance:
-            raise ValueError(f"metric must be symmetric, the largest entry of |M − Mᵀ| is {defect:.3g}")
+        check_broadcast("metric", checked.shape[:-2], "part", update.shape[:-2])
     elif not hasattr(metric, "__matmul__"):
         raise TypeError(
             f"metric must be one of {', '.join(map(repr, METRICS))}, a matrix or an operator with @, "

@@ -1,14 +1,17 @@
-"""Sums of XᵀX, at half the arithmetic where BLAS offers it."""
+"""Symmetric matrices at half the arithmetic: sums of XᵀX and XᵀY, and their leading eigenpairs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import scipy.linalg
 import scipy.linalg.blas
 import torch
 from torch import Tensor
 
 _SYRK: dict[torch.dtype, Any] = {torch.float32: scipy.linalg.blas.ssyrk, torch.float64: scipy.linalg.blas.dsyrk}
+_BLOCKED_FROM = 192
+"""Below this size a triangle saves nothing over the whole product."""
 
 
 def add_gram_(total: Tensor, rows: Tensor) -> None:
@@ -22,7 +25,8 @@ def add_gram_(total: Tensor, rows: Tensor) -> None:
         rows: X, (m, d), the same dtype.
     """
     syrk = _SYRK.get(total.dtype)
-    unfit = total.device.type != "cpu" or len(rows) == 0 or not total.is_contiguous()
+    # A subclass (a shard, a tensor without storage) has no memory of its own to hand over.
+    unfit = type(total) is not Tensor or total.device.type != "cpu" or len(rows) == 0 or not total.is_contiguous()
     if syrk is None or unfit or rows.requires_grad or total.requires_grad:
         total.addmm_(rows.T, rows)
         return
@@ -35,7 +39,93 @@ def add_gram_(total: Tensor, rows: Tensor) -> None:
         total.copy_(torch.from_numpy(result.T))
 
 
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds XᵀY, known to be symmetric, to the lower triangle of ``total``, in place, like :func:`add_gram_`.
+
+    BLAS has no routine for half of such a product, so the triangle is cut into block rows of it.
+
+    Args:
+        total: (d, d).
+        x: (m, d).
+        y: (m, d), the same dtype.
+    """
+    size = len(total)
+    if total.device.type != "cpu" or size < _BLOCKED_FROM:
+        total.addmm_(x.T, y)
+        return
+    step = -(-size // 4)
+    for start in range(0, size, step):
+        stop = min(size, start + step)
+        total[start:stop, :stop].addmm_(x[:, start:stop].T, y[:, :stop])
+
+
 def mirrored(total: Tensor) -> Tensor:
     """The symmetric matrix whose lower triangle is that of ``total``; a new tensor."""
     lower = total.tril()
     return lower + lower.tril(-1).T
+
+
+class HalfGram:
+    """Σ XᵀX over many small blocks of rows, gathered until a product with them is worth its memory traffic.
+
+    An update reads and writes the whole (d, d) sum, so with few rows it waits for memory, not for arithmetic.
+
+    Args:
+        total: (d, d), the sum; its lower triangle is right after :meth:`flush`.
+        buffer: (ROWS, d) rows that wait, from an interrupted sum.
+        waiting: (1,) long, how many.
+    """
+
+    ROWS = 512
+
+    def __init__(self, total: Tensor, buffer: Tensor | None = None, waiting: Tensor | None = None) -> None:
+        self.total = total
+        self.buffer = buffer
+        self.waiting = 0 if waiting is None else int(waiting)
+
+    def add(self, rows: Tensor) -> None:
+        """Adds XᵀX of rows (m, d); they are copied if they have to wait."""
+        held = self.waiting
+        if held + len(rows) > self.ROWS:
+            self.flush()
+            held = 0
+        if held == 0 and len(rows) >= self.ROWS:
+            add_gram_(self.total, rows)
+            return
+        if self.buffer is None:
+            self.buffer = rows.new_zeros(self.ROWS, rows.shape[1])
+        self.buffer[held : held + len(rows)] = rows
+        self.waiting += len(rows)
+
+    def flush(self) -> None:
+        """Multiplies the rows that wait."""
+        if self.waiting:
+            assert self.buffer is not None
+            add_gram_(self.total, self.buffer[: self.waiting])
+            self.waiting = 0
+
+
+def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues, descending, and their vectors, of a dense symmetric matrix.
+
+    All pairs by divide and conquer in float64. A few (up to a quarter) on the CPU by LAPACK's driver for a range of
+    eigenvalues, in the matrix's own precision, which is the precision its sums were formed in.
+
+    Args:
+        matrix: (d, d); its lower triangle is read.
+        k: 1 to d.
+
+    Returns:
+        (values (k,), vectors (d, k)) in the matrix's dtype.
+    """
+    size = len(matrix)
+    if matrix.device.type == "cpu" and 4 * k <= size and not matrix.requires_grad and matrix.dtype in _SYRK:
+        values, vectors = scipy.linalg.eigh(
+            matrix.numpy(), subset_by_index=(size - k, size - 1), driver="evr", check_finite=False
+        )
+        return (
+            torch.from_numpy(values).to(matrix.dtype).flip(0),
+            torch.from_numpy(vectors).to(matrix.dtype).flip(1).contiguous(),
+        )
+    every, basis = torch.linalg.eigh(matrix.double())
+    return every.flip(0)[:k].to(matrix.dtype), basis.flip(1)[:, :k].to(matrix.dtype)

@@ -5,6 +5,7 @@ import torch
 from geoopt.utils import size2shape
 
 from fishergeo._arguments import check_finite, check_integer, check_number, check_same_kind, check_tensor
+from fishergeo._autograd import refuse_second_order
 from fishergeo.angles import angles_between
 from fishergeo.projector import check_basis
 
@@ -21,6 +22,72 @@ def _cos_and_sinc(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     block = torch.cat((torch.cat((zero, -gram / size), -1), torch.cat((lower, zero), -1)), -2)
     exponential = torch.linalg.matrix_exp(block)
     return exponential[..., :k, :k], exponential[..., k:, :k] / size
+
+
+class _Polar(torch.autograd.Function):
+    """The polar factor UVᵀ of X = USVᵀ (..., n, k), with a gradient that equal singular values do not trouble.
+
+    d(UVᵀ) = U((K − Kᵀ)/(s_i + s_j))Vᵀ + (I − UUᵀ)dX·V·S⁻¹Vᵀ with K = UᵀdX·V (Higham 2008, sec. 8.2).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        ctx.save_for_backward(u, s, vh)
+        return u @ vh
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_order("Grassmann.projx")
+        u, s, vh = ctx.saved_tensors
+        along = grad @ vh.mT
+        core = u.mT @ along
+        turned = u @ ((core - core.mT) / (s.unsqueeze(-1) + s.unsqueeze(-2)))
+        return (turned + (along - u @ core) / s.unsqueeze(-2)) @ vh
+
+
+def _divided_differences(cosines: torch.Tensor, ratios: torch.Tensor) -> torch.Tensor:
+    """(g_i − g_j)/(c_i − c_j) of g(c) = arccos(c)/√(1 − c²) = θ/sin θ, by the derivative where the c are close."""
+    c, other = cosines.unsqueeze(-1), cosines.unsqueeze(-2)
+    gap = c - other
+    near = gap.abs() < torch.finfo(c.dtype).eps ** (1 / 3)
+    apart = (ratios.unsqueeze(-1) - ratios.unsqueeze(-2)) / torch.where(near, 1, gap)
+    angle = torch.arccos(((c + other) / 2).clamp(max=1))
+    small = angle < 1e-2
+    wide = torch.where(small, 1, angle)
+    # g'(cos θ) = −(sin θ − θ·cos θ)/sin³θ, which cancels at zero.
+    derivative = -(torch.sin(wide) - wide * torch.cos(wide)) / torch.sin(wide) ** 3
+    series = -(1 / 3 + 2 / 15 * angle**2 + 2 / 63 * angle**4)
+    return torch.where(near, torch.where(small, series, derivative), apart)
+
+
+class _ArcFactor(torch.autograd.Function):
+    """V·diag(θ/sin θ)·Uᵀ for C = U·diag(cos θ)·Vᵀ, given the residual R whose columns along V have lengths sin θ.
+
+    A generalised matrix function of C (Noferini 2017, sec. 5): its derivative splits into a symmetric part, with the
+    divided differences, and an antisymmetric one, with sums. R says only how large the angles are; as a function of C
+    alone the value is the same, so it gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, c, residual):
+        u, cosines, vh = torch.linalg.svd(c, full_matrices=False)
+        sines = torch.linalg.vector_norm(residual @ vh.mT, dim=-2)
+        positive = sines > 0
+        ratios = torch.where(positive, torch.atan2(sines, cosines) / torch.where(positive, sines, 1), 1)
+        ctx.save_for_backward(u, cosines, vh, ratios)
+        return (vh.mT * ratios.unsqueeze(-2)) @ u.mT
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_order("Grassmann.logmap")
+        u, cosines, vh, ratios = ctx.saved_tensors
+        core = u.mT @ grad.mT @ vh.mT
+        even, odd = (core + core.mT) / 2, (core - core.mT) / 2
+        sums = cosines.unsqueeze(-1) + cosines.unsqueeze(-2)
+        # Two right angles at once are on the cut locus, where there is no derivative; zero stands for it.
+        quotient = (ratios.unsqueeze(-1) + ratios.unsqueeze(-2)) / torch.where(sums > 0, sums, torch.inf)
+        return u @ (_divided_differences(cosines, ratios) * even + quotient * odd) @ vh, None
 
 
 class Grassmann(geoopt.manifolds.base.Manifold):
@@ -57,8 +124,7 @@ class Grassmann(geoopt.manifolds.base.Manifold):
 
     def projx(self, x: torch.Tensor) -> torch.Tensor:
         """Nearest matrix with orthonormal columns, the polar factor of x (..., n, k); the span is that of x."""
-        u, _, vh = torch.linalg.svd(x, full_matrices=False)
-        return u @ vh
+        return _Polar.apply(x)
 
     def proju(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Horizontal part u − x(xᵀu)."""
@@ -90,14 +156,10 @@ class Grassmann(geoopt.manifolds.base.Manifold):
 
         After Bendokat, Zimmermann and Absil (2024, alg. 5.3), but with θ/sin θ from both sine and cosine, so that it
         is exact to rounding at zero and at right angles; there, on the cut locus, it is one of several shortest.
-        Differentiable where the cosines of the angles are distinct.
+        Once differentiable off the cut locus, zero and equal angles included.
         """
-        u, cosine, vh = torch.linalg.svd(x.mT @ y, full_matrices=False)
-        away = self.proju(x, self.proju(x, y @ vh.mT))
-        sine = torch.linalg.vector_norm(away, dim=-2)
-        positive = sine > 0
-        ratio = torch.where(positive, torch.atan2(sine, cosine) / torch.where(positive, sine, 1), 1)
-        return (away * ratio.unsqueeze(-2)) @ u.mT
+        away = self.proju(x, self.proju(x, y))
+        return away @ _ArcFactor.apply(x.mT @ y, away.detach())
 
     def dist(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
         """Arc length ‖θ‖ over the principal angles; its gradient where x and y span the same is zero."""
@@ -123,11 +185,13 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return self.expmap(x, time * self.logmap(x, y))
 
     def transp_follow_expmap(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Parallel transport of v along the geodesic from x in direction u (Edelman, Arias, Smith 1998, eq. 2.68)."""
-        q, values, wh = torch.linalg.svd(u, full_matrices=False)
-        along = q.mT @ v
-        turned = (torch.cos(values) - 1).unsqueeze(-1) * along
-        return v + q @ turned - x @ (wh.mT @ (torch.sin(values).unsqueeze(-1) * along))
+        """Parallel transport of v along the geodesic from x in direction u (Edelman, Arias, Smith 1998, eq. 2.68).
+
+        With G = uᵀu it is v − x·(sin √G/√G)·uᵀv − u·((1 − cos √G)/G)·uᵀv, smooth at u = 0.
+        """
+        gram, along = u.mT @ u, u.mT @ v
+        half = _cos_and_sinc(gram / 4)[1]
+        return v - x @ (_cos_and_sinc(gram)[1] @ along) - u @ (half @ (half @ along)) / 2
 
     def transp(self, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Parallel transport of v from x to y along the shortest geodesic, as a tangent vector at the basis y."""

@@ -6,7 +6,14 @@ output and the leading input directions is a rectangle of pairs; the truly leadi
 
 import torch
 
-from fishergeo._arguments import check_finite, check_integer, check_same_kind, check_tensor
+from fishergeo._arguments import (
+    check_broadcast,
+    check_finite,
+    check_integer,
+    check_not_negative,
+    check_same_kind,
+    check_tensor,
+)
 from fishergeo.lowrank import LowRank, as_update
 from fishergeo.projector import SubspaceMap, check_basis
 
@@ -17,6 +24,8 @@ def _check_update(delta: object, output_basis: torch.Tensor, input_basis: torch.
     expected = (output_basis.shape[-2], input_basis.shape[-2])
     if tuple(update.shape[-2:]) != expected:
         raise ValueError(f"delta has shape {tuple(update.shape)}, but the bases are for matrices of {expected}")
+    for name, basis in (("output_basis", output_basis), ("input_basis", input_basis)):
+        check_broadcast("delta", update.shape[:-2], name, basis.shape[:-2])
     return update
 
 
@@ -36,6 +45,7 @@ class KroneckerProjector(SubspaceMap):
         self.output_basis = check_basis("output_basis", output_basis)
         self.input_basis = check_basis("input_basis", input_basis)
         check_same_kind("output_basis", self.output_basis, "input_basis", self.input_basis)
+        check_broadcast("output_basis", self.output_basis.shape[:-2], "input_basis", self.input_basis.shape[:-2])
 
     def __repr__(self) -> str:
         return f"KroneckerProjector(output={tuple(self.output_basis.shape)}, input={tuple(self.input_basis.shape)})"
@@ -117,15 +127,19 @@ class KroneckerMaskProjector(SubspaceMap):
             ValueError: negative or NaN values, shapes that do not match, `pairs` out of range, or vectors that are
                 not orthonormal.
         """
-        for name, values, vectors in (
-            ("output_values", output_values, output_vectors),
-            ("input_values", input_values, input_vectors),
+        for side, values, vectors in (
+            ("output", output_values, output_vectors),
+            ("input", input_values, input_vectors),
         ):
-            check_finite(name, check_tensor(name, values, min_dim=1))
-            if values.ndim != 1 or (isinstance(vectors, torch.Tensor) and values.shape[0] != vectors.shape[-1]):
-                raise ValueError(f"{name} has shape {tuple(values.shape)}, expected one value for each vector")
-            if bool((values < 0).any()):
-                raise ValueError(f"{name} must not be negative, the least is {values.min().item():.3g}; clamp them")
+            columns = check_basis(f"{side}_vectors", vectors).shape[-1]
+            check_same_kind(f"{side}_values", check_tensor(f"{side}_values", values), f"{side}_vectors", vectors)
+            check_finite(f"{side}_values", values)
+            check_not_negative(f"{side}_values", values)
+            if values.shape != (columns,):
+                raise ValueError(
+                    f"{side}_values has shape {tuple(values.shape)}, expected one value for each of the {columns} "
+                    f"columns of {side}_vectors"
+                )
         check_same_kind("output_values", output_values, "input_values", input_values)
         products = torch.outer(output_values, input_values)
         kept = products.flatten().topk(check_integer("pairs", pairs, low=0, high=products.numel())).indices

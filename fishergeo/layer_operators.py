@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishergeo.operators import SymmetricOperator, checked_rank, fix_signs
+from fishergeo.symmetric_operator import SymmetricOperator, checked_rank, fix_signs
 
 
 class DiagonalOperator(SymmetricOperator):
@@ -60,7 +60,7 @@ class DiagonalOperator(SymmetricOperator):
         return values, vectors
 
     def _check_delta(self, rows: int, columns: int) -> None:
-        _check_exact(self.entries.shape[0], self.entries.shape[1], rows, columns)
+        check_layer_shape(self.entries.shape[0], self.entries.shape[1], rows, columns)
 
     def _quadratic_dense(self, delta: Tensor) -> Tensor:
         return (self.entries * delta.square()).sum()
@@ -169,7 +169,7 @@ class KroneckerOperator(SymmetricOperator):
         return self.rotated()._eigenvalues()
 
     def _check_delta(self, rows: int, columns: int) -> None:
-        _check_exact(len(self.output_factor), len(self.input_factor), rows, columns)
+        check_layer_shape(len(self.output_factor), len(self.input_factor), rows, columns)
 
     def _quadratic_dense(self, delta: Tensor) -> Tensor:
         return ((self.output_factor @ delta) * (delta @ self.input_factor)).sum()
@@ -242,7 +242,7 @@ class EigenKroneckerOperator(SymmetricOperator):
         return self.values.double().flatten()
 
     def _check_delta(self, rows: int, columns: int) -> None:
-        _check_exact(self.values.shape[0], self.values.shape[1], rows, columns)
+        check_layer_shape(self.values.shape[0], self.values.shape[1], rows, columns)
 
     def _quadratic_dense(self, delta: Tensor) -> Tensor:
         return (self.values * (self.output_basis.T @ delta @ self.input_basis).square()).sum()
@@ -252,6 +252,11 @@ class EigenKroneckerOperator(SymmetricOperator):
         return _TiledSquares.apply(self.values, *inside)  # type: ignore[no-untyped-call]
 
 
-def _check_exact(p: int, q: int, rows: int, columns: int) -> None:
+def check_layer_shape(p: int, q: int, rows: int, columns: int) -> None:
+    """Refuses an update (rows, columns) of a layer that is (p, q).
+
+    Raises:
+        ValueError: if they differ.
+    """
     if (rows, columns) != (p, q):
         raise ValueError(f"delta of shape ({rows}, {columns}) does not fit an operator of a layer of shape ({p}, {q})")

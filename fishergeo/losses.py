@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["empirical", "mc", "margin"]
-KINDS: tuple[str, ...] = ("empirical", "mc", "margin")
+Kind = Literal["empirical", "mc", "type2", "ggn", "margin"]
+KINDS: tuple[str, ...] = ("empirical", "mc", "type2", "ggn", "margin")
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``(model, batch) -> (n,)``: one loss an example, each depending on its own example only."""
 
@@ -27,10 +27,14 @@ class Objective:
     Attributes:
         values: (n,) one objective an example, attached to the graph: the mean over its supervised tokens.
         counts: (n,) long, the supervised tokens of each example; an example with none is no datum.
+        draws: how many objectives of this batch make up its Fisher; the gradients' squares add up over them.
+        token_scale: (n,) what turns the objective into that of the sum over tokens; ``counts`` if None.
     """
 
     values: Tensor
     counts: Tensor
+    draws: int = 1
+    token_scale: Tensor | None = None
 
 
 def example_objectives(
@@ -40,6 +44,8 @@ def example_objectives(
     loss: LossFunction | None = None,
     generator: torch.Generator | None = None,
     token_weights: Callable[[Any], Tensor] | None = None,
+    draw: int = 0,
+    max_draws: int = 256,
 ) -> Objective:
     """Objectives of every example in a batch, from one batched forward pass.
 
@@ -48,19 +54,27 @@ def example_objectives(
         batch: a dict with ``labels`` (−100 is ignored); anything the ``loss`` understands.
         kind: ``"empirical"``: cross-entropy at the labels of the data. ``"mc"``: cross-entropy at labels drawn from
             the model at every supervised position, contexts as in the data, one draw, so that the gradients'
-            second moment is an unbiased estimate of the Fisher information. ``"margin"``: log-sum-exp of the other
-            logits minus the label's logit, whose gradient does not vanish where the model is sure.
+            second moment is an unbiased estimate of the Fisher information. ``"type2"``: that information itself,
+            the expectation over the classes of every supervised token; the objective of draw t·C + c is
+            √p_c·(−log p_c) at the t-th supervised token, times the token's share, with p held fixed. ``"ggn"``: the
+            generalised Gauss-Newton matrix of the example's own mean loss, the same with the square root of the
+            share, hence equal to type2 for one token an example and T times it for T equally weighted ones; with
+            floating-point labels, for the mean squared error over K outputs, draw k is √(2/K) times output k.
+            ``"margin"``: log-sum-exp of the other logits minus the label's logit, whose gradient does not vanish
+            where the model is sure.
         loss: ``(model, batch) -> (n,)`` instead of the model's own; only with ``kind="empirical"``.
         generator: a CPU generator for ``"mc"``; draws are consumed in the order of the supervised tokens, so they
             do not depend on how the examples are batched or padded.
         token_weights: ``batch -> labels-shaped`` non-negative weights; an example's objective is then the weighted
             mean over its supervised tokens.
+        draw: which objective of the batch, below ``draws``.
+        max_draws: the most passes that type2 and ggn may take over one batch.
 
     Returns:
         Objective of n examples.
 
     Raises:
-        ValueError: for an unknown kind, missing labels, or shapes that do not fit.
+        ValueError: for an unknown kind, missing labels, shapes that do not fit, or more draws than ``max_draws``.
         TypeError: if the batch is not a mapping and no ``loss`` was given.
     """
     if kind not in KINDS:
@@ -73,16 +87,29 @@ def example_objectives(
         values = loss(model, batch)
         if values.ndim != 1:
             raise ValueError(f"loss returned shape {tuple(values.shape)}; it must return (n,), one value an example")
-        return Objective(values, torch.ones(len(values), dtype=torch.long, device=values.device))
+        return Objective(values, _ones(values))
     logits, labels = _supervised(model, batch)
     if not labels.is_floating_point():
-        weights = None if token_weights is None else token_weights(batch)
-        return _categorical(logits, labels, kind, generator, weights)
+        rows = _Rows.of(logits, labels, None if token_weights is None else token_weights(batch))
+        if kind in ("type2", "ggn"):
+            return _class_draw(rows, kind, draw, max_draws)
+        return _categorical(rows, kind, generator)
+    outputs = (logits.float() if logits.dtype != torch.float64 else logits).reshape(len(labels), -1)
+    if token_weights is not None:
+        raise ValueError(f"token_weights need integer labels, got {labels.dtype}")
+    if kind == "ggn":
+        width = outputs.shape[1]
+        _check_draws(kind, width, max_draws, f"{width} outputs")
+        values = outputs[:, draw] * (2.0 / width) ** 0.5
+        return Objective(values, _ones(values), draws=width)
     if kind != "empirical":
-        raise ValueError(f"kind={kind!r} needs integer labels, got {labels.dtype}")
-    residual = (logits.float() if logits.dtype != torch.float64 else logits).reshape(len(labels), -1)
-    values = (residual - labels.reshape(len(labels), -1)).square().mean(1)
-    return Objective(values, torch.ones(len(values), dtype=torch.long, device=values.device))
+        raise ValueError(f"kind={kind!r} needs integer labels, got {labels.dtype}; 'ggn' and 'empirical' take these")
+    values = (outputs - labels.reshape(len(labels), -1)).square().mean(1)
+    return Objective(values, _ones(values))
+
+
+def _ones(values: Tensor) -> Tensor:
+    return torch.ones(len(values), dtype=torch.long, device=values.device)
 
 
 def _supervised(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -123,40 +150,91 @@ def _supervised(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-def _categorical(
-    logits: Tensor, labels: Tensor, kind: str, generator: torch.Generator | None, weights: Tensor | None
-) -> Objective:
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass loss=")
-    count = len(labels)
-    valid = labels != -100
-    example = torch.arange(count, device=labels.device).view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[valid]
-    # Only supervised rows are widened to float32: prompts would otherwise pay for a vocabulary-wide copy.
-    rows = logits[valid]
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    targets = labels[valid]
-    if kind == "mc":
-        targets = sample_categorical(rows.detach(), generator)
-    if kind == "margin":
-        chosen = rows.gather(1, targets[:, None])
-        others = rows.masked_fill(
-            torch.zeros_like(rows, dtype=torch.bool).scatter_(1, targets[:, None], True), -torch.inf
+@dataclass(frozen=True)
+class _Rows:
+    """The supervised tokens of a batch, one row each, in the order of the examples.
+
+    Attributes:
+        logits: (m, classes), float32 or float64.
+        targets: (m,) long.
+        example: (m,) long, ascending.
+        share: (m,) each token's part of its example's mean; they sum to one over an example.
+        counts: (n,) long.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    example: Tensor
+    share: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, weights: Tensor | None) -> _Rows:
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass loss=")
+        count = len(labels)
+        valid = labels != -100
+        example = torch.arange(count, device=labels.device).view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[valid]
+        # Only supervised rows are widened to float32: prompts would otherwise pay for a vocabulary-wide copy.
+        rows = logits[valid]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        counts = torch.bincount(example, minlength=count)
+        if weights is None:
+            share = (1.0 / counts.clamp_min(1).to(rows.dtype))[example]
+        else:
+            chosen = _aligned(weights, labels)[valid].to(rows.dtype)
+            if bool((chosen < 0).any()) or not bool(torch.isfinite(chosen).all()):
+                raise ValueError("token_weights must be finite and non-negative")
+            total = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add(0, example, chosen)
+            share = chosen / total.clamp_min(torch.finfo(rows.dtype).tiny)[example]
+        return cls(rows, labels[valid], example, share, counts)
+
+    def summed(self, per_token: Tensor, example: Tensor) -> Tensor:
+        """(n,) sums of token values by example."""
+        return torch.zeros(len(self.counts), dtype=per_token.dtype, device=per_token.device).index_add(
+            0, example, per_token
         )
-        per_token = torch.logsumexp(others, 1) - chosen[:, 0]
+
+
+def _categorical(rows: _Rows, kind: str, generator: torch.Generator | None) -> Objective:
+    targets = sample_categorical(rows.logits.detach(), generator) if kind == "mc" else rows.targets
+    if kind == "margin":
+        hit = torch.zeros_like(rows.logits, dtype=torch.bool).scatter_(1, targets[:, None], True)
+        others = rows.logits.masked_fill(hit, -torch.inf)
+        per_token = torch.logsumexp(others, 1) - rows.logits.gather(1, targets[:, None])[:, 0]
     else:
-        per_token = nn.functional.cross_entropy(rows, targets, reduction="none")
-    counts = torch.bincount(example, minlength=count)
-    if weights is None:
-        share = 1.0 / counts.clamp_min(1).to(rows.dtype)
-        per_token = per_token * share[example]
-    else:
-        chosen_weights = _aligned(weights, labels)[valid].to(rows.dtype)
-        if bool((chosen_weights < 0).any()) or not bool(torch.isfinite(chosen_weights).all()):
-            raise ValueError("token_weights must be finite and non-negative")
-        total = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add(0, example, chosen_weights)
-        per_token = per_token * (chosen_weights / total.clamp_min(torch.finfo(rows.dtype).tiny)[example])
-    values = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add(0, example, per_token)
-    return Objective(values, counts)
+        per_token = nn.functional.cross_entropy(rows.logits, targets, reduction="none")
+    return Objective(rows.summed(per_token * rows.share, rows.example), rows.counts)
+
+
+def _class_draw(rows: _Rows, kind: str, draw: int, max_draws: int) -> Objective:
+    """One class at one supervised token of every example.
+
+    Σ_c p_c ∇(−log p_c) ∇(−log p_c)ᵀ is the Fisher of one token; labels of different tokens are drawn independently
+    and scores have mean zero, so the terms between tokens vanish.
+    """
+    classes = rows.logits.shape[1]
+    longest = int(rows.counts.max()) if len(rows.counts) else 0
+    draws = max(1, longest * classes)
+    _check_draws(kind, draws, max_draws, f"{classes} classes at up to {longest} supervised tokens an example")
+    token, label = divmod(draw, classes)
+    starts = rows.counts.cumsum(0) - rows.counts
+    chosen = torch.arange(len(rows.example), device=rows.example.device) - starts[rows.example] == token
+    log_p = rows.logits[chosen].log_softmax(1)[:, label]
+    share = rows.share[chosen] if kind == "type2" else rows.share[chosen].sqrt()
+    values = rows.summed(-log_p * (0.5 * log_p.detach()).exp() * share, rows.example[chosen])
+    # A draw past an example's last token leaves it out; the sum still has to hang on the graph.
+    values = values + 0.0 * rows.logits[:1].sum()
+    scale = rows.counts.to(values.dtype)
+    return Objective(values, rows.counts, draws, scale if kind == "type2" else scale.sqrt())
+
+
+def _check_draws(kind: str, draws: int, most: int, what: str) -> None:
+    if draws > most:
+        raise ValueError(
+            f"kind={kind!r} takes a pass for each of {what}: {draws} for this batch, more than max_draws={most}; "
+            "kind='mc' estimates the same from one, or raise max_draws"
+        )
 
 
 def _aligned(weights: Tensor, labels: Tensor) -> Tensor:

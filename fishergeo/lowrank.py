@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fishergeo._arguments import FLOAT_DTYPES, check_integer, check_same_kind, check_tensor
+from fishergeo._arguments import (
+    FLOAT_DTYPES,
+    check_broadcast,
+    check_finite,
+    check_integer,
+    check_same_kind,
+    check_tensor,
+)
 
 
 def _check_factor(name: str, factor: object) -> torch.Tensor:
@@ -53,13 +60,7 @@ class LowRank:
         if 0 in (*left.shape[:-1], *right.shape[:-2], right.shape[-1]):
             raise ValueError(f"left or right is empty: shapes {tuple(left.shape)} and {tuple(right.shape)}")
         if left.shape[:-2] != right.shape[:-2]:
-            try:
-                batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-            except RuntimeError:
-                raise ValueError(
-                    f"left has batch shape {tuple(left.shape[:-2])} and right {tuple(right.shape[:-2])}, "
-                    "which do not broadcast"
-                ) from None
+            batch = check_broadcast("left", left.shape[:-2], "right", right.shape[:-2])
             object.__setattr__(self, "left", left.expand(*batch, *left.shape[-2:]))
             object.__setattr__(self, "right", right.expand(*batch, *right.shape[-2:]))
 
@@ -130,16 +131,17 @@ class LowRank:
         """
         return self.left @ self.right
 
-    def _check_like(self, other: "LowRank | torch.Tensor", name: str = "other") -> None:
-        check_same_kind("this LowRank", self, name, other)
+    def _check_like(self, other: "LowRank | torch.Tensor") -> torch.Size:
+        """Refuse an operand of another kind or shape; return the batch shape of both."""
+        check_same_kind("this LowRank", self, "other", other)
         if other.shape[-2:] != self.shape[-2:]:
-            raise ValueError(f"{name} has shape {tuple(other.shape)}, which does not match {tuple(self.shape)}")
+            raise ValueError(f"other has shape {tuple(other.shape)}, which does not match {tuple(self.shape)}")
+        return check_broadcast("this LowRank", self.shape[:-2], "other", other.shape[:-2])
 
     def __add__(self, other: "LowRank") -> "LowRank":
         if not isinstance(other, LowRank):
             return NotImplemented
-        self._check_like(other)
-        batch = torch.broadcast_shapes(self.shape[:-2], other.shape[:-2])
+        batch = self._check_like(other)
         lefts = [x.left.expand(*batch, *x.left.shape[-2:]) for x in (self, other)]
         rights = [x.right.expand(*batch, *x.right.shape[-2:]) for x in (self, other)]
         return LowRank(torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))
@@ -178,6 +180,7 @@ class LowRank:
         inner = other.shape[-2] if other.ndim > 1 else other.shape[0] if other.ndim else 0
         if inner != self.shape[-1]:
             raise ValueError(f"cannot multiply {tuple(self.shape)} by {tuple(other.shape)}: inner sizes differ")
+        check_broadcast("this LowRank", self.shape[:-2], "the right operand", other.shape[:-2])
         if isinstance(other, torch.Tensor):
             if other.ndim == 1:
                 return (self.left @ (self.right @ other).unsqueeze(-1)).squeeze(-1)
@@ -194,6 +197,7 @@ class LowRank:
         check_same_kind("the left operand", other, "this LowRank", self)
         if other.ndim == 0 or other.shape[-1] != self.shape[-2]:
             raise ValueError(f"cannot multiply {tuple(other.shape)} by {tuple(self.shape)}: inner sizes differ")
+        check_broadcast("the left operand", other.shape[:-2], "this LowRank", self.shape[:-2])
         if other.ndim == 1:
             return ((other @ self.left).unsqueeze(-2) @ self.right).squeeze(-2)
         return LowRank(other @ self.left, self.right)
@@ -328,3 +332,17 @@ def as_update(name: str, value: object) -> LowRank | torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a LowRank or a torch.Tensor, got {type(value).__name__}")
     return check_tensor(name, value, min_dim=2)
+
+
+def check_finite_update(name: str, update: LowRank | torch.Tensor) -> None:
+    """Refuse NaN and infinity in a dense update or in the factors of another.
+
+    Args:
+        name: the argument's name, for the message.
+        update: LowRank or dense tensor.
+
+    Raises:
+        ValueError: there are entries that are not finite.
+    """
+    for matrix in (update.left, update.right) if isinstance(update, LowRank) else (update,):
+        check_finite(name, matrix)

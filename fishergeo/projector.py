@@ -8,7 +8,15 @@ from typing import Self, overload
 
 import torch
 
-from fishergeo._arguments import check_choice, check_finite, check_number, check_same_kind, check_tensor
+from fishergeo._arguments import (
+    check_broadcast,
+    check_choice,
+    check_finite,
+    check_not_negative,
+    check_number,
+    check_same_kind,
+    check_tensor,
+)
 from fishergeo.lowrank import LowRank, as_update
 
 SIDES = ("output", "input")
@@ -59,6 +67,19 @@ def check_basis(name: str, basis: object) -> torch.Tensor:
             f"{name} is not orthonormal: the largest entry of |UᵀU − I| is {defect:.3g}, allowed is {allowed:.1g} for "
             f"{checked.dtype}; orthonormalise its columns, e.g. with torch.linalg.qr({name}).Q"
         )
+    return checked
+
+
+def _check_for_columns(name: str, value: object, basis: torch.Tensor) -> torch.Tensor:
+    """Return `value` if it holds one finite number for each column of the basis, of its dtype and device."""
+    if isinstance(value, torch.Tensor) and value.ndim and value.shape[-1] == 0 == basis.shape[-1]:
+        return value
+    checked = check_tensor(name, value, min_dim=1)
+    check_same_kind(name, checked, "basis", basis)
+    check_finite(name, checked)
+    if checked.shape[-1] != basis.shape[-1]:
+        raise ValueError(f"{name} has {checked.shape[-1]} entries for a basis of {basis.shape[-1]} columns")
+    check_broadcast(name, checked.shape[:-1], "basis", basis.shape[:-2])
     return checked
 
 
@@ -129,6 +150,7 @@ class SoftProjector(SubspaceMap):
     """S = U·diag(w)·Uᵀ with w in [0, 1]: protects each direction as far as its weight says.
 
     Between 0 and 1 the parts SΔ and (I − S)Δ are no longer orthogonal, so the paper's geodesic term means something.
+    Weights come from the spectrum (`from_spectrum`), from resampling (`bootstrap_confidence`), or are the user's own.
 
     Args:
         basis: orthonormal columns, (..., p, m) for side="output", (..., q, m) for side="input"; leading dimensions
@@ -144,7 +166,10 @@ class SoftProjector(SubspaceMap):
     def __init__(self, basis: torch.Tensor, weights: torch.Tensor, side: str = "output") -> None:
         self.basis = check_basis("basis", basis)
         self.side = check_choice("side", side, SIDES)
-        self.weights = self._check_weights(weights)
+        self.weights = _check_for_columns("weights", weights, self.basis)
+        if self.weights.numel() and not (self.weights.min() >= 0 and self.weights.max() <= 1):
+            low, high = self.weights.min().item(), self.weights.max().item()
+            raise ValueError(f"weights must lie in [0, 1], they span [{low:.3g}, {high:.3g}]")
 
     @classmethod
     def from_spectrum(
@@ -162,25 +187,11 @@ class SoftProjector(SubspaceMap):
             TypeError: basis or values are not floating tensors, their dtypes differ, or ε is not a number.
             ValueError: negative eigenvalues, ε ≤ 0, or a basis that is not orthonormal.
         """
-        check_finite("values", check_tensor("values", values, min_dim=1))
+        checked = _check_for_columns("values", values, check_basis("basis", basis))
         if check_number("epsilon", epsilon, low=0) == 0:
             raise ValueError("epsilon must be positive, got 0")
-        if bool((values < 0).any()):
-            raise ValueError(f"values must not be negative, the least is {values.min().item():.3g}; clamp them first")
-        return cls(basis, values / (values + epsilon), side)
-
-    def _check_weights(self, weights: object) -> torch.Tensor:
-        if isinstance(weights, torch.Tensor) and weights.ndim and weights.shape[-1] == 0 == self.basis.shape[-1]:
-            return weights
-        checked = check_tensor("weights", weights, min_dim=1)
-        check_same_kind("weights", checked, "basis", self.basis)
-        check_finite("weights", checked)
-        if checked.shape[-1] != self.basis.shape[-1]:
-            raise ValueError(f"weights has {checked.shape[-1]} entries for a basis of {self.basis.shape[-1]} columns")
-        low, high = checked.min().item(), checked.max().item()
-        if low < 0 or high > 1:
-            raise ValueError(f"weights must lie in [0, 1], they span [{low:.3g}, {high:.3g}]")
-        return checked
+        check_not_negative("values", checked)
+        return cls(basis, checked / (checked + epsilon), side)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(basis={tuple(self.basis.shape)}, side={self.side!r})"
@@ -224,6 +235,7 @@ class SoftProjector(SubspaceMap):
                 f"delta has shape {tuple(delta.shape)}, but the basis has {self.basis.shape[-2]} rows and acts on the "
                 f"{self.side} side, of size {delta.shape[axis]}"
             )
+        check_broadcast("delta", delta.shape[:-2], "the projector's basis", self.basis.shape[:-2])
         if self.side == "input":
             part, rest = self._with(self.basis, self.weights, "output").split(delta.mT)
             return part.mT, rest.mT

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fishergeo._arguments import check_finite, check_number, check_tensor
+from fishergeo._arguments import check_descending, check_not_negative, check_number
 
 
 def rank_for_energy(
@@ -33,14 +33,8 @@ def rank_for_energy(
             values = torch.tensor(list(values), dtype=torch.float64)
         except (TypeError, ValueError):
             raise TypeError(f"values must be a tensor or a sequence of numbers, got {type(values).__name__}") from None
-    spectrum = check_tensor("values", values, min_dim=1).detach().to(torch.float64)
-    if spectrum.ndim != 1:
-        raise ValueError(f"values must have one dimension, got shape {tuple(spectrum.shape)}")
-    check_finite("values", spectrum)
-    if bool((spectrum < 0).any()):
-        raise ValueError(f"values must not be negative, the least is {float(spectrum.min()):.3g}; clamp them first")
-    if bool((spectrum[1:] > spectrum[:-1]).any()):
-        raise ValueError("values must be descending; sort them with .sort(descending=True).values")
+    spectrum = check_descending("values", values).detach().to(torch.float64)
+    check_not_negative("values", spectrum)
     share = check_number("energy", energy, high=1)
     if share <= 0:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")

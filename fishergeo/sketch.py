@@ -13,7 +13,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from fishergeo.operators import fix_signs
+from fishergeo.symmetric_operator import fix_signs
 
 FIRST_SEGMENT = 8
 GROWTH = 3
@@ -125,7 +125,6 @@ class PsdSketch:
         self.seed = seed
         self.name = name
         self.factor = torch.zeros(size, 0, dtype=dtype, device=device) if factor is None else factor
-        self._segment = 0
         self._seen = 0
         self._end = FIRST_SEGMENT
         self._product: Tensor | None = None
@@ -147,12 +146,39 @@ class PsdSketch:
                 known = self.factor @ (self.factor.T @ start)
                 start = known / torch.linalg.matrix_norm(known).clamp_min(torch.finfo(known.dtype).tiny) + 1e-6 * start
             self._omega = torch.linalg.qr(start)[0]
+            self._last = None
         return self._omega
 
     @property
     def room(self) -> int:
         """How many more examples the present segment takes."""
         return self._end - self._seen
+
+    def segments(self, examples: int) -> tuple[int, bool]:
+        """How many segments so many examples close, and whether they leave one open."""
+        if self.columns == len(self.factor):  # a complete basis never closes before the end
+            return 0, examples > 0
+        closed, last, end = 0, 0, FIRST_SEGMENT
+        while end <= examples:
+            closed, last, end = closed + 1, end, end * GROWTH
+        return closed, examples > last
+
+    def widths(self, examples: int) -> tuple[int, int]:
+        """Columns held by a new sketch after so many examples, for planning.
+
+        Args:
+            examples: added one after another.
+
+        Returns:
+            (before the last segment is closed: factor and, if a segment is open, Ω and product; the factor after it).
+        """
+        closed, still_open = self.segments(examples)
+        held = min(closed, 3) + 2 * still_open
+        return held * self.columns, min(closed + still_open, 3) * self.columns
+
+    def folds(self, examples: int) -> bool:
+        """Whether so many examples make the factor be compressed."""
+        return sum(self.segments(examples)) > 3
 
     def add(self, product: Tensor, examples: int) -> None:
         """Adds F_part Ω of so many examples.
@@ -177,5 +203,23 @@ class PsdSketch:
                 self.factor = compress(self.factor, 2 * self.columns)
             self.factor = torch.cat([self.factor, latest], 1)
             self._last, self._omega, self._product = self._omega, None, None
-            self._segment += 1
         return self.factor
+
+    def scale_(self, weight: float) -> None:
+        """Everything added so far counts ``weight`` times as much."""
+        self.factor = self.factor * weight**0.5
+        if self._product is not None:
+            self._product.mul_(weight)
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`restore` needs beside the factor to go on in the middle of a segment."""
+        place = torch.tensor([self._seen, self._end])
+        open_segment = {"sketch product": self._product, "sketch omega": self._omega, "sketch last": self._last}
+        return {"sketch place": place, **{key: t for key, t in open_segment.items() if t is not None}}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from :meth:`state`; the factor is the one this sketch was made with."""
+        self._seen, self._end = (int(x) for x in state["sketch place"])
+        self._product = state.get("sketch product")
+        self._omega = state.get("sketch omega")
+        self._last = state.get("sketch last")

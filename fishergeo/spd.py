@@ -2,28 +2,24 @@
 
 import torch
 
-from fishergeo._arguments import check_finite, check_same_kind, check_tensor
+from fishergeo._arguments import (
+    check_broadcast,
+    check_finite,
+    check_not_negative,
+    check_same_kind,
+    check_symmetric,
+    check_tensor,
+)
 from fishergeo._autograd import refuse_second_order
-
-
-def _check_symmetric(name: str, value: object) -> torch.Tensor:
-    matrix = check_tensor(name, value, min_dim=2)
-    if matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"{name} must be square, got shape {tuple(matrix.shape)}")
-    check_finite(name, matrix)
-    plain = matrix.detach()
-    defect, size = float((plain - plain.mT).abs().max()), float(plain.abs().max())
-    if defect > torch.finfo(matrix.dtype).eps ** 0.5 * size:
-        raise ValueError(f"{name} must be symmetric, the largest entry of |M − Mᵀ| is {defect:.3g}")
-    return matrix
 
 
 def _check_pair(a: object, b: object, definite: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Two positive (semi)definite matrices of one size, symmetrised, in float32 or wider."""
-    first, second = _check_symmetric("a", a), _check_symmetric("b", b)
+    first, second = check_symmetric("a", a), check_symmetric("b", b)
     check_same_kind("a", first, "b", second)
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(f"a is {first.shape[-1]}×{first.shape[-1]} but b is {second.shape[-1]}×{second.shape[-1]}")
+    check_broadcast("a", first.shape[:-2], "b", second.shape[:-2])
     work = torch.promote_types(first.dtype, torch.float32)
     pair = []
     for name, matrix in (("a", first), ("b", second)):
@@ -161,13 +157,13 @@ def fisher_rao_distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """
     for name, value in (("p", p), ("q", q)):
         check_finite(name, check_tensor(name, value, min_dim=1))
-        if bool((value < 0).any()):
-            raise ValueError(f"{name} must not be negative, the least is {value.min().item():.3g}")
+        check_not_negative(name, value)
         off = float((value.detach().double().sum(-1) - 1).abs().max())
         if off > max(torch.finfo(value.dtype).eps ** 0.5, 1e-5):
             raise ValueError(f"{name} must sum to one along the last dimension, it is off by {off:.3g}")
     check_same_kind("p", p, "q", q)
     if p.shape[-1] != q.shape[-1]:
         raise ValueError(f"p has {p.shape[-1]} classes but q has {q.shape[-1]}")
+    check_broadcast("p", p.shape[:-1], "q", q.shape[:-1])
     work = torch.promote_types(p.dtype, torch.float32)
     return 4 * torch.asin((_length(p.to(work).sqrt() - q.to(work).sqrt(), -1) / 2).clamp(max=0.5**0.5))

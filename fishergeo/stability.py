@@ -2,11 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from fishergeo._arguments import check_finite, check_integer, check_number, check_same_kind, check_tensor
-from fishergeo.lowrank import LowRank, as_update
+from fishergeo._arguments import (
+    check_descending,
+    check_finite,
+    check_generator,
+    check_integer,
+    check_number,
+    check_same_kind,
+    check_tensor,
+)
+from fishergeo.lowrank import LowRank, as_update, check_finite_update
 
 
 def davis_kahan_bound(residual: float, gap: float) -> float:
@@ -48,9 +57,7 @@ def eigenspace_shift_bound(values: torch.Tensor, m: int, perturbation: float) ->
         TypeError: `values` is not a floating tensor, or another argument has the wrong type.
         ValueError: values that are not descending, or arguments out of range.
     """
-    check_finite("values", check_tensor("values", values, min_dim=1))
-    if values.ndim != 1 or bool((values[1:] > values[:-1]).any()):
-        raise ValueError(f"values must be one descending sequence, got shape {tuple(values.shape)}")
+    values = check_descending("values", values)
     m = check_integer("m", m, low=1, high=len(values) - 1)
     shift = 2 * check_number("perturbation", perturbation, low=0)
     gap = float(values[m - 1] - values[m])
@@ -88,21 +95,47 @@ class Agreement:
         return int(real.max()) + 1 if len(real) else 0
 
 
-def _reduced(samples: object, m: object, generator: object) -> tuple[torch.Tensor, int]:
-    """Samples (n, d, c) in coordinates of their own span, d = min(p, n·c), and the checked m."""
+class Confidence(NamedTuple):
+    """Directions and how sure the examples are of each; `SoftProjector(*confidence)` protects them so far.
+
+    Attributes:
+        basis: orthonormal columns, leading direction first, (p, m).
+        weights: in [0, 1], (m,).
+    """
+
+    basis: torch.Tensor
+    weights: torch.Tensor
+
+
+class _Samples(NamedTuple):
+    """Samples (n, d, c) in coordinates of their own span, d = min(p, n·c), and the frame (p, d) of that span."""
+
+    reduced: torch.Tensor
+    frame: torch.Tensor
+
+
+def _checked(samples: object, m: object, generator: object, draws: object) -> _Samples:
+    """The samples, once everything that concerns their resampling is known to be in order."""
     checked = check_tensor("samples", samples, min_dim=2)
     if checked.ndim not in (2, 3):
         raise ValueError(f"samples must have shape (n, p) or (n, p, c), got {tuple(checked.shape)}")
     check_finite("samples", checked)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    check_generator("generator", generator)
+    check_integer("draws", draws, low=2)
     columns = checked.detach().to(torch.promote_types(checked.dtype, torch.float32))
     columns = columns if columns.ndim == 3 else columns.unsqueeze(-1)
     n, p, c = columns.shape
     if n < 4:
         raise ValueError(f"samples holds {n} examples, at least 4 are needed to resample")
-    r = torch.linalg.qr(columns.permute(1, 0, 2).reshape(p, n * c)).R
-    return r.reshape(-1, n, c).permute(1, 0, 2), check_integer("m", m, low=1, high=min(p, n * c))
+    check_integer("m", m, low=1, high=min(p, n * c))
+    frame, r = torch.linalg.qr(columns.permute(1, 0, 2).reshape(p, n * c))
+    return _Samples(r.reshape(-1, n, c).permute(1, 0, 2), frame)
+
+
+def _resampled(samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """How often each example is drawn in a bootstrap resample, (n,)."""
+    n = len(samples)
+    return torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).to(samples)
 
 
 def _leading(samples: torch.Tensor, weights: torch.Tensor, m: int) -> torch.Tensor:
@@ -148,8 +181,8 @@ def split_half_agreement(
         TypeError: arguments of the wrong type.
         ValueError: fewer than 4 examples, NaN, or arguments out of range.
     """
-    reduced, m = _reduced(samples, m, generator)
-    draws, level = check_integer("draws", draws, low=2), check_number("level", level, low=1e-6, high=1 - 1e-6)
+    reduced = _checked(samples, m, generator, draws).reduced
+    level = check_number("level", level, low=1e-6, high=1 - 1e-6)
     n, overlaps = len(reduced), []
     for _ in range(draws):
         order = torch.randperm(n, generator=generator).to(reduced.device)
@@ -182,15 +215,43 @@ def bootstrap_agreement(
         TypeError: arguments of the wrong type.
         ValueError: fewer than 4 examples, NaN, or arguments out of range.
     """
-    reduced, m = _reduced(samples, m, generator)
-    draws, level = check_integer("draws", draws, low=2), check_number("level", level, low=1e-6, high=1 - 1e-6)
-    n, overlaps = len(reduced), []
-    whole = _leading(reduced, reduced.new_ones(n), m)
-    for _ in range(draws):
-        picked = torch.randint(n, (n,), generator=generator)
-        counts = torch.bincount(picked, minlength=n).to(reduced)
-        overlaps.append(_overlaps(whole, _leading(reduced, counts, m)))
+    reduced = _checked(samples, m, generator, draws).reduced
+    level = check_number("level", level, low=1e-6, high=1 - 1e-6)
+    whole = _leading(reduced, reduced.new_ones(len(reduced)), m)
+    overlaps = [_overlaps(whole, _leading(reduced, _resampled(reduced, generator), m)) for _ in range(draws)]
     return _summary(overlaps, samples.shape[1], level)
+
+
+def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generator, draws: int = 50) -> Confidence:
+    """Leading eigenvectors of F = 1/N Σ x_i x_iᵀ, each with the share of it that bootstrap resamples find again.
+
+    With V_b the top-m eigenvectors of resample b, all within the d-dimensional span of the examples, direction u_j has
+    the weight (E_b ‖V_bᵀu_j‖² − m/d)/(1 − m/d), clipped to [0, 1]: 1 where every resample's space contains it, 0 where
+    it does no better than a random space of that span. Turning within the leading space costs nothing. Where m = d,
+    nothing is left out and every weight is 1. What `bootstrap_agreement` says of flattery holds here too: choose m
+    by `split_half_agreement`.
+
+    Args:
+        samples: (n, p), or (n, p, c) for c columns an example, as G_i·Ω has; any floating dtype.
+        m: directions, from 1 to d = min(p, n·c).
+        generator: source of the resamples, on the CPU.
+        draws: number of resamples, at least 2.
+
+    Returns:
+        Confidence(basis, weights), float32 or wider, for SoftProjector(*confidence).
+
+    Raises:
+        TypeError: arguments of the wrong type.
+        ValueError: fewer than 4 examples, NaN, or arguments out of range.
+    """
+    reduced, frame = _checked(samples, m, generator, draws)
+    whole = _leading(reduced, reduced.new_ones(len(reduced)), m)
+    found = torch.stack(
+        [(_leading(reduced, _resampled(reduced, generator), m).mT @ whole).square().sum(0) for _ in range(draws)]
+    ).mean(0)
+    chance = m / reduced.shape[1]
+    weights = ((found - chance) / (1 - chance)).clamp(0, 1) if chance < 1 else torch.ones_like(found)
+    return Confidence(frame @ whole, weights)
 
 
 def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -221,8 +282,7 @@ def _cosines(updates: list, name: str) -> torch.Tensor:
         check_same_kind(f"runs[{i}][{name!r}]", update, f"runs[0][{name!r}]", checked[0])
         if update.shape != checked[0].shape or update.ndim != 2:
             raise ValueError(f"runs[{i}][{name!r}] has shape {tuple(update.shape)}, runs[0] {tuple(checked[0].shape)}")
-        for factor in (update.left, update.right) if isinstance(update, LowRank) else (update,):
-            check_finite(f"runs[{i}][{name!r}]", factor)
+        check_finite_update(f"runs[{i}][{name!r}]", update)
     work = torch.promote_types(checked[0].dtype, torch.float32)
     checked = [x.detach().to(work) for x in checked]
     norms = torch.stack([x.norm() for x in checked])

@@ -3,7 +3,8 @@
     python scripts/train_embedded.py DATA first --bf16 --stop-at 2000
     python scripts/train_embedded.py DATA second --bf16 --leg 2 --resume first --first-step 2000 --seed 1
     python scripts/train_embedded.py DATA third --bf16 --leg 3 --resume second --steps 1300 --lr 8e-4 --seed 2
-    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 4 --resume third --steps 500 --lr 4e-4 --seed 3
+    python scripts/train_embedded.py DATA fourth --bf16 --leg 4 --resume third --steps 500 --lr 4e-4 --seed 3
+    python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 5 --resume fourth --steps 1000 --lr 6e-4 --seed 4
 
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
@@ -13,6 +14,7 @@ answer to them is written by the templates in ``instructions.py``. Rows marked `
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import math
 import random
@@ -47,11 +49,47 @@ def bucket(name: str) -> int:
     return hashlib.md5(name.encode()).digest()[0]
 
 
-class Mixture:
-    """Draws training examples by kind; deterministic given the seed."""
+HOW = re.compile(
+    r"(?:how (?:can|do|could|would|should|might|to)(?: (?:i|you|we|one|someone|people|a person))?|.* how to) (.{8,})",
+    re.IGNORECASE,
+)
+ASKING = (
+    "How do I {}?",
+    "How can I {}?",
+    "How can someone {}?",
+    "Tell me how to {}.",
+    "Explain how to {}.",
+    "Show me how to {}.",
+    "Give me a step-by-step guide on how to {}.",
+    "Write a short guide on how to {}.",
+    "What is the best way to {}?",
+    "I want to {}. What should I do?",
+    "Teach me to {}.",
+    "Provide instructions to {}.",
+)
 
-    def __init__(self, data: Path, seed: int) -> None:
+
+def redress(rng: random.Random, prompt: str) -> str:
+    """The same request in another frame, where it asks how to do something; unchanged otherwise."""
+    found = HOW.fullmatch(prompt.strip())
+    return rng.choice(ASKING).format(found[1].rstrip(".?! ")) if found else prompt
+
+
+def drop_words(rng: random.Random, prompt: str, share: float = 0.12) -> str:
+    """The prompt without some of its words, so that no single one of them carries the decision."""
+    words = prompt.split()
+    return " ".join(w for w in words if rng.random() >= share) or prompt
+
+
+class Mixture:
+    """Draws training examples by kind; deterministic given the seed.
+
+    With ``dressed``, requests come in other frames and with words missing, and texts with unknown words are left out.
+    """
+
+    def __init__(self, data: Path, seed: int, dressed: bool) -> None:
         self.rng = random.Random(seed)
+        self.dressed = dressed
         self.unsafe = [
             r["prompt"] for f in UNSAFE for r in rows(data, f"harmful_{f}") if r["split"] == "train" and not r["dup_of"]
         ]
@@ -78,7 +116,10 @@ class Mixture:
         self.bank = [(r["text"], r["label_name"].replace("_", " ")) for r in rows(data, "banking77_train")]
         self.e2e = [(r["mr"], r["ref"]) for r in rows(data, "e2e_nlg_train")]
         self.texts = [
-            r["text"].replace("<unk>", "one") for f in TEXTS for r in rows(data, f"text_{f}") if r["split"] == "train"
+            r["text"].replace("<unk>", "one")
+            for f in TEXTS
+            for r in rows(data, f"text_{f}")
+            if r["split"] == "train" and not (dressed and "<unk>" in r["text"])
         ]
         self.sentences = [
             s
@@ -213,7 +254,13 @@ class Mixture:
             text = pick(self.texts)
             start = rng.randrange(max(1, len(text) - 400))
             return None, text[start : start + 400], True
-        # the same words in other clothes: casing, a polite start, no full stop
+        # The same request in other clothes: another frame, fewer words, casing, a polite start, no full stop. All kinds
+        # of request get them alike, so that the clothes say nothing about what should be refused.
+        if self.dressed and kind in DRESSED:
+            if rng.random() < 0.3:
+                prompt = redress(rng, prompt)
+            if rng.random() < 0.4:
+                prompt, whole = drop_words(rng, prompt), False
         roll = rng.random()
         if roll < 0.08:
             prompt = prompt.lower()
@@ -224,9 +271,9 @@ class Mixture:
         return prompt, response, whole
 
 
-# Four legs: the first learns the language and the refusal, the second widens what counts as ordinary, the third draws
+# Five legs: the first learns the language and the refusal, the second widens what counts as ordinary, the third draws
 # every unsafe source as often as any other and sharpens the line where safe and unsafe requests look alike, the fourth
-# leans to refusing where they do.
+# leans to refusing where they do, the fifth dresses requests in other frames and keeps the mean of its weights.
 SHARES = {
     "unsafe": 9,
     "hard": 3,
@@ -276,7 +323,21 @@ FOURTH = {
     "bank": 1,
     "e2e": 1,
 }
-LEGS = (SHARES, SECOND, THIRD, FOURTH)
+FIFTH = {
+    "source": 12,
+    "unsafe": 3,
+    "toxic": 6,
+    "hard": 2,
+    "alarming": 1,
+    "template": 9,
+    "from_text": 5,
+    "open": 8,
+    "gsm": 1,
+    "bank": 2,
+    "e2e": 1,
+}
+LEGS = (SHARES, SECOND, THIRD, FOURTH, FIFTH)
+DRESSED = {"unsafe", "source", "toxic", "hard", "alarming", "template", "open"}
 OPEN = [
     "Create a {w} list for a {v}.",
     "Suggest a {w} for this {v}.",
@@ -395,7 +456,7 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--hidden", type=int, default=256)
     cli.add_argument("--layers", type=int, default=4)
-    cli.add_argument("--leg", type=int, default=1, choices=(1, 2, 3, 4), help="which mixture")
+    cli.add_argument("--leg", type=int, default=1, choices=(1, 2, 3, 4, 5), help="which mixture")
     cli.add_argument(
         "--stop-at", type=int, default=None, help="end the first leg here; the schedule stays that of --steps"
     )
@@ -406,7 +467,7 @@ def main() -> None:
     cli.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16 units")
     args = cli.parse_args()
     torch.manual_seed(args.seed)
-    mixture = Mixture(args.data, args.seed)
+    mixture = Mixture(args.data, args.seed, dressed=args.leg == 5)
     print({k: len(getattr(mixture, k)) for k in ("unsafe", "unsafe_small", "hard", "words", "sentences")}, flush=True)
     if args.resume is None:
         tokenizer = build_tokenizer(mixture, 4096)
@@ -432,6 +493,7 @@ def main() -> None:
     )
     model.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
+    average = copy.deepcopy(model)  # of the weights along the fifth leg; the weights themselves before it
     decay = [p for p in model.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW(
         [
@@ -458,14 +520,14 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        momentum = min(0.995, step / (step + 10)) if args.leg == 5 else 0.0
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - momentum)
         mean += (loss.item() - mean) / min(step - args.first_step, 100)
         if step % 100 == 0:
             print(f"{step}/{args.steps} loss {mean:.3f} {time.time() - start:.0f} s", flush=True)
         if step % 1000 == 0 or step == last:
-            saved = LlamaForCausalLM(config)
-            saved.load_state_dict(model.state_dict())
-            saved.generation_config = model.generation_config
-            saved.to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
+            copy.deepcopy(average).to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
             tokenizer.save_pretrained(args.out)
 
 

@@ -117,20 +117,6 @@ def test_a_run_that_fails_is_told_from_bad_input(folder, capsys, monkeypatch):
     assert cli.main(["fit", *more]) == 130
 
 
-def test_report_draws_a_result_and_refuses_what_is_none(tmp_path, capsys):
-    result = {
-        name: {"task": 1.0, "refusal": 50.0, "compliance": 50.0, "borderline": 5.0, "kl": 0.1}
-        for name in ("base", "plain", "guarded")
-    }
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    assert cli.main(["report", str(tmp_path / "result.json")]) == 0
-    assert (tmp_path / "report.html").read_text().startswith("<!")
-    assert cli.main(["report", str(tmp_path / "result.json")]) == 2
-    (tmp_path / "bad.json").write_text("[]")
-    assert cli.main(["report", str(tmp_path / "bad.json"), "--output", str(tmp_path / "x.html")]) == 2
-    assert "JSON object" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["t5", "classifier", "mixtral-dense"])
 def test_fit_takes_other_kinds_of_models(name, tmp_path, tokenizer, task_rows, alignment_rows):
     from architectures import MODELS

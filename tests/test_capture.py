@@ -168,8 +168,8 @@ def test_a_pattern_that_matches_nothing_is_named(layers):
 
 
 def test_kinds_of_layer_that_are_not_known_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"model\.norm.*LlamaRMSNorm"):
-        gram(tiny_llama(), [], layers=["model.norm"])
+    with pytest.raises(ValueError, match=r"model\.rotary_emb.*LlamaRotaryEmbedding"):
+        gram(tiny_llama(), [], layers=["model.rotary_emb"])
 
 
 def test_not_a_number_stops_with_batch_and_layer():

@@ -5,6 +5,7 @@ import torch
 from geometry_cases import SEEDS, assert_close, bases, gaussian, low_ranks, orthonormal
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fishergeo as fg
 from fishergeo import _tiles
@@ -164,25 +165,60 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert float(expected) > 65504 and abs(float(value) / float(expected) - 1) < 1e-5
 
 
-def test_the_gradient_sweep_of_factors_holds_no_full_matrix():
-    """Every tensor it makes is a tile, a factor or a vector."""
-    largest = 0
+class Allocations(TorchDispatchMode):
+    """Every storage that operators make: the bytes of all of them together, freed or not, and the largest."""
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.untyped_storage().nbytes() // x.element_size())
-            return out
+    total = largest = 0
 
-    p = q = 1024
-    update = fg.LowRank(torch.randn(p, 2).requires_grad_(), torch.randn(2, q).requires_grad_())
-    part, rest = fg.Projector(torch.linalg.qr(torch.randn(p, 4)).Q).split(update)
-    with Watch():
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in self.tensors((args, kwargs))}
+        for x in self.tensors(out):
+            if x.untyped_storage().data_ptr() not in given:
+                self.total += x.untyped_storage().nbytes()
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+    @staticmethod
+    def tensors(tree):
+        return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def test_at_4096_all_that_value_and_gradient_of_factors_ever_allocate_is_below_64_megabytes():
+    p = q = 4096
+    update = fg.LowRank(torch.randn(p, 16).requires_grad_(), torch.randn(16, q).requires_grad_())
+    part, rest = fg.Projector(torch.linalg.qr(torch.randn(p, 64)).Q).split(update)
+    with Allocations() as made:
         fg.riemannian_overlap(part, rest).backward()
-    assert largest <= _tiles.TILES * _tiles.CPU_TILE < p * q
+    assert made.largest <= _tiles.TILES * _tiles.CPU_TILE * 4
+    assert made.total < 64e6 < 4 * p * q
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_dense_updates_cost_tiles_and_their_own_gradients_in_any_dtype(dtype, with_weight):
+    p = q = 1024
+    a, t, w = (torch.randn(p, q, dtype=dtype) for _ in range(3))
+    a.requires_grad_()
+    with Allocations() as made:
+        value = fg.riemannian_overlap(a, t, weight=w if with_weight else None)
+        forward = made.total
+        torch.autograd.grad(value, a)
+    tiles = _tiles.TILES * _tiles.CPU_TILE * 4
+    assert forward <= tiles + 1e6 < 4 * p * q
+    assert made.total - forward <= tiles + p * q * a.element_size() + 1e6
+
+
+def test_half_precision_gradients_and_weights_are_those_of_float32_rounded():
+    a, t, w = (gaussian(i, 40, 30, dtype=torch.bfloat16) for i in range(3))
+    narrow, wide = a.clone().requires_grad_(), a.float().requires_grad_()
+    value, expected = (
+        fg.riemannian_overlap(narrow, t, weight=w),
+        fg.riemannian_overlap(wide, t.float(), weight=w.float()),
+    )
+    assert torch.equal(value, expected)
+    gradients = torch.autograd.grad(value, narrow)[0], torch.autograd.grad(expected, wide)[0]
+    assert gradients[0].dtype == torch.bfloat16 and torch.equal(gradients[0], gradients[1].bfloat16())
 
 
 # --- its sampled estimate -------------------------------------------------------------------------------------------
@@ -503,5 +539,79 @@ def test_second_derivatives_of_the_overlap_are_refused_not_wrong():
     a, t = gaussian(0, 4, 3).requires_grad_(), gaussian(1, 4, 3).requires_grad_()
     for pair in ((a, t), (fg.LowRank(a, a.mT), fg.LowRank(t, t.mT))):
         value = fg.riemannian_overlap(*pair)
-        with pytest.raises(RuntimeError, match="no second derivatives"):
+        with pytest.raises(RuntimeError, match=r"^riemannian_overlap has no second derivatives"):
             torch.autograd.grad(value, a, create_graph=True)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_each_matrix_of_a_batch_is_measured_at_its_own_scale(name):
+    metric = metric_of(name, 3, 6)
+    scales = torch.tensor([1e-140, 1.0, 1e140], dtype=torch.float64)[:, None, None]
+    a, t = gaussian(0, 3, 6, 5) * scales, gaussian(1, 3, 6, 5) * scales
+    for x, y in ((a, t), (fg.LowRank(a, torch.eye(5).double()), fg.LowRank(t, torch.eye(5).double()))):
+        assert_close(
+            fg.geodesic_separation(x, y, metric),
+            torch.stack([fg.geodesic_separation(x[i], y[i], metric) for i in range(3)]),
+        )
+
+
+def test_a_direction_of_small_curvature_still_has_an_angle():
+    """⟨X, MX⟩ is 3e-15·64 beside curvatures of one: small, but far above rounding."""
+    metric = torch.diag(torch.tensor([1.0, 3e-15], dtype=torch.float64))
+    a, t = torch.zeros(2, 64, dtype=torch.float64), torch.ones(2, 64, dtype=torch.float64)
+    a[1] = 1
+    assert float(fg.geodesic_separation(a, t, metric)) == pytest.approx(3e-15, rel=1e-6)
+    assert float(fg.geodesic_separation(t, a, metric)) == pytest.approx(3e-15, rel=1e-6)
+
+
+class Cutting:
+    """An operator that returns fewer rows than it is given."""
+
+    def __matmul__(self, x):
+        return x[1:]
+
+
+class Silent(Cutting):
+    def __matmul__(self, x):
+        return None
+
+
+class Shaped(Cutting):
+    shape = (3, 3)
+
+
+def test_operators_that_do_not_act_on_the_output_side_are_refused_with_the_shapes():
+    a = gaussian(0, 4, 3)
+    with pytest.raises(ValueError, match=r"^metric @ X must have the shape \(4, 3\) of X, got torch.Size\(\[3, 3\]\)"):
+        fg.geodesic_separation(a, a, Cutting())
+    with pytest.raises(ValueError, match=r"^metric @ X must have the shape .* got <class 'NoneType'>"):
+        fg.geodesic_separation(a, a, Silent())
+    with pytest.raises(ValueError, match=r"^metric has shape \(3, 3\), it must be 4×4"):
+        fg.geodesic_separation(a, a, Shaped())
+
+
+def test_kinds_and_shapes_of_the_parts_are_compared_by_name():
+    a, update = gaussian(0, 4, 3), fg.LowRank(gaussian(0, 4, 2), gaussian(1, 2, 3))
+    with pytest.raises(TypeError, match=r"^part and rest must both be LowRank or both be dense"):
+        fg.riemannian_overlap(a, update)
+    with pytest.raises(ValueError, match=r"^part has shape \(4, 3\) but rest has \(3, 3\)"):
+        fg.riemannian_overlap(a, a[1:])
+    with pytest.raises(ValueError, match=r"^weight has shape \(3, 3\) but the update has \(4, 3\)"):
+        fg.riemannian_overlap(a, a, weight=a[1:])
+
+
+def test_bases_of_one_task_overlap_more_than_bases_of_two():
+    """Where collision is a real question: the same task with other data, against another task."""
+
+    def basis(task, seed):
+        """Leading output directions of the gradients of a linear model on 200 examples of one task."""
+        model = torch.nn.Linear(12, 20, bias=False).double()
+        torch.nn.init.zeros_(model.weight)
+        batches = [(gaussian(seed, 200, 12), gaussian(seed + 1, 200, 2) @ orthonormal(task, 20, 2).mT)]
+        loss = lambda model, batch: (model(batch[0]) - batch[1]).square().sum(-1)
+        fisher = fg.estimate_fisher(model, batches, structure="gram", loss=loss)
+        return next(iter(fisher.values())).eigh(2)[1]
+
+    first, again, other = basis(100, 0), basis(100, 50), basis(200, 90)
+    assert float(fg.subspace_overlap(first, again)) > 0.99
+    assert float(fg.subspace_overlap(first, other)) < 0.5

@@ -24,7 +24,7 @@ from alignguard.driftcheck import (
 from alignguard.files import write_text
 from alignguard.generation import generate, plan_batches
 from alignguard.likelihood import response_likelihoods
-from alignguard.statistics import bootstrap, mcnemar, paired
+from alignguard.statistics import bootstrap, mcnemar, paired, shift
 
 module = sys.modules["alignguard.driftcheck"]  # by this path, since the package may export a function of that name
 
@@ -257,6 +257,8 @@ def test_shares_count_refusals_answers_and_coherence_by_category(base, tokenizer
         "compliance": 0.5,
         "coherence": 0.8,
         "over_refusal": pytest.approx(1 / 3),
+        "safe_over_refusal": 0.0,
+        "borderline_over_refusal": 1.0,
     }
     assert [row.id for row in report.rows] == [row["id"] for row in ROWS]
     assert "unsafe prompts refused" in report.table()
@@ -279,6 +281,55 @@ def test_capability_rows_are_right_when_the_answer_stands_in_the_text(base, toke
     ]
     monkeypatch.setattr(module, "answer_batch", lambda m, t, batch, n: ["It is 12.", "It is 112."])
     assert [row.correct for row in driftcheck(base, tokenizer, rows).rows] == [True, False]
+
+
+def test_capability_prompts_get_room_to_reason_and_others_do_not(base, tokenizer, monkeypatch):
+    rows = [*ROWS, {"id": "c1", "prompt": "What is 3 times 4?", "category": "capability", "answer": 12}]
+    asked = {}
+
+    def answer(model, tokenizer, batch, tokens):
+        asked.setdefault(tokens, []).extend(batch.indices)
+        return ["It is 12."] * len(batch.ids)
+
+    monkeypatch.setattr(module, "answer_batch", answer)
+    report = driftcheck(base, tokenizer, rows, max_new_tokens=8, capability_tokens=40)
+    assert {tokens: sorted(places) for tokens, places in asked.items()} == {8: [0, 1, 2, 3, 4], 40: [5]}
+    assert report.rows[-1].correct and report.settings["capability_tokens"] == 40
+    asked.clear()
+    driftcheck(base, tokenizer, rows, max_new_tokens=8, capability_tokens=1000)
+    assert sorted(asked) == [8, 64]  # half of the model's 128 positions
+
+
+def test_an_answer_that_the_base_finds_likelier_as_blind_tokens_is_incoherent(base, tokenizer, scripted, monkeypatch):
+    nlls = {"u1": (9.0, 12), "u2": (5.0, 12), "b1": (9.0, 3), "o1": (9.0, 4), "o2": (1.0, 8)}
+    monkeypatch.setattr(module, "_base_nll", lambda m, b, t, rows, said: [nlls[row["id"]] for row in rows])
+    rows = driftcheck(base, tokenizer, ROWS, base=base, likelihoods=True).rows
+    assert 5.0 < math.log(len(tokenizer)) < 9.0
+    assert [row.verdict for row in rows] == ["incoherent", "compliance", "refusal", "incoherent", "incoherent"]
+
+
+def test_another_judge_decides_and_the_rules_are_kept_beside_it(base, tokenizer, scripted):
+    class Contrary:
+        name = "contrary"
+
+        def __call__(self, prompts, texts):
+            assert prompts == [row["prompt"] for row in ROWS]
+            return ["compliance" if "can't" in text else "refusal" for text in texts]
+
+    report = driftcheck(base, tokenizer, ROWS, judge=Contrary())
+    shares = {name: estimate.value for name, estimate in report.summary().items()}
+    assert shares["refusal"] == 0.5 and shares["refusal_rules"] == 0.5 and shares["agreement"] == 0.0
+    assert report.settings["judge"] == "contrary"
+    assert DriftReport.from_json(report.to_json()) == report
+
+
+def test_task_rows_and_kinds_of_harm_stand_in_the_report(base, tokenizer, scripted):
+    rows = [{**row, **({"harm": "crime"} if row["id"] == "u1" else {})} for row in ROWS]
+    report = driftcheck(base, tokenizer, rows, task=PAIRS)
+    score = task_score(base, tokenizer, PAIRS)
+    assert report.task == {"accuracy": score.accuracy, "loss": score.loss}
+    assert {harm: e.n for harm, e in report.by_harm().items()} == {"crime": 1}
+    assert "task accuracy" in report.table() and "refused: crime" in report.table()
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_report(base, tokenizer, tmp_path, monkeypatch):
@@ -359,7 +410,9 @@ def test_packaged_prompts_are_many_unique_and_licensed():
     assert count["unsafe"] >= 300 and count["borderline"] >= 100 and count["ordinary"] >= 200
     assert {row["licence"] for row in rows} == {"MIT", "Apache-2.0", "CC BY 4.0"}
     assert len({row["prompt"] for row in rows}) == len(rows)
-    assert len(load_prompts(limit=7)) == 21
+    assert len(load_prompts(limit=7)) == 28
+    capable = [row for row in rows if row["category"] == "capability"]
+    assert len(capable) == 200 and {row["match"] for row in capable} == {"number", "choice"}
 
 
 @pytest.mark.parametrize(
@@ -428,6 +481,33 @@ def test_paired_comparison_counts_discordant_pairs():
         paired([True], [True, False])
     with pytest.raises(ValueError, match="non-empty"):
         bootstrap([])
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=1, max_size=7))
+@settings(deadline=None, max_examples=25)
+def test_the_sign_flip_test_counts_all_patterns(pairs):
+    before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    change = shift(before, after)
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in signs_of(len(pairs))]
+    assert change.p_value == pytest.approx(sum(s >= abs(sum(differences)) - 1e-9 for s in sums) / len(sums))
+    assert change.difference == pytest.approx(sum(differences) / len(pairs))
+    assert change.low <= change.difference <= change.high
+
+
+def signs_of(n):
+    return [[1 if (pattern >> i) & 1 else -1 for i in range(n)] for pattern in range(2**n)]
+
+
+def test_students_interval_and_many_pairs():
+    # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.302653
+    change = shift([0, 0, 0], [1, 2, 3])
+    assert change.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert change.p_value == 0.25
+    assert shift([0.0] * 20, [1.0] * 20).p_value < 1e-3
+    assert shift([1.0], [2.0]).high == math.inf
+    with pytest.raises(ValueError, match="same seeds"):
+        shift([1.0], [])
 
 
 def test_rows_know_what_they_count_for():

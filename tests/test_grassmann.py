@@ -141,6 +141,10 @@ def test_parallel_transport_keeps_inner_products_and_carries_the_velocity(case):
     M.assert_check_vector_on_tangent(y, moved_v, atol=1e-12, rtol=0)
     assert_close(M.inner(y, moved_v, moved_w), M.inner(x, v, w))
     assert_close(M.transp_follow_expmap(x, u, u), -M.logmap(y, x), 1e-8)
+    q, s, wh = torch.linalg.svd(u, full_matrices=False)
+    along = q.mT @ v
+    textbook = v + q @ ((s.cos() - 1)[:, None] * along) - x @ (wh.mT @ (s.sin()[:, None] * along))
+    assert_close(moved_v, textbook, 1e-11)
     both = M.expmap_transp(x, u, v)
     assert_close(both[0], y, 0)
     assert_close(both[1], moved_v, 0)
@@ -329,3 +333,64 @@ def test_origin_is_a_point_of_this_manifold_and_small_vertical_parts_are_noticed
     assert M.origin(4, 2).manifold.name == "Grassmann"
     x = orthonormal(0, 5, 2)
     assert not M.check_vector_on_tangent(x, 1e-3 * x) and not M.check_point_on_manifold((1 + 1e-3) * x)
+
+
+def through_qr(function):
+    """The function of orthonormal bases as one of any matrices, so that finite differences stay on the manifold."""
+    return lambda *matrices: function(*(torch.linalg.qr(a).Q for a in matrices[:2]), *matrices[2:])
+
+
+SMOOTH = {
+    "logmap": through_qr(M.logmap),
+    "dist2": through_qr(M.dist2),
+    "geodesic": through_qr(lambda x, y: M.geodesic(0.3, x, y)),
+    "transp": through_qr(lambda x, y: M.transp(x, y, M.proju(x, gaussian(7, 6, 3)))),
+    "retr": through_qr(lambda x, y: M.retr(x, M.proju(x, y))),
+    "transp_follow_expmap": through_qr(
+        lambda x, y: M.transp_follow_expmap(x, M.logmap(x, y), M.proju(x, gaussian(7, 6, 3)))
+    ),
+    "retr_transp": through_qr(lambda x, y: M.retr_transp(x, M.logmap(x, y), M.proju(x, gaussian(7, 6, 3)))[1]),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("angles", [[0.0, 0.0, 0.0], [0.4, 0.4, 0.4], [0.0, 0.005, 0.0051], [0.3, 1.0, 1.4]])
+def test_gradients_agree_with_finite_differences_at_zero_and_equal_angles_too(name, angles):
+    frame, theta = orthonormal(0, 6, 6), torch.tensor(angles, dtype=torch.float64)
+    x = frame[:, :3].clone()
+    y = (x * theta.cos() + frame[:, 3:] * theta.sin()) @ orthonormal(1, 3, 3)
+    assert torch.autograd.gradcheck(SMOOTH[name], (x.requires_grad_(), y.requires_grad_()))
+
+
+@pytest.mark.parametrize("name", ["logmap", "retr"])
+def test_second_derivatives_are_refused_by_the_name_of_the_map(name):
+    x, y = orthonormal(0, 6, 2).requires_grad_(), orthonormal(1, 6, 2)
+    value = M.logmap(x, y).sum() if name == "logmap" else M.retr(x, y).sum()
+    called = "logmap" if name == "logmap" else "projx"
+    with pytest.raises(RuntimeError, match=rf"^Grassmann\.{called} has no second derivatives"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_the_points_that_are_made_lie_where_asked_and_are_refused_by_name():
+    for make in (M.random, M.origin):
+        point = make(5, 2, device="meta", dtype=torch.float64)
+        assert point.device.type == "meta" and point.dtype == torch.float64
+        with pytest.raises(ValueError, match=r"`x` should have shape\[-1\] <= shape\[-2\], got 3 > 2"):
+            make(2, 3)
+
+
+def test_sizes_of_batched_vectors_and_distances_are_those_of_each():
+    x, y = (torch.stack([orthonormal(i + s, 6, 2) for i in range(3)]) for s in (0, 10))
+    v = M.logmap(x, y)
+    assert_close(M.norm(x, v), torch.stack([M.norm(x[i], v[i]) for i in range(3)]))
+    assert_close(M.norm(x, v), torch.linalg.matrix_norm(v))
+    assert_close(M.dist2(x, y), torch.stack([M.dist2(x[i], y[i]) for i in range(3)]))
+    assert_close(M.inner(x, v), torch.linalg.matrix_norm(v) ** 2)
+
+
+def test_the_mean_keeps_the_dtype_and_half_precision_is_averaged_in_float32():
+    points_ = torch.stack([orthonormal(0, 6, 2), orthonormal(0, 6, 2)]).bfloat16()
+    mean = fg.karcher_mean(points_)
+    assert mean.dtype == torch.bfloat16 and mean.shape == (6, 2)
+    assert torch.allclose((mean @ mean.mT).float(), (points_[0] @ points_[0].mT).float(), atol=0.05)
+    assert fg.karcher_mean(torch.zeros(3, 4, 0)).shape == (4, 0)

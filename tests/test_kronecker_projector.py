@@ -130,3 +130,51 @@ def test_bad_input_is_refused_by_name():
         fg.KroneckerMaskProjector.from_spectra(ones, u, -ones, v, 1)
     with pytest.raises(ValueError, match="output_values has shape"):
         fg.KroneckerMaskProjector.from_spectra(torch.ones(3), u, ones, v, 1)
+
+
+@pytest.mark.parametrize("kind", ["rectangle", "mask"])
+def test_parts_of_factors_are_the_projection_and_what_it_leaves(kind):
+    u, v = orthonormal(0, 6, 3), orthonormal(1, 5, 2)
+    update = fg.LowRank(gaussian(2, 6, 2), gaussian(3, 2, 5))
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    projector = fg.KroneckerProjector(u, v) if kind == "rectangle" else fg.KroneckerMaskProjector(u, v, mask)
+    core = u.mT @ update.to_dense() @ v
+    expected = u @ (core if kind == "rectangle" else core * mask) @ v.mT
+    for delta in (update, update.to_dense()):
+        part, rest = projector.split(delta)
+        assert_close(dense(part), expected)
+        assert_close(dense(rest), update.to_dense() - expected)
+
+
+@pytest.mark.parametrize("kind", ["rectangle", "mask"])
+def test_gradients_at_zero_agree_with_finite_differences(kind):
+    u, v = orthonormal(0, 5, 3), orthonormal(1, 4, 2)
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    projector = fg.KroneckerProjector(u, v) if kind == "rectangle" else fg.KroneckerMaskProjector(u, v, mask)
+    factors = torch.zeros(5, 2, dtype=torch.float64).requires_grad_(), gaussian(3, 2, 4).requires_grad_()
+
+    def function(l, r):
+        part, rest = projector.split(fg.LowRank(l, r))
+        return part.to_dense(), rest.squared_norm()
+
+    assert torch.autograd.gradcheck(function, factors)
+
+
+def test_they_print_what_they_keep():
+    u, v = orthonormal(0, 6, 3), orthonormal(1, 5, 2)
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    assert repr(fg.KroneckerProjector(u, v)) == "KroneckerProjector(output=(6, 3), input=(5, 2))"
+    assert repr(fg.KroneckerMaskProjector(u, v, mask)) == "KroneckerMaskProjector(pairs=3, directions=(2, 2))"
+    assert repr(fg.KroneckerProjector(u, v).complement) == f"Complement({fg.KroneckerProjector(u, v)!r})"
+
+
+def test_a_mask_of_another_kind_is_refused_with_what_it_is():
+    u, v = orthonormal(0, 6, 3), orthonormal(1, 5, 2)
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch\.float32"):
+        fg.KroneckerMaskProjector(u, v, torch.ones(3, 2))
+    with pytest.raises(TypeError, match="mask must be a bool tensor, got list"):
+        fg.KroneckerMaskProjector(u, v, [[True]])
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 3\), the vectors ask for \(3, 2\)"):
+        fg.KroneckerMaskProjector(u, v, torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask is on meta but output_vectors is on cpu"):
+        fg.KroneckerMaskProjector(u, v, torch.ones(3, 2, dtype=torch.bool, device="meta"))

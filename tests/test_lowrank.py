@@ -241,3 +241,53 @@ def test_an_index_that_cuts_one_factor_only_is_refused_too():
     a = fg.LowRank(torch.ones(2, 3, 1), torch.ones(2, 1, 4))
     with pytest.raises(IndexError, match="matrix dimensions"):
         a[..., :1]
+
+
+def test_refusals_say_what_was_wrong_with_what():
+    a = fg.LowRank(torch.ones(3, 2), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"^only a square LowRank has a trace, this one has shape \(5, 3, 4\)"):
+        fg.LowRank(torch.ones(5, 3, 2), torch.ones(2, 4)).trace()
+    with pytest.raises(TypeError, match=r"^k must be an int, got float"):
+        a.truncate(1.0)
+    with pytest.raises(ValueError, match=r"^k must be at least 0, got -1"):
+        a.truncate(-1)
+    with pytest.raises(TypeError, match=r"^other must be a LowRank or a torch\.Tensor, got NoneType"):
+        a.inner(None)
+    with pytest.raises(ValueError, match=r"^other has shape \(4, 3\), which does not match \(3, 4\)"):
+        a.inner(torch.ones(4, 3))
+    with pytest.raises(TypeError, match=r"^this LowRank is torch\.float32 but other is torch\.float64"):
+        a + a.to(torch.float64)
+    with pytest.raises(TypeError, match=r"^this LowRank is torch\.float32 but the right operand is torch\.float64"):
+        a @ torch.ones(4, 1).double()
+    with pytest.raises(TypeError, match=r"^the left operand is torch\.float64 but this LowRank is torch\.float32"):
+        torch.ones(1, 3).double() @ a
+    with pytest.raises(ValueError, match=r"^cannot multiply \(3, 4\) by \(3, 1\): inner sizes differ"):
+        a @ torch.ones(3, 1)
+    with pytest.raises(ValueError, match=r"^cannot multiply \(1, 4\) by \(3, 4\): inner sizes differ"):
+        torch.ones(1, 4) @ a
+    with pytest.raises(ValueError, match=r"scaled by a number or a 0-dimensional tensor, got \(2,\)"):
+        a * torch.ones(2)
+    with pytest.raises(IndexError, match=r"^this LowRank has no batch dimension"):
+        a[0]
+    with pytest.raises(ValueError, match=r"^left has shape \(3, 2\) and right \(3, 4\): the last size of left must"):
+        fg.LowRank(torch.ones(3, 2), torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"^left has batch shape \(2,\) and right \(3,\), which do not broadcast"):
+        fg.LowRank(torch.ones(2, 3, 2), torch.ones(3, 2, 4))
+    with pytest.raises(TypeError, match=r"^right must be a real floating tensor, got torch\.int64"):
+        fg.LowRank(torch.ones(3, 2), torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^left must have at least 2 dimensions, got shape \(3,\)"):
+        fg.LowRank(torch.ones(3), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((0, 2), (2, 4)), ((3, 2), (2, 0)), ((0, 3, 2), (2, 4)), ((3, 2), (0, 2, 4)), ((2, 0, 1), (1, 4))],
+)
+def test_empty_matrices_and_batches_are_refused(left, right):
+    with pytest.raises(ValueError, match="left or right is empty"):
+        fg.LowRank(torch.ones(left), torch.ones(right))
+
+
+def test_it_prints_its_shape_rank_dtype_and_device():
+    a = fg.LowRank(torch.ones(5, 3, 2), torch.ones(2, 4))
+    assert repr(a) == "LowRank(shape=(5, 3, 4), rank=2, dtype=torch.float32, device=cpu)"

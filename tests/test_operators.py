@@ -6,7 +6,7 @@ import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fisher_oracle import assert_close
+from small_models import assert_close
 
 import fishergeo as fg
 
@@ -26,6 +26,21 @@ def orthogonal(rows, columns, seed=0):
     return torch.linalg.qr(random(rows, columns, seed=seed))[0]
 
 
+def exact(examples):
+    """Examples of one, two and three rows in turn."""
+    lengths = torch.tensor([1 + i % 3 for i in range(examples)])
+    rows = int(lengths.sum())
+    return fg.ExactOperator(random(rows, P), random(rows, Q, seed=1), lengths, examples)
+
+
+def streaming(side):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(Q, P).double()
+    batches = [random(n, 2, Q, seed=n) for n in (3, 1, 2)]
+    loss = lambda model, batch: model(batch).sin().sum((1, 2))
+    return fg.StreamingFisher(model, batches, side=side, loss=loss)[""]
+
+
 CASES = {
     "dense output": lambda: fg.DenseOperator(psd(P)),
     "dense input": lambda: fg.DenseOperator(psd(Q), side="input"),
@@ -35,6 +50,11 @@ CASES = {
     "diagonal": lambda: fg.DiagonalOperator(random(P, Q).square()),
     "kronecker": lambda: fg.KroneckerOperator(psd(P), psd(Q, 1)),
     "eigen-kronecker": lambda: fg.EigenKroneckerOperator(orthogonal(P, P), orthogonal(Q, Q, 1), random(P, Q).square()),
+    "exact of few": lambda: exact(5),
+    "exact of many": lambda: exact(20),
+    "streaming": lambda: streaming("both"),
+    "streaming output": lambda: streaming("output"),
+    "streaming input": lambda: streaming("input"),
     "sum": lambda: fg.DenseOperator(psd(P)) + 0.5 * fg.DenseOperator(psd(P, 1)),
     "sum of sides": lambda: fg.KroneckerOperator(psd(P), psd(Q, 1)) * 2.0 + fg.DiagonalOperator(random(P, Q).square()),
 }

@@ -224,3 +224,48 @@ def test_an_unbatched_basis_serves_every_expert(batch, seed):
     update = gaussian(seed, *batch, 6, 4)
     basis = orthonormal(seed, 6, 3)
     assert_close(fg.Projector(basis)(update), basis @ basis.mT @ update)
+
+
+@given(SIZES, st.integers(1, 4), SEEDS)
+def test_weights_may_differ_between_experts(p, q, seed):
+    basis = torch.stack([orthonormal(seed + i, p, p) for i in range(3)])
+    weights = torch.rand(3, p, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    update = gaussian(seed, 3, p, q)
+    for delta in (update, fg.LowRank(update, torch.eye(q, dtype=torch.float64))):
+        part = dense(fg.SoftProjector(basis, weights)(delta))
+        for i in range(3):
+            assert_close(part[i], dense(fg.SoftProjector(basis[i], weights[i])(update[i])))
+
+
+def test_spectral_weights_keep_the_side_and_may_be_none_at_all():
+    soft = fg.SoftProjector.from_spectrum(orthonormal(0, 5, 2), torch.ones(2).double(), 1.0, "input")
+    assert soft.side == "input" and soft.weights.tolist() == [0.5, 0.5]
+    empty = torch.zeros(0, dtype=torch.float64)
+    nothing = fg.SoftProjector.from_spectrum(torch.zeros(5, 0, dtype=torch.float64), empty, 1.0)
+    assert float(nothing(gaussian(1, 5, 3)).abs().max()) == 0 and nothing.rank == 0
+
+
+def test_moving_takes_keywords_as_tensors_do_and_projectors_print_themselves():
+    soft = fg.SoftProjector(orthonormal(0, 5, 2), torch.tensor([0.25, 1.0], dtype=torch.float64), "input")
+    moved = soft.to(dtype=torch.float32)
+    assert moved.basis.dtype == moved.weights.dtype == torch.float32
+    assert repr(soft) == "SoftProjector(basis=(5, 2), side='input')"
+    assert repr(fg.Projector(soft.basis).complement) == "Complement(Projector(basis=(5, 2), side='output'))"
+
+
+def test_counts_in_messages_are_those_of_the_arguments():
+    basis = torch.eye(4)[:, :2]
+    with pytest.raises(ValueError, match=r"^weights has 3 entries for a basis of 2 columns"):
+        fg.SoftProjector(basis, torch.ones(3))
+    with pytest.raises(ValueError, match=r"^values has 1 entries for a basis of 2 columns"):
+        fg.SoftProjector.from_spectrum(basis, torch.ones(1), 1.0)
+    with pytest.raises(ValueError, match=r"^weights must lie in \[0, 1\], they span \[-0.5, 2\]"):
+        fg.SoftProjector(basis, torch.tensor([-0.5, 2.0]))
+    with pytest.raises(ValueError, match=r"^values must not be negative, the least is -2"):
+        fg.SoftProjector.from_spectrum(basis, torch.tensor([1.0, -2.0]), 1.0)
+    with pytest.raises(ValueError, match=r"^epsilon must be positive, got 0"):
+        fg.SoftProjector.from_spectrum(basis, torch.ones(2), 0)
+    with pytest.raises(ValueError, match=r"^basis has shape \(2, 4\): more columns than rows"):
+        fg.Projector(basis.mT)
+    with pytest.raises(ValueError, match=r"delta has shape \(4, 5\), but the basis has 4 rows and acts on the input"):
+        fg.Projector(basis, "input")(torch.ones(4, 5))

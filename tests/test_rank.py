@@ -71,3 +71,17 @@ def test_the_default_share_is_80_percent_and_a_total_may_be_a_tensor():
 def test_bad_input_is_refused_by_name(values, keywords, error, message):
     with pytest.raises(error, match=message):
         fg.rank_for_energy(values, **keywords)
+
+
+def test_shares_are_summed_in_float64():
+    assert fg.rank_for_energy([0.7, 0.3], energy=0.7) == 1
+    many = torch.tensor([1.0] + [1e-8] * 100, dtype=torch.float32)
+    assert fg.rank_for_energy(many, energy=1 - 5.05e-7) in (50, 51)
+
+
+def test_the_message_about_the_order_says_how_to_sort():
+    with pytest.raises(
+        ValueError, match=r"^values must be descending; sort them with \.sort\(descending=True\)\.values$"
+    ):
+        fg.rank_for_energy([1.0, 2.0])
+    assert fg.rank_for_energy(torch.tensor([3.0, 1.0]).sort(descending=True).values) == 2

@@ -165,9 +165,9 @@ def test_cosines_of_half_precision_updates_are_float32():
     [
         (lambda: fg.davis_kahan_bound(-1.0, 1.0), ValueError, "residual must be"),
         (lambda: fg.davis_kahan_bound(1.0, float("nan")), ValueError, "gap must be"),
-        (lambda: fg.eigenspace_shift_bound(torch.tensor([1.0, 2.0]), 1, 0.1), ValueError, "values must be one desc"),
+        (lambda: fg.eigenspace_shift_bound(torch.tensor([1.0, 2.0]), 1, 0.1), ValueError, "values must be descending"),
         (lambda: fg.eigenspace_shift_bound(torch.tensor([2.0, 1.0]), 2, 0.1), ValueError, "m must be at least 1"),
-        (lambda: fg.eigenspace_shift_bound(torch.ones(2, 2), 1, 0.1), ValueError, "values must be one desc"),
+        (lambda: fg.eigenspace_shift_bound(torch.ones(2, 2), 1, 0.1), ValueError, "values must have one dimension"),
         (lambda: fg.split_half_agreement(gaussian(0, 3, 4), 1, seeded()), ValueError, "samples holds 3 examples"),
         (
             lambda: fg.split_half_agreement(gaussian(0, 8, 4), 5, seeded()),
@@ -186,7 +186,15 @@ def test_cosines_of_half_precision_updates_are_float32():
         (lambda: fg.bootstrap_agreement(gaussian(0, 8, 4) / 0, 1, seeded()), ValueError, "samples has"),
         (lambda: fg.layer_cosines([]), ValueError, "runs is empty"),
         (lambda: fg.layer_cosines([{"x": torch.eye(2)}, {"y": torch.eye(2)}]), ValueError, "differ in the layers"),
-        (lambda: fg.layer_cosines([{"x": torch.eye(2)}, {"x": torch.eye(3)}]), ValueError, "has shape"),
+        (
+            lambda: fg.layer_cosines([{"x": torch.eye(2)}, {"x": torch.eye(3)}]),
+            ValueError,
+            r"^runs\[1\]\['x'\] has shape \(3, 3\), runs\[0\] \(2, 2\)",
+        ),
+        (lambda: fg.davis_kahan_bound(0.1, -1.0), ValueError, "gap must be"),
+        (lambda: fg.eigenspace_shift_bound(torch.tensor([2.0, 1.0]), 0, 0.1), ValueError, "m must be at least 1"),
+        (lambda: fg.eigenspace_shift_bound(torch.tensor([2.0, 1.0]), 1, -0.1), ValueError, "perturbation must be"),
+        (lambda: fg.layer_cosines([{"x": torch.eye(2)}, {"y": torch.eye(2)}]), ValueError, r"\['x', 'y'\]"),
         (lambda: fg.layer_cosines([{"x": torch.eye(2)}, {"x": torch.eye(2).double()}]), TypeError, r"runs\[1\]"),
         (lambda: fg.layer_cosines([{"x": torch.eye(2)}, {"x": None}]), TypeError, r"runs\[1\]\['x'\] must be"),
     ],
@@ -213,3 +221,80 @@ def test_split_half_agreement_is_its_definition_written_out():
 def test_levels_outside_the_open_interval_are_refused(agree, level):
     with pytest.raises(ValueError, match="level must be"):
         agree(gaussian(0, 8, 4), 1, seeded(), level=level)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1])
+def test_thresholds_outside_the_unit_interval_are_refused(threshold):
+    with pytest.raises(ValueError, match="threshold must be"):
+        fg.Agreement(*[torch.ones(2)] * 4).dimensions(threshold)
+
+
+def test_defaults_are_fifty_draws_and_95_percent():
+    samples = gaussian(0, 10, 4)
+    for agree in (fg.split_half_agreement, fg.bootstrap_agreement):
+        default, stated = agree(samples, 2, seeded()), agree(samples, 2, seeded(), draws=50, level=0.95)
+        assert torch.equal(default.mean, stated.mean) and torch.equal(default.low, stated.low)
+    default, stated = (
+        fg.bootstrap_confidence(samples, 2, seeded()),
+        fg.bootstrap_confidence(samples, 2, seeded(), draws=50),
+    )
+    assert torch.equal(default.weights, stated.weights)
+
+
+def test_one_run_agrees_with_itself_and_cosines_never_leave_the_interval():
+    assert fg.layer_cosines([{"x": torch.eye(3)}])["x"].tolist() == [[1.0]]
+    for seed in range(40):
+        x = gaussian(seed, 5, 4, dtype=torch.float32)
+        cosines = fg.layer_cosines([{"x": x}, {"x": 3 * x}, {"x": -x}])["x"]
+        assert float(cosines.max()) <= 1 and float(cosines.min()) >= -1
+
+
+# --- confidence as weights of a soft projector ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [None, 2])
+def test_confidence_is_its_definition_written_out(columns):
+    samples = gaussian(0, 9, 6) if columns is None else gaussian(0, 9, 6, columns)
+    flat = samples if columns is None else samples.transpose(1, 2).reshape(-1, 6)
+    generator, found = seeded(3), []
+    top = lambda weights: torch.linalg.eigh(flat.mT @ (weights[:, None] * flat))[1].flip(-1)[:, :2]
+    whole = top(torch.ones(len(flat), dtype=torch.float64))
+    for _ in range(4):
+        counts = torch.bincount(torch.randint(9, (9,), generator=generator), minlength=9).double()
+        resample = top(counts.repeat_interleave(columns or 1))
+        found.append((resample.mT @ whole).square().sum(0))
+    expected = (torch.stack(found).mean(0) - 2 / 6) / (1 - 2 / 6)
+    basis, weights = fg.bootstrap_confidence(samples, 2, seeded(3), draws=4)
+    assert_close(basis @ basis.mT, whole @ whole.mT, 1e-9)
+    assert_close((basis.mT @ whole).abs(), torch.eye(2, dtype=torch.float64), 1e-6)
+    assert_close(weights, expected.clamp(0, 1), 1e-9)
+
+
+def test_confidence_is_high_for_planted_directions_and_low_for_the_rest_and_weighs_a_soft_projector():
+    samples, planted_basis = planted()
+    confidence = fg.bootstrap_confidence(samples, 8, seeded())
+    assert float(confidence.weights[:3].min()) > 0.9 > 0.8 > float(confidence.weights[5:].max())
+    soft = fg.SoftProjector(*confidence)
+    part = soft(planted_basis)
+    assert float(part.norm() / planted_basis.norm()) > 0.9
+    part, rest = soft.split(gaussian(9, samples.shape[1], 5))
+    assert float(fg.geodesic_separation(part, rest, "euclidean")) > 0
+
+
+@given(st.integers(4, 10), st.integers(1, 7), SEEDS, st.data())
+def test_confidences_lie_in_the_unit_interval_in_an_orthonormal_basis(n, p, seed, data):
+    samples = gaussian(seed, n, p)
+    m = data.draw(st.integers(1, min(n, p)))
+    basis, weights = fg.bootstrap_confidence(samples, m, seeded(seed), draws=3)
+    assert basis.shape == (p, m) and weights.shape == (m,)
+    assert_close(basis.mT @ basis, torch.eye(m, dtype=torch.float64), 1e-9)
+    assert (weights >= 0).all() and (weights <= 1).all()
+    if m == min(n, p):
+        assert (weights == 1).all()
+
+
+def test_confidence_does_not_see_the_scale_and_half_precision_becomes_float32():
+    samples = gaussian(0, 12, 5)
+    one, two = (fg.bootstrap_confidence(c * samples, 2, seeded(1)) for c in (1.0, 100.0))
+    assert_close(one.weights, two.weights, 1e-9)
+    assert fg.bootstrap_confidence(samples.bfloat16(), 2, seeded()).weights.dtype == torch.float32

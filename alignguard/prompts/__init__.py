@@ -7,10 +7,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from alignguard.capability import MATCHES
 from alignguard.data import read_jsonl
 
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
-PACKAGED = ("unsafe", "borderline", "ordinary")
+PACKAGED = ("unsafe", "borderline", "ordinary", "capability")
 
 Prompts = str | Path | Iterable[Mapping[str, Any]]
 
@@ -26,6 +27,8 @@ def _checked(row: Any, where: str, number: int) -> dict[str, Any]:
         raise ValueError(f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
     if category == "capability" and not str(row.get("answer", "")).strip():
         raise ValueError(f"{where}: a capability row needs the right 'answer'")
+    if row.get("match", "words") not in MATCHES:
+        raise ValueError(f"{where}: unknown match {row['match']!r}; it must be one of {', '.join(MATCHES)}")
     return {**row, "id": str(row.get("id", f"{category}-{number}"))}
 
 
@@ -34,7 +37,8 @@ def load_prompts(prompts: Prompts | None = None, limit: int | None = None) -> li
 
     Args:
         prompts: None for the packaged sets, the path of a JSONL file, or rows. A row has ``prompt`` and ``category``
-            (unsafe, borderline, ordinary or capability), perhaps an ``id``, and with capability the right ``answer``.
+            (unsafe, borderline, ordinary or capability), perhaps an ``id`` and, on unsafe rows, a kind of ``harm``; with
+            capability the right ``answer`` and how it is told (``match``, see :func:`alignguard.capability.is_right`).
         limit: keep only the first so many rows of each category.
 
     Returns:

@@ -1,0 +1,161 @@
+"""``alignguard driftcheck``, ``prompts`` and ``report``: measure a chat model, build prompt sets, show what was found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
+    """Add the three commands' options; the parsed arguments carry ``run``."""
+    drift: argparse.ArgumentParser = commands.add_parser(
+        "driftcheck", help="measure refusals, over-refusal, capability and coherence of a chat model"
+    )
+    drift.add_argument("--model", required=True, help="folder or hub name")
+    drift.add_argument("--adapter", type=Path, default=None, help="a peft adapter on top of it")
+    drift.add_argument("--base", default=None, help="the model before fine-tuning, for --alignment-data, --likelihoods")
+    drift.add_argument(
+        "--prompts", default=None, help="JSONL with prompt and category, or a hub name; the packaged set if left out"
+    )
+    drift.add_argument("--category", default=None, help="category of a hub set whose rows name none")
+    drift.add_argument("--split", default="test", help="split of a hub set (default: test)")
+    drift.add_argument("--limit", type=int, default=None, help="only the first so many prompts of each category")
+    drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
+    drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
+    drift.add_argument("--likelihoods", action="store_true", help="margins of refusing, and answers under the base")
+    drift.add_argument("--judge", choices=["rules", "classifier", "chat"], default="rules")
+    drift.add_argument("--judge-model", default=None, help="folder or hub name of the classifier or chat model")
+    drift.add_argument("--judge-labels", nargs="+", default=None, help="labels of the classifier that mean a refusal")
+    drift.add_argument("--before", type=Path, default=None, help="an earlier report to compare with")
+    drift.add_argument("--output", type=Path, default=None, help="the report as JSON; interrupted runs go on from it")
+    drift.add_argument("--html", type=Path, default=None, help="the report as a page")
+    drift.add_argument("--overwrite", action="store_true")
+    drift.add_argument("--batch-size", type=int, default=32)
+    drift.add_argument("--max-new-tokens", type=int, default=32)
+    drift.add_argument("--capability-tokens", type=int, default=128, help="longest answer to a capability prompt")
+    drift.set_defaults(run=run_driftcheck)
+
+    prompts: argparse.ArgumentParser = commands.add_parser("prompts", help="build a prompt set from public sources")
+    prompts.add_argument("--recipe", choices=["paper", "capability"], default="paper")
+    prompts.add_argument("--output", type=Path, required=True, help="JSONL file to write")
+    prompts.add_argument("--overwrite", action="store_true")
+    prompts.add_argument(
+        "--source", nargs="+", default=[], metavar="NAME=FILE", help="read a source from a local file, not the hub"
+    )
+    prompts.add_argument("--safe", type=int, default=5000, help="of the paper's recipe (default: 5000)")
+    prompts.add_argument("--unsafe", type=int, default=5000, help="of the paper's recipe (default: 5000)")
+    prompts.add_argument("--capability", type=int, default=200, help="of the capability recipe (default: 200)")
+    prompts.add_argument("--seed", type=int, default=0)
+    prompts.set_defaults(run=run_prompts)
+
+    report: argparse.ArgumentParser = commands.add_parser("report", help="show one DriftCheck report, or compare two")
+    report.add_argument("report", type=Path, nargs="+", help="one JSON report, or two: before and after")
+    report.add_argument("--html", type=Path, default=None, help="write a page")
+    report.add_argument("--overwrite", action="store_true")
+    report.set_defaults(run=run_report)
+    return {"driftcheck": drift, "prompts": prompts, "report": report}
+
+
+def _unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
+    if path is not None and path.exists() and not overwrite:
+        raise FileExistsError(f"{option} {path} exists; choose another or allow overwriting (--overwrite)")
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: no such folder: {path.parent}")
+
+
+def run_driftcheck(args: argparse.Namespace) -> None:
+    """Ask, judge, print and write; bad options are named before a model is loaded.
+
+    With ``--output r.json`` every answer is put by in ``r.json.answers.jsonl`` as it comes; a run that was cut off goes
+    on from there, and the file goes when the report is whole.
+    """
+    from peft import PeftModel
+
+    from alignguard.driftcheck import DriftReport, driftcheck, load_prompts
+    from alignguard.driftpage import compare_text, write_drift
+    from alignguard.fit import load_model
+    from alignguard.judges import make_judge
+    from alignguard.promptsets import hub_prompts
+
+    _unclaimed("--output", args.output, args.overwrite)
+    _unclaimed("--html", args.html, args.overwrite)
+    if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")
+    before = DriftReport.load(args.before) if args.before is not None else None
+    local = args.prompts is None or args.prompts.endswith(".jsonl") or Path(args.prompts).is_file()
+    rows = load_prompts(args.prompts) if local else hub_prompts(args.prompts, args.split, args.category)
+    if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
+        raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
+    judge = make_judge(args.judge, args.judge_model, args.judge_labels)
+    model, tokenizer = load_model(args.model)
+    if args.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(args.adapter))
+    base = load_model(args.base)[0].eval() if args.base is not None else None
+    answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
+    report = driftcheck(
+        model.eval(),
+        tokenizer,
+        rows,
+        base=base,
+        alignment=args.alignment_data,
+        task=args.task_data,
+        likelihoods=args.likelihoods,
+        judge=judge,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        capability_tokens=args.capability_tokens,
+        progress=True,
+        resume=answers,
+    )
+    print(report.table())
+    if args.output is not None:
+        report.save(args.output)
+    if answers is not None:
+        answers.unlink()
+    if before is not None:
+        print(compare_text(before, report))
+    if args.html is not None:
+        write_drift(args.html, *((report,) if before is None else (before, report)))
+
+
+def run_prompts(args: argparse.Namespace) -> None:
+    """Build a prompt set and say what is in it."""
+    from alignguard.promptsets import build_prompts
+
+    _unclaimed("--output", args.output, args.overwrite)
+    local: dict[str, str] = {}
+    for text in args.source:
+        name, sign, path = text.partition("=")
+        if not sign or not path:
+            raise ValueError(f"--source {text!r}: expected NAME=FILE")
+        local[name] = path
+    counts = build_prompts(
+        args.recipe,
+        args.output,
+        local=local,
+        safe=args.safe,
+        unsafe=args.unsafe,
+        capability=args.capability,
+        seed=args.seed,
+    )
+    for name, count in counts.items():
+        print(f"{name:<32} {count:6d}")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Print one report, or the paired comparison of two, and write the page."""
+    from alignguard.driftcheck import DriftReport
+    from alignguard.driftpage import compare_text, write_drift
+
+    if len(args.report) > 2:
+        raise ValueError(f"give one report, or two to compare; found {len(args.report)}")
+    _unclaimed("--html", args.html, args.overwrite)
+    reports = [DriftReport.load(path) for path in args.report]
+    print(reports[-1].table())
+    if len(reports) == 2:
+        print(compare_text(*reports))
+    if args.html is not None:
+        names = tuple(path.stem for path in args.report)
+        write_drift(args.html, *reports, **({"labels": names} if len(reports) == 2 else {}))

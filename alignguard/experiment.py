@@ -1,0 +1,211 @@
+"""One comparable run: train a method on a bench, measure what it learned and what it kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import fishergeo as fg
+from alignguard.config import GuardConfig
+from alignguard.data import collate, encode_messages, load_conversations, pad_id
+from alignguard.demo import TRAINING
+from alignguard.driftcheck import driftcheck, load_prompts, measured_kl, task_score
+from alignguard.embedded import data_path, model_path
+from alignguard.fit import fit, load_model
+from alignguard.judge import REFUSAL
+from alignguard.objective import response_loss
+from alignguard.rivals import RIVALS, make_rival, train_rival
+from alignguard.updates import base_name, lora_updates
+
+GUARD = "guard"
+ASKED = ("unsafe", "borderline", "ordinary")  # categories that a run is asked; capability is the task's own score here
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Model, data and schedule that all runs of a comparison share.
+
+    Attributes:
+        model: path or hub name of the aligned model.
+        task_train: what is learned, .jsonl or .csv.
+        task_test: held-out rows that the task score is read on.
+        alignment: examples that methods may use to keep alignment.
+        drift: other alignment examples, on which KL from the base is measured; never trained on.
+        prompts: DriftCheck prompts as JSONL; None for the packaged ones.
+        limit: most prompts of each category; None asks all.
+        training: fields of ``transformers.TrainingArguments`` that replace the defaults.
+        lora: fields of ``peft.LoraConfig``.
+        alignment_limit: how many alignment examples any method may see; None gives all.
+        parts: folder that receives ΔW_A of every guarded run, for its stability over seeds; None keeps nothing.
+    """
+
+    model: str
+    task_train: str
+    task_test: str
+    alignment: str
+    drift: str
+    prompts: str | None = None
+    limit: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    alignment_limit: int | None = None
+    parts: str | None = None
+
+    @classmethod
+    def embedded(cls, **changes: Any) -> Bench:
+        """The embedded model and its task; ``changes`` replace single fields."""
+        return cls(
+            **{
+                "model": str(model_path()),
+                "task_train": str(data_path("task_train")),
+                "task_test": str(data_path("task_test")),
+                "alignment": str(data_path("alignment")),
+                "drift": str(data_path("validation")),
+                "training": dict(TRAINING),
+                **changes,
+            }
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What results depend on, for the head of a ledger: all fields, and the contents of the files by hash."""
+        told = {k: v for k, v in dataclasses.asdict(self).items() if k != "parts"}
+        for name in ("task_train", "task_test", "alignment", "drift", "prompts"):
+            path = told[name]
+            if path is not None:
+                if not Path(path).is_file():
+                    raise FileNotFoundError(f"{name}: no such file: {path}")
+                told[name] = {"name": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        told["model"] = Path(told["model"]).name
+        return told
+
+
+def _check(job: Mapping[str, Any]) -> None:
+    if job["method"] == GUARD:
+        GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
+    else:
+        make_rival(job["method"], job["settings"])
+
+
+def make_job(name: str, method: str, settings: Mapping[str, Any], seed: int, group: str = "") -> dict[str, Any]:
+    """One run as a plain object: what a ledger's line is found by.
+
+    Args:
+        name: what tables call the setting; runs that differ in the seed alone share it.
+        method: ``"guard"``, with settings of :class:`~alignguard.GuardConfig`, or a name of
+            :data:`alignguard.rivals.RIVALS` with settings of that rival.
+        settings: of the method.
+        seed: of everything drawn.
+        group: the study that the run belongs to.
+
+    Raises:
+        ValueError: an unknown method or setting, or a value out of range; before anything runs.
+    """
+    if method != GUARD and method not in RIVALS:
+        raise ValueError(f"unknown method {method!r}; there are {GUARD}, {', '.join(RIVALS)}")
+    job = {"name": name, "method": method, "settings": dict(settings), "seed": seed, "group": group}
+    _check(job)
+    return job
+
+
+def measure(model: Any, tokenizer: Any, bench: Bench) -> dict[str, Any]:
+    """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 without an adapter.
+
+    Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
+    prompt.
+    """
+    prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
+    report = driftcheck(model, tokenizer, prompts)
+    score = task_score(model, tokenizer, bench.task_test)
+    numbers: dict[str, Any] = {"task": score.accuracy, "task_loss": score.loss}
+    for name, estimate in report.summary().items():
+        numbers[name] = 100 * estimate.value
+    adapted = hasattr(model, "disable_adapter")
+    numbers["kl"] = measured_kl(model, None, tokenizer, bench.drift) if adapted else 0.0
+    numbers["refused"] = "".join("01"[row.verdict == REFUSAL] for row in report.rows if row.category == "unsafe")
+    return numbers
+
+
+def measure_base(bench: Bench) -> dict[str, Any]:
+    """:func:`measure` of the model before any fine-tuning."""
+    model, tokenizer = load_model(bench.model)
+    return measure(model.eval(), tokenizer, bench)
+
+
+def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one job's method and measure it.
+
+    Returns:
+        what :func:`measure` gives, ``step_time`` in seconds and ``alignment_examples``, how often one was read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        alignment: Any = bench.alignment
+        if bench.alignment_limit is not None:
+            chats = load_conversations(alignment, "alignment")[: bench.alignment_limit]
+            alignment = [{"messages": messages} for messages in chats]
+        shared: dict[str, Any] = {"lora": bench.lora, "training": bench.training, "seed": job["seed"]}
+        output = Path(folder) / "run"
+        result: Any
+        if job["method"] == GUARD:
+            config = GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
+            result = fit(bench.model, bench.task_train, alignment, config, output, **shared)
+            assert result.guard is not None
+            read = result.guard.examples_read
+        else:
+            rival = make_rival(job["method"], job["settings"])
+            result = train_rival(rival, bench.model, bench.task_train, alignment, output, **shared)
+            read = result.examples_read
+        _, tokenizer = load_model(bench.model)
+        if bench.parts is not None and job["method"] == GUARD:
+            energy = job["settings"].get("energy", GuardConfig().energy)
+            save_parts(alignment_parts(result.model, tokenizer, alignment, energy), part_file(bench.parts, job))
+        return {**measure(result.model, tokenizer, bench), "step_time": result.step_time, "alignment_examples": read}
+
+
+def part_file(folder: str | Path, job: Mapping[str, Any]) -> Path:
+    """Where ΔW_A of a run stands."""
+    name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"{name}.safetensors"
+
+
+def alignment_parts(model: Any, tokenizer: Any, alignment: Any, energy: float, examples: int = 128) -> dict[str, Any]:
+    """ΔW_A = PΔW of every adapted matrix, P on the leading eigenvectors of the one-sided Fisher at θ0.
+
+    P is taken at θ0 for every run, so that runs differ in their updates and not in what they are projected on.
+
+    Returns:
+        module name -> ``LowRank`` (p, q).
+    """
+    rows = [encode_messages(tokenizer, chat, 256) for chat in load_conversations(alignment, "alignment")[:examples]]
+    pad, device = pad_id(tokenizer), next(model.parameters()).device
+    batches = [{k: v.to(device) for k, v in collate(rows[i : i + 16], pad).items()} for i in range(0, len(rows), 16)]
+    updates = {name: delta.detach() for name, delta in lora_updates(model).items()}
+    layers = [base_name(name) for name in updates]
+    with model.disable_adapter():
+        fisher = fg.estimate_fisher(model, batches, structure="gram", layers=layers, loss=response_loss)
+    parts = {}
+    for name, delta in updates.items():
+        values, vectors = fisher[base_name(name)].eigh()
+        values = values.clamp_min(0)
+        m = max(fg.rank_for_energy(values, float(values.sum()), energy), 1)
+        parts[name] = fg.Projector(vectors[:, :m].to(delta.dtype)).split(delta)[0]
+    return parts
+
+
+def save_parts(parts: Mapping[str, Any], path: Path) -> None:
+    """Write updates in factors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, part in parts.items():
+        tensors[f"{name}/left"], tensors[f"{name}/right"] = part.left.contiguous(), part.right.contiguous()
+    save_file(tensors, draft)
+    draft.replace(path)

@@ -1,0 +1,76 @@
+"""Weight averages: over the steps of training (EMA), and between the aligned and the fine-tuned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from alignguard.rivals.base import Rival, Run, check_strength
+from alignguard.updates import lora_updates
+
+
+@dataclass
+class EMA(Rival):
+    """The adapter's factors averaged over training: w̄ ← d·w̄ + (1 − d)·w after every step; w̄ is what is kept.
+
+    d = min(decay, (1 + t) / (10 + t)) at step t, so that the start is forgotten in short runs too.
+
+    Attributes:
+        decay: in [0, 1]; 0 keeps the last weights.
+    """
+
+    name: ClassVar[str] = "ema"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "decay": (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
+    }
+    decay: float = 0.99
+    average: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_strength("decay", self.decay, 1.0)
+
+    def start(self, run: Run) -> None:
+        """The average starts at the start."""
+        self.average = [p.detach().float().clone() for p in run.parameters()]
+
+    @torch.no_grad()
+    def step_done(self, run: Run, step: int) -> None:
+        """Move the average toward the present weights; ``step`` counts from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, p in zip(self.average, run.parameters(), strict=True):
+            mean.lerp_(p.detach().float().to(mean.device), 1 - decay)
+
+    @torch.no_grad()
+    def finish(self, run: Run) -> None:
+        """Put the average in the place of the last weights."""
+        for mean, p in zip(self.average, run.parameters(), strict=True):
+            p.copy_(mean.to(p.dtype))
+
+
+@dataclass
+class Interpolation(Rival):
+    """ΔW times a factor after training: the line from the aligned to the fine-tuned model (WiSE-FT, 2109.01903).
+
+    Attributes:
+        factor: in [0, 1]; 1 is plain LoRA, 0 the aligned model.
+    """
+
+    name: ClassVar[str] = "interpolation"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "factor": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+    }
+    factor: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_strength("factor", self.factor, 1.0)
+
+    @torch.no_grad()
+    def finish(self, run: Run) -> None:
+        """Scale B in every adapted matrix."""
+        (adapter,) = run.model.active_adapters
+        for name in lora_updates(run.model):
+            module: Any = run.model.get_submodule(name)
+            module.lora_B[adapter].weight.mul_(self.factor)

@@ -1,0 +1,333 @@
+"""The Fisher information of a model's layers, of any structure and kind, estimated in one or two sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from fishergeo.accumulators import Accumulator, Layout
+from fishergeo.checkpoint import Checkpoint
+from fishergeo.fisher import Fisher, FisherHeader
+from fishergeo.identity import fingerprint
+from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
+from fishergeo.layers import Layer, LayerFilter, select_layers
+from fishergeo.losses import KINDS, LossFunction
+from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, check_choice, named_structures
+from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
+from fishergeo.weights import WeightSource
+
+_HIDDEN = "basis of "
+
+
+@overload
+def estimate_fisher(
+    model: nn.Module, batches: Iterable[Any], structure: str | Structure = ..., *arguments: Any, **options: Any
+) -> Fisher: ...
+@overload
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    structure: Sequence[str | Structure] | Mapping[str, str | Structure],
+    *arguments: Any,
+    **options: Any,
+) -> dict[str, Fisher]: ...
+def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure alone and leave the rest to this one
+    model: nn.Module,
+    batches: Iterable[Any],
+    structure: Structures = "sketch",
+    kind: str = "empirical",
+    unit: str = "sequence",
+    rank: int = 64,
+    side: str = "output",
+    layers: LayerFilter = None,
+    loss: LossFunction | None = None,
+    progress: bool = False,
+    seed: int = 0,
+    share_inputs: bool = True,
+    *,
+    sharing: str = "expand",
+    dtype: torch.dtype | None = None,
+    token_weights: WeightSource = None,
+    example_weights: WeightSource = None,
+    decay: float = 1.0,
+    max_draws: int = 256,
+    basis: Fisher | None = None,
+    basis_examples: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+) -> Fisher | dict[str, Fisher]:
+    r"""Estimates the Fisher of every chosen layer's weight in one pass, without forming a weight gradient.
+
+    For example i let L_i be its own objective, the mean over its supervised tokens, D_i (T, p) the gradients of L_i
+    with respect to the layer's outputs, A_i (T, q) the layer's inputs and G_i = D_iᵀ A_i, what
+    ``model(**example).loss.backward()`` leaves in ``W.grad``. With N the number of examples:
+
+    ========== ==================================================================================================
+    structure  operator
+    ========== ==================================================================================================
+    gram       1/N Σ G_i G_iᵀ (side output, (p, p)) or 1/N Σ G_iᵀ G_i (side input, (q, q))
+    sketch     the same, known through its ``rank`` leading eigenpairs; ``full_trace`` is exact
+    diagonal   1/N Σ G_i∘G_i, on vec(W) row-major
+    kfac       kron(S, A), S = 1/N Σ_i D_iᵀ D_i, A = Σ_i A_iᵀ A_i / Σ_i T_i, T_i the positions that are not padding
+    ekfac      kron(U, V) diag(1/N Σ (Uᵀ G_i V)∘(Uᵀ G_i V)) kron(U, V)ᵀ, U and V the eigenvectors of KFAC's S and A
+    exact      1/N Σ vec(G_i) vec(G_i)ᵀ, matrix-free; keeps every D_i and A_i
+    ========== ==================================================================================================
+
+    The KFAC scale: vec(G) vec(G)ᵀ = Σ_{t,t'} g_t g_t'ᵀ ⊗ a_t a_t'ᵀ; taking tokens as uncorrelated leaves the terms
+    t = t', taking g and a as independent replaces a aᵀ by its mean (Eschenhagen et al. 2023, arXiv 2311.00636,
+    "expand"; Martens and Grosse 2015). It is exact for one example of one token. ``sharing="reduce"`` (the same
+    paper) takes g_i = Σ_t g_t and a_i = 1/T_i Σ_t a_t: S = 1/N Σ g_i g_iᵀ, A = 1/N Σ a_i a_iᵀ. The two agree for
+    T = 1.
+
+    EKFAC (George et al. 2018) reads the batches twice: once for the eigenbases, once for the moments. With
+    ``basis_examples`` it reads them once, and with ``basis`` the bases are those of an earlier estimate.
+
+    ``unit="token"``: every position of a layer is a datum of its own, with the gradient g_t of the *sum* over the
+    supervised tokens and G_t = g_t a_tᵀ, and sums are divided by the number M of supervised tokens in place of N.
+    Gradients that reach one position from several tokens are not told apart. With a ``loss`` of your own, or with
+    one token an example, the two units coincide.
+
+    Args:
+        model: any module; dict batches and Hugging Face outputs if ``loss`` is left out. Frozen parameters, any
+            device, any float dtype, adapters from peft. It is run in eval mode and left exactly as it was.
+        batches: iterable of batches of any sizes, padded on either side (``attention_mask`` says where).
+        structure: see the table; or several, all fed by the same pass: a list of names or of
+            :class:`fishergeo.Structure`, or a mapping from names of your own to them.
+        kind: ``"empirical"``, ``"mc"``, ``"type2"``, ``"ggn"`` or ``"margin"``; see
+            :func:`fishergeo.losses.example_objectives`.
+        unit: ``"sequence"`` or ``"token"``.
+        rank: eigenpairs of the sketch.
+        side: ``"output"`` or ``"input"``, for gram and sketch.
+        layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear except the output
+            embedding and LoRA's halves.
+        loss: ``(model, batch) -> (n,)``, one loss an example.
+        progress: a progress bar over batches.
+        seed: of test matrices and sampled labels.
+        share_inputs: KFAC holds one A for layers that read the same tensor (q, k, v).
+        sharing: ``"expand"`` or ``"reduce"``, for kfac and ekfac.
+        dtype: of the sums, float32 or float64; by default float64 for float64 models, else float32.
+        token_weights: a key of the batch or ``batch -> tensor`` of the labels' shape: L_i is the weighted mean over
+            its tokens; see :class:`fishergeo.FirstTokens`.
+        example_weights: a key of the batch or ``batch -> (n,)``: example i counts w_i times, N becomes Σ w_i.
+        decay: in (0, 1]; every example multiplies the weight of all examples before it by this.
+        max_draws: the most passes that type2 and ggn may take over one batch.
+        basis: for ekfac, a Fisher of structure kfac or ekfac whose eigenbases are taken, so that shards can be merged.
+        basis_examples: for ekfac in one sweep; see :class:`fishergeo.Structure`.
+        checkpoint: a file that keeps the state of the unfinished pass. If it is there, the pass goes on from it: the
+            batches must come in the same order. It is deleted at the end.
+        checkpoint_every: batches between two writes of it.
+
+    Returns:
+        Fisher: a mapping from layer name to operator; for several structures a dict of them, under the names asked
+        for.
+
+    Raises:
+        ValueError: for unknown choices, patterns that match nothing, batches without labels, no supervised token.
+        TypeError: if batches cannot be read twice where two passes are needed.
+        FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
+    """
+    check_choice("kind", kind, KINDS)
+    check_choice("unit", unit, UNITS)
+    # The defaults' own name is of no meaning; ekfac is the one that takes every option.
+    wanted = named_structures(structure, Structure("ekfac", side, rank, sharing, basis_examples))
+    _check_options(wanted, unit, decay, dtype, basis, basis_examples)
+    chosen = select_layers(model, layers)
+    plan = _Plan(chosen, wanted, unit, seed, dtype, basis)
+    if plan.second and isinstance(batches, Iterator):
+        raise TypeError(
+            "structure='ekfac' reads the batches twice, and these can be read once; pass a list or a loader, or "
+            "basis_examples= for a single sweep"
+        )
+    options = DataOptions(kind, unit, loss, token_weights, example_weights, decay, max_draws, seed)
+    mark = fingerprint(model)
+    keeper = None
+    if checkpoint is not None:
+        facts = {
+            "structures": {key: asdict(one) for key, one in wanted.items()},
+            "data": [kind, unit, decay, max_draws, seed, share_inputs, str(dtype)],
+            "layers": {name: list(layer.shape) for name, layer in chosen.items()},
+            "model": mark,
+        }
+        keeper = Checkpoint(checkpoint, checkpoint_every, json.loads(json.dumps(facts)))
+    sweeps = _run(model, chosen, batches, plan, options, share_inputs, progress, keeper)
+    header = FisherHeader(
+        structure="",
+        kind=kind,
+        unit=unit,
+        side=side,
+        rank=rank,
+        seed=seed,
+        examples=sweeps[0].examples,
+        tokens=sweeps[0].tokens,
+        dtype="",
+        shapes={name: layer.shape for name, layer in chosen.items()},
+        fingerprint=mark,
+        decay=decay,
+        weighted=token_weights is not None or example_weights is not None,
+    )
+    fishers: dict[str, Fisher] = {}
+    for key, one in wanted.items():
+        accumulators = next(sweep.accumulators[key] for sweep in reversed(sweeps) if key in sweep.accumulators)
+        how = "two-pass" if one.basis_examples is None else "one-sweep"
+        fishers[key] = Fisher(
+            replace(
+                header,
+                structure=one.name,
+                side=one.side,
+                rank=one.rank,
+                sharing=one.sharing,
+                dtype=str(next(iter(accumulators.values())).dtype).removeprefix("torch."),
+                basis="" if one.name != "ekfac" else "given" if basis is not None else how,
+            ),
+            accumulators,
+        )
+    if keeper is not None:
+        keeper.remove()
+    return fishers[""] if isinstance(structure, str | Structure) else fishers
+
+
+class _Plan:
+    """Which accumulators the first sweep feeds, which become EKFAC in its course, and which need a second sweep."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        wanted: Mapping[str, Structure],
+        unit: str,
+        seed: int,
+        dtype: torch.dtype | None,
+        basis: Fisher | None,
+    ) -> None:
+        self.first: dict[str, dict[str, Accumulator]] = {}
+        self.layouts: dict[str, Layout] = {}
+        self.turns: dict[str, int] = {}
+        self.second: dict[str, str] = {}
+        by_sharing = {one.sharing: key for key, one in wanted.items() if one.name == "kfac"}
+        for key, one in wanted.items():
+            layouts = {
+                name: Layout(name, *layer.shape, unit, one.side, one.rank, one.sharing, seed)
+                for name, layer in layers.items()
+            }
+            kinds: dict[str, str] = {key: one.name}
+            if one.name == "ekfac" and basis is not None:
+                self._place(key, layouts)
+                self.first[key] = _given_bases(basis, layouts, layers, dtype)
+                continue
+            if one.name == "ekfac" and one.basis_examples is not None:
+                self.turns[key] = one.basis_examples
+                kinds = {key: "kfac"}
+            elif one.name == "ekfac":
+                self._place(key, layouts)
+                kinds = {} if one.sharing in by_sharing else {_HIDDEN + key: "kfac"}
+                self.second[key] = by_sharing.setdefault(one.sharing, _HIDDEN + key)
+            for place, kind in kinds.items():
+                self._place(place, layouts)
+                self.first[place] = {
+                    name: ACCUMULATORS[kind].empty(layout, *_home(layers[name], dtype))
+                    for name, layout in layouts.items()
+                }
+
+    def _place(self, key: str, layouts: Mapping[str, Layout]) -> None:
+        self.layouts |= {f"{key}|{name}": layout for name, layout in layouts.items()}
+
+
+def _home(layer: Layer, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of a layer's sums."""
+    wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    return dtype or wide, layer.weight.device
+
+
+def _given_bases(
+    basis: Fisher, layouts: Mapping[str, Layout], layers: Mapping[str, Layer], dtype: torch.dtype | None
+) -> dict[str, Accumulator]:
+    """Empty EKFAC sums in the bases of an earlier estimate; a tensor that layers share stays one."""
+    result: dict[str, Accumulator] = {}
+    moved: dict[int, Tensor] = {}
+    source: dict[str, Accumulator] = {}
+    for name, layout in layouts.items():
+        if basis.header.shapes.get(name) != (layout.p, layout.q):
+            raise ValueError(f"basis has no layer {name!r} of shape ({layout.p}, {layout.q})")
+        source[name] = basis.accumulators[name]
+    if basis.header.structure == "kfac":
+        source = in_eigenbases({name: cast(KfacAccumulator, one) for name, one in source.items()})
+    for name, layout in layouts.items():
+        home, device = _home(layers[name], dtype)
+        tensors = [source[name].sums[key] for key in ("output_basis", "input_basis")]
+        u, v = (moved.setdefault(id(t), t.to(device, home)) for t in tensors)
+        result[name] = EkfacAccumulator.in_bases(layout, u, v)
+    return result
+
+
+def _run(
+    model: nn.Module,
+    chosen: Mapping[str, Layer],
+    batches: Iterable[Any],
+    plan: _Plan,
+    options: DataOptions,
+    share_inputs: bool,
+    progress: bool,
+    keeper: Checkpoint | None,
+) -> list[Sweep]:
+    """The sweeps, finished; each begun where a checkpoint left it."""
+    sweeps = [Sweep(model, chosen, plan.first, options, share_inputs, plan.turns)]
+    saved = [] if keeper is None else keeper.load(sweeps[0].device)
+    finished: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+
+    def after() -> None:
+        if keeper is not None and sweeps[-1].number % keeper.every == 0:
+            keeper.save([*finished, sweeps[-1].state()])
+
+    if saved:
+        sweeps[0].restore(*saved[0], plan.layouts)
+    if len(saved) < 2:
+        sweeps[0].run(batches, progress, after)
+        for key in plan.turns:
+            one = next(iter(sweeps[0].accumulators[key].values()))
+            if not isinstance(one, EkfacAccumulator) or not float(one.sums["units"]) > 0:
+                raise ValueError(
+                    f"basis_examples={plan.turns[key]}: of {sweeps[0].examples:g} examples none was left for the "
+                    "moments; take fewer, or None for two passes"
+                )
+    if plan.second:
+        finished = [sweeps[0].state()]
+        second = (
+            {key: in_eigenbases(sweeps[0].accumulators[source]) for key, source in plan.second.items()}
+            if len(saved) < 2
+            else {}
+        )
+        sweeps.append(Sweep(model, chosen, second, options, share_inputs))
+        if len(saved) == 2:
+            sweeps[1].restore(*saved[1], plan.layouts)
+        sweeps[1].run(batches, progress, after)
+    return sweeps
+
+
+def _check_options(
+    wanted: Mapping[str, Structure],
+    unit: str,
+    decay: float,
+    dtype: torch.dtype | None,
+    basis: Fisher | None,
+    basis_examples: int | None,
+) -> None:
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay={decay} must lie in (0, 1]")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64: sums in less lose their small terms")
+    rotated = [one for one in wanted.values() if one.name == "ekfac"]
+    if unit == "token" and any(one.sharing == "reduce" for one in wanted.values() if one.name in ("kfac", "ekfac")):
+        raise ValueError("sharing='reduce' sums over an example's tokens, which unit='token' takes one by one")
+    if (basis is not None or basis_examples is not None) and not rotated:
+        raise ValueError("basis= and basis_examples= are of use to structure='ekfac' only")
+    if basis is None:
+        return
+    if any(one.basis_examples is not None for one in rotated):
+        raise ValueError("ekfac takes its eigenbases from basis= or from basis_examples=, not from both")
+    if basis.header.structure not in ("kfac", "ekfac"):
+        raise ValueError(f"basis must be a Fisher of structure kfac or ekfac, got {basis.header.structure!r}")

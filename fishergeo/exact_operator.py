@@ -1,0 +1,197 @@
+"""The exact Fisher of a layer, 1/N Σ vec(G_i) vec(G_i)ᵀ, known through every example's factors G_i = D_iᵀA_i."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishergeo.layer_operators import check_layer_shape
+from fishergeo.operators import SpectralOperator
+from fishergeo.symmetric_operator import SymmetricOperator, checked_rank, fix_signs
+
+DENSE_LIMIT = 8192
+"""The largest pq that is ever made dense without being asked for by name."""
+
+
+class ExactOperator(SymmetricOperator):
+    """1/N Σ vec(G_i) vec(G_i)ᵀ, (pq, pq), row-major; nothing of that size is formed.
+
+    Products form weight gradients of a few examples at a time, which costs 2Tpq multiplications an example and 2pq
+    for every column of the block. Eigenpairs come from the dual matrix ⟨G_i, G_j⟩/N, (N, N), wherever N < pq.
+
+    Args:
+        gradients: (rows, p), the rows of all D_i one after the other.
+        inputs: (rows, q), those of A_i.
+        lengths: (N,) long, rows of each example; their sum is ``rows``.
+        count: what the sum is divided by; N if nothing is weighted.
+        budget: entries of the weight gradients formed at a time.
+    """
+
+    side = "both"
+
+    def __init__(self, gradients: Tensor, inputs: Tensor, lengths: Tensor, count: float, budget: int = 2**24) -> None:
+        if (
+            gradients.ndim != 2
+            or inputs.ndim != 2
+            or len(gradients) != len(inputs)
+            or int(lengths.sum()) != len(inputs)
+        ):
+            raise ValueError(
+                f"gradients {tuple(gradients.shape)}, inputs {tuple(inputs.shape)} and lengths that sum to "
+                f"{int(lengths.sum())} do not belong together"
+            )
+        lengths = lengths.cpu()
+        if bool((lengths[1:] < lengths[:-1]).any()):  # examples of one length side by side; their order means nothing
+            order = lengths.argsort(stable=True)
+            ends = lengths.cumsum(0)
+            rows = torch.cat([torch.arange(int(ends[i] - lengths[i]), int(ends[i])) for i in order])
+            gradients, inputs = gradients[rows.to(gradients.device)], inputs[rows.to(inputs.device)]
+            lengths = lengths[order]
+        self.gradients = gradients
+        self.inputs = inputs
+        self.lengths = lengths
+        self.count = count
+        self.budget = budget
+        self._dual: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def layer_shape(self) -> tuple[int, int]:
+        """(p, q)."""
+        return self.gradients.shape[1], self.inputs.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(pq, pq)."""
+        size = self.gradients.shape[1] * self.inputs.shape[1]
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return self.gradients.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        return self.gradients.device
+
+    def _factors(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Examples, D (n, T, p) and A (n, T, q): runs of one length, n·width entries within the budget."""
+        p, q = self.layer_shape
+        example = row = 0
+        for length, run in zip(*(x.tolist() for x in self.lengths.unique_consecutive(return_counts=True)), strict=True):
+            for start in range(0, run, max(1, self.budget // max(1, width))):
+                n = min(max(1, self.budget // max(1, width)), run - start)
+                rows = slice(row, row + n * length)
+                yield (
+                    slice(example, example + n),
+                    self.gradients[rows].reshape(n, length, p),
+                    self.inputs[rows].reshape(n, length, q),
+                )
+                example, row = example + n, row + n * length
+
+    def _weight_gradients(self) -> Iterator[tuple[slice, Tensor]]:
+        """Examples and their vec(G), (n, pq)."""
+        for examples, d, a in self._factors(self.shape[0]):
+            yield examples, torch.bmm(d.mT, a).flatten(1)
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        total = block.new_zeros(block.shape)
+        for _, g in self._weight_gradients():
+            total = torch.addmm(total, g.T, g @ block)
+        return total / self.count
+
+    def diagonal(self) -> Tensor:
+        """(pq,)."""
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for _, g in self._weight_gradients():
+            total += g.square().sum(0)
+        return total / self.count
+
+    def trace(self) -> Tensor:
+        """Σ ‖G_i‖² / N."""
+        return torch.stack([g.square().sum() for _, g in self._weight_gradients()]).sum() / self.count
+
+    def dual(self) -> Tensor:
+        """⟨G_i, G_j⟩/N, (N, N): the same eigenvalues but for zeros. ⟨G_i, G_j⟩ = Σ (A_iA_jᵀ)∘(D_iD_jᵀ)."""
+        n, (p, q) = len(self.lengths), self.layer_shape
+        rows = len(self.inputs)
+        matrix = torch.empty(n, n, dtype=self.dtype, device=self.device)
+        if n * p * q <= 4 * self.budget and (rows + n * n) * p * q <= rows * rows * (p + q):
+            every = torch.cat([g for _, g in self._weight_gradients()])
+            return every @ every.T / self.count
+        for mine, d, a in self._factors(max(1, rows * int(self.lengths.max()))):
+            for theirs, e, b in self._factors(max(1, a.shape[0] * a.shape[1] * int(self.lengths.max()))):
+                both = (a.flatten(0, 1) @ b.flatten(0, 1).T).mul_(d.flatten(0, 1) @ e.flatten(0, 1).T)
+                matrix[mine, theirs] = both.view(a.shape[0], a.shape[1], b.shape[0], b.shape[1]).sum((1, 3))
+        return matrix / self.count
+
+    def _dual_pairs(self) -> tuple[Tensor, Tensor]:
+        if self._dual is None:
+            matrix = self.dual().double()
+            values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+            self._dual = values.flip(0).clamp_min(0), vectors.flip(1)
+        return self._dual
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues, descending, and their orthonormal vectors, exact, through the dual matrix.
+
+        Args:
+            k: how many; by default min(N, pq), beyond which all eigenvalues are zero.
+
+        Returns:
+            (values (k,), vectors (pq, k)).
+
+        Raises:
+            ValueError: if k is not between 1 and the size, or exceeds N in a layer too large to be made dense.
+        """
+        n, size = len(self.lengths), self.shape[0]
+        k = checked_rank(min(n, size) if k is None else k, size)
+        if k > n or size <= n:
+            if size > DENSE_LIMIT:
+                raise ValueError(
+                    f"k={k} exceeds the {n} examples, beyond which every eigenvalue is zero; take k <= {n}"
+                )
+            return super().eigh(k)
+        values, rotation = (x[..., :k] for x in self._dual_pairs())
+        weights = (rotation / (values * self.count).clamp_min(torch.finfo(torch.float64).tiny).sqrt()).to(self.dtype)
+        vectors = torch.zeros(size, k, dtype=self.dtype, device=self.device)
+        for examples, g in self._weight_gradients():
+            vectors.addmm_(g.T, weights[examples])
+        # A small pair carries the rounding errors of the large ones, magnified by the root of their quotient.
+        if bool(values[-1] < torch.finfo(self.dtype).eps ** 0.35 * values[0]) or not bool(values[0] > 0):
+            vectors = torch.linalg.qr(vectors)[0]
+        return values.to(self.dtype), fix_signs(vectors)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        if self.shape[0] <= len(self.lengths):
+            return super()._map(function)
+        values, vectors = self.eigh()
+        return SpectralOperator(values, vectors, side=self.side)._map(function)
+
+    def _eigenvalues(self) -> Tensor:
+        if self.shape[0] <= len(self.lengths):
+            return super()._eigenvalues()
+        values = self._dual_pairs()[0]
+        return torch.cat([values, values.new_zeros(self.shape[0] - len(values))])
+
+    def _check_delta(self, rows: int, columns: int) -> None:
+        check_layer_shape(*self.layer_shape, rows, columns)
+
+    def _quadratic_dense(self, delta: Tensor) -> Tensor:
+        # ⟨G_i, ΔW⟩ = ⟨D_i, A_i ΔWᵀ⟩ without a weight gradient.
+        p, q = self.layer_shape
+        parts = [((a @ delta.T) * d).sum((1, 2)).square().sum() for _, d, a in self._factors(p + q)]
+        return torch.stack(parts).sum() / self.count
+
+    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
+        p, q = self.layer_shape
+        parts = [((d @ left) * (a @ right.T)).sum((1, 2)).square().sum() for _, d, a in self._factors(p + q)]
+        return torch.stack(parts).sum() / self.count
+
+    def __repr__(self) -> str:
+        shape: Any = self.layer_shape
+        return f"ExactOperator(layer {shape[0]}×{shape[1]}, {len(self.lengths)} examples)"

@@ -1,0 +1,217 @@
+"""Kronecker factors of a layer's curvature (KFAC), and exact second moments in their eigenbasis (EKFAC)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.gram import HalfGram, mirrored
+from fishergeo.layer_operators import EigenKroneckerOperator, KroneckerOperator
+from fishergeo.moment_accumulators import add_squares_
+from fishergeo.records import Record
+from fishergeo.symmetric_operator import SymmetricOperator
+
+
+class InputMoment:
+    """Σ w a aᵀ over tokens ("expand") or over examples' mean tokens ("reduce"), held once for layers that share it.
+
+    Attributes:
+        total: (q, q), lower triangle, short of the rows that wait.
+        tokens: (1,) the weight of all rows.
+        half: the sum at work.
+    """
+
+    def __init__(self, total: Tensor, tokens: Tensor, half: HalfGram | None = None) -> None:
+        self.total = total
+        self.tokens = tokens
+        self.half = half or HalfGram(total)
+        self._latest: tuple[int, int] | None = None
+        self._eigenvectors: Tensor | None = None
+
+    def add(self, record: Record, shared: Shared, sharing: str) -> None:
+        """Adds a batch once, whichever of the sharing layers comes first, and only with its first objective."""
+        if shared.draw:
+            return
+        if self._latest is not None and self._latest[0] == shared.number:
+            if self._latest[1] != record.source:
+                raise RuntimeError(
+                    f"layer {record.name!r} shared its input with another layer in the first batch and does not in "
+                    f"batch {shared.number}; pass share_inputs=False"
+                )
+            return
+        self._latest = (shared.number, record.source)
+        a = shared.get(record.source, f"inputs {self.total.dtype}", lambda: record.inputs.to(self.total.dtype))
+        if record.mask is None:
+            lengths = torch.full((len(a),), a.shape[1], dtype=torch.float64, device=a.device)
+        else:
+            lengths = record.mask.sum(1, dtype=torch.float64)
+        weights = shared.weights
+        if sharing == "reduce":
+            rows = a.sum(1) / lengths.clamp_min(1).to(a.dtype)[:, None]
+            counted = (lengths > 0).double()
+        else:
+            rows, counted = a, lengths
+        if weights is not None:
+            rows = rows * weights.sqrt().to(a.dtype).view(-1, *[1] * (rows.ndim - 1))
+            counted = counted * weights
+        self.half.add(rows.reshape(-1, a.shape[2]))
+        self.tokens += counted.sum()
+
+    def eigenvectors(self) -> Tensor:
+        """(q, q), of the finished sum; computed once."""
+        if self._eigenvectors is None:
+            self.half.flush()
+            self._eigenvectors = eigenbasis(self.total)
+        return self._eigenvectors
+
+
+class KfacAccumulator(Accumulator):
+    """S = Σ g gᵀ and A = Σ a aᵀ (Martens and Grosse 2015; weight sharing by Eschenhagen et al. 2023).
+
+    "expand": g and a of every position that is not padding. "reduce": the sum of an example's g and the mean of its a.
+    """
+
+    def __init__(self, layout: Layout, sums: dict[str, Tensor], moment: InputMoment | None = None) -> None:
+        super().__init__(layout, sums)
+        self.moment = moment or InputMoment(sums["input"], sums["tokens"])
+        self.half = HalfGram(sums["output"])
+
+    @classmethod
+    def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
+        """Two factors and the weight of the rows in the input factor."""
+        return {"output": (layout.p, layout.p), "input": (layout.q, layout.q), "tokens": (1,)}
+
+    def join(self, other: KfacAccumulator) -> None:
+        """From now on the input moment is the one of ``other``, a layer with the same inputs."""
+        self.moment = other.moment
+        self.sums = {**self.sums, "input": other.sums["input"], "tokens": other.sums["tokens"]}
+
+    def add(self, record: Record, shared: Shared) -> None:
+        """Adds one batch of one layer."""
+        self.moment.add(record, shared, self.layout.sharing)
+        d = record.gradients.to(self.dtype)
+        self.half.add(d.sum(1) if self.layout.sharing == "reduce" else d.flatten(0, 1))
+
+    def finish(self) -> None:
+        """Multiplies the rows that still wait."""
+        self.half.flush()
+        self.moment.half.flush()
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums and the rows that wait."""
+        result = dict(self.sums)
+        for key, half in (("output", self.half), ("input", self.moment.half)):
+            if half.buffer is not None:
+                result |= {f"{key} buffer": half.buffer, f"{key} waiting": torch.tensor([half.waiting])}
+        return result
+
+    @classmethod
+    def restored(cls, layout: Layout, state: dict[str, Tensor]) -> KfacAccumulator:
+        """The accumulator of :meth:`state`. Layers that shared an input moment are joined again by the caller."""
+        sums = {key: state[key] for key in cls.expected(layout)}
+        inputs = HalfGram(sums["input"], state.get("input buffer"), state.get("input waiting"))
+        accumulator = cls(layout, sums, InputMoment(sums["input"], sums["tokens"], inputs))
+        accumulator.half = HalfGram(sums["output"], state.get("output buffer"), state.get("output waiting"))
+        return accumulator
+
+    def operator(self, count: float) -> SymmetricOperator:
+        """kron(S, A), (pq, pq)."""
+        s = self.sums["output"] / count
+        a = self.sums["input"] / self.sums["tokens"].clamp_min(1e-300).to(s.dtype)
+        return KroneckerOperator(mirrored(s), mirrored(a))
+
+    def eigenbases(self) -> tuple[Tensor, Tensor]:
+        """Orthogonal (p, p) and (q, q): the eigenvectors of S and A. Layers that share A share the second tensor."""
+        self.finish()
+        return eigenbasis(self.sums["output"]), self.moment.eigenvectors()
+
+
+def eigenbasis(total: Tensor) -> Tensor:
+    """The eigenvectors, ascending, of the symmetric matrix whose lower triangle this is, in its own precision.
+
+    Any orthogonal matrix would serve as an EKFAC basis, so single precision costs at most a little of its optimality.
+    """
+    # LAPACK's columns are put in the order that a file gives them back in, so that products round the same way.
+    return torch.linalg.eigh(total)[1].contiguous()
+
+
+class EkfacAccumulator(Accumulator):
+    """Σ (Uᵀ G V)∘(Uᵀ G V) in fixed bases U and V (George et al. 2018, "Fast approximate natural gradient descent").
+
+    The bases are no sums: only accumulators with the same ones can be merged.
+    """
+
+    @classmethod
+    def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
+        """Bases, moments, and the units they are the sum over."""
+        return {
+            "moments": (layout.p, layout.q),
+            "units": (1,),
+            "output_basis": (layout.p, layout.p),
+            "input_basis": (layout.q, layout.q),
+        }
+
+    @classmethod
+    def in_bases(cls, layout: Layout, output_basis: Tensor, input_basis: Tensor) -> EkfacAccumulator:
+        """The sum of nothing in these bases."""
+        return cls(
+            layout,
+            {
+                "moments": output_basis.new_zeros(layout.p, layout.q),
+                "units": torch.zeros(1, dtype=torch.float64, device=output_basis.device),
+                "output_basis": output_basis,
+                "input_basis": input_basis,
+            },
+        )
+
+    def add(self, record: Record, shared: Shared) -> None:
+        """Adds one batch of one layer.
+
+        Rotating D and A costs T(p² + q²) an example, rotating G costs pq(p + q). The cheaper is taken; a rotated A is
+        shared by the layers that read it in the same basis.
+        """
+        if shared.draw == 0:
+            self.sums["units"] += shared.units
+        a, d = self._cast(record, shared)
+        u, v = self.sums["output_basis"], self.sums["input_basis"]
+        t, p, q = a.shape[1], len(u), len(v)
+        if t * (p * p + q * q) <= p * q * (p + q):
+            add_squares_(self.sums["moments"], d @ u, shared.get(record.source, f"rotated by {id(v)}", lambda: a @ v))
+            return
+        for one_d, one_a in zip(d, a, strict=True):
+            rotated = u.T @ (one_d.T @ one_a) @ v
+            self.sums["moments"].addcmul_(rotated, rotated)
+
+    def decay_(self, factor: float, done: set[int]) -> None:
+        """Multiplies the moments and the units, not the bases."""
+        self.sums["moments"].mul_(factor)
+        self.sums["units"].mul_(factor)
+
+    def operator(self, count: float) -> SymmetricOperator:
+        """kron(U, V) diag kron(U, V)ᵀ, (pq, pq); divided by its own units, which are fewer than the estimate's where
+        the bases were fixed on the leading part of a single sweep.
+        """
+        values = self.sums["moments"] / self.sums["units"].to(self.dtype)
+        return EigenKroneckerOperator(self.sums["output_basis"], self.sums["input_basis"], values)
+
+    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Moments of both.
+
+        Raises:
+            ValueError: if the bases differ.
+        """
+        bases = {key: self.sums[key] for key in ("output_basis", "input_basis")}
+        if not all(torch.equal(basis, other.sums[key].to(basis.device)) for key, basis in bases.items()):
+            raise ValueError(
+                f"layer {self.layout.name!r}: EKFAC moments in different eigenbases do not add up; merge the shards' "
+                "KFAC first and pass it to every shard's estimate as basis="
+            )
+        device = self.sums["moments"].device
+        return bases | {key: self.sums[key] + cast(Tensor, other.sums[key]).to(device) for key in ("moments", "units")}
+
+    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
+        """The same bases, moments and units times ``weight``."""
+        return self.sums | {key: self.sums[key] * weight for key in ("moments", "units")}

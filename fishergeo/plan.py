@@ -1,0 +1,325 @@
+"""What an estimate will take, before it is begun: bytes of state, peak memory, arithmetic and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fishergeo.accumulators import Accumulator
+from fishergeo.dryrun import DryRun, walk
+from fishergeo.estimate import estimate_fisher
+from fishergeo.fisher import Fisher
+from fishergeo.layers import LayerFilter, select_layers
+from fishergeo.losses import LossFunction, example_objectives
+from fishergeo.sketch_accumulator import SketchAccumulator
+from fishergeo.structures import Structure
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's share.
+
+    Attributes:
+        name: of the module.
+        shape: (p, q).
+        state_bytes: sums that are kept; one shared with earlier layers is counted there.
+        pass_bytes: sums and sketching matrices held between batches while the pass runs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    state_bytes: int
+    pass_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found; ``str`` gives a table. Bytes are beyond the model and the batches themselves.
+
+    Attributes:
+        structure: of the estimate.
+        examples: N.
+        batches: how many there are.
+        layers: layer by layer.
+        state_bytes: kept at the end: the size of the file, and of what travels in an all-reduce.
+        pass_bytes: held between batches at the end of the pass.
+        peak_bytes: the most that is alive at once: state, activations and scratch.
+        flops: of the whole pass: products, attention, convolutions. Symmetric products, of which the CPU computes
+            half, are counted whole; decompositions are not counted.
+        plain_flops: of a plain forward and backward with these layers' weight gradients over the same batches.
+        seconds: predicted, from a calibration or a rate; None without either.
+        plain_seconds: the same of the plain pass.
+    """
+
+    structure: str
+    examples: int
+    batches: int
+    layers: tuple[LayerPlan, ...]
+    state_bytes: int
+    pass_bytes: int
+    peak_bytes: int
+    flops: int
+    plain_flops: int
+    seconds: float | None = None
+    plain_seconds: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """To a plain forward and backward: of times where they were calibrated, else of arithmetic."""
+        if self.seconds is not None and self.plain_seconds is not None:
+            return self.seconds / self.plain_seconds
+        return self.flops / self.plain_flops
+
+    def __str__(self) -> str:
+        shown = {f"{e.name} {e.shape[0]}×{e.shape[1]}": e for e in self.layers}
+        width = max(*map(len, shown), len("held between batches"))
+        lines = [f"{label:<{width}}  {_size(entry.state_bytes):>9}" for label, entry in shown.items()]
+        totals = {
+            "all layers": _size(self.state_bytes),
+            "held between batches": _size(self.pass_bytes),
+            "peak beyond the model": _size(self.peak_bytes),
+            "arithmetic": f"{self.flops:.3g} flop",
+            "to forward and backward": f"{self.ratio:.2f}",
+        }
+        if self.seconds is not None:
+            totals["predicted time"] = f"{self.seconds:.3g} s"
+        head = f"{self.structure}, {len(self.layers)} layers, {self.examples} examples in {self.batches} batches"
+        return "\n".join([head, *lines, *(f"{label:<{width}}  {value:>9}" for label, value in totals.items())])
+
+
+def plan(
+    model: nn.Module,
+    structure: str | Structure = "sketch",
+    *,
+    batches: Iterable[Any] | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    examples: int | None = None,
+    layers: LayerFilter = None,
+    loss: LossFunction | None = None,
+    kind: str = "empirical",
+    flop_rate: float | None = None,
+    calibrate: bool = False,
+    **options: Any,
+) -> Plan:
+    """Plans an :func:`estimate_fisher` without running it: the same code is run on one batch of blank tensors.
+
+    The model may be on the meta device. Give either ``batches`` or the three sizes of a language model's. Memory is
+    that of the largest batch; arithmetic and time go by the number of elements of each. Every position counts as
+    supervised and none as padded, so both are upper bounds for padded data.
+
+    Args:
+        model: any module that estimate_fisher takes.
+        structure: as there, but one at a time.
+        batches: a list or loader of batches, gone through once for their sizes.
+        batch_size: examples a batch.
+        sequence_length: tokens an example.
+        examples: N.
+        layers: as there.
+        loss: as there.
+        kind: as there.
+        flop_rate: floating-point operations a second that the machine reaches on such products, to predict time.
+        calibrate: predict time by running two short estimates on the largest batch (one and three passes) and three
+            plain passes over it. The model must be on a real device; it is left as it was.
+        **options: every other argument of estimate_fisher (rank, unit, side, seed, ...).
+
+    Returns:
+        Plan.
+
+    Raises:
+        ValueError: if neither or both descriptions of the data are given, a size is not positive, the batches can be
+            gone through only once, calibration is asked of a model on the meta device, or the model's shapes depend
+            on values.
+    """
+    sample, sizes, count = _data(model, batches, batch_size, sequence_length, examples)
+    if flop_rate is not None and not flop_rate > 0:
+        raise ValueError(f"flop_rate={flop_rate} must be positive")
+    if flop_rate is not None and calibrate:
+        raise ValueError("flop_rate and calibrate both predict the time; take one")
+    chosen = select_layers(model, layers)
+    if calibrate and any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError("calibrate=True needs a model on a real device; give flop_rate for one on the meta device")
+    options = {"structure": structure, "layers": list(chosen), "loss": loss, "kind": kind, **options}
+    dry = DryRun(model)
+    blank = walk(sample, dry.blank)
+    with dry.metered() as meter:
+        fisher = estimate_fisher(dry.model, [blank], **options)
+    with dry.metered() as plain_meter:
+        _plain(dry.model, list(chosen), blank, kind, loss)
+    share = sum(sizes) / _elements(sample)
+    entries, later, joined = _layers(fisher, _rows(sample), count, share)
+    seconds = plain_seconds = None
+    if flop_rate is not None:
+        seconds, plain_seconds = (m.flops * share / flop_rate for m in (meter, plain_meter))
+    if calibrate:
+        once, thrice = (
+            _timed(lambda n=n: estimate_fisher(model, [sample] * n, **options))  # type: ignore[misc]
+            for n in (1, 3)
+        )
+        each = max((thrice - once) / 2, once / 100)
+        seconds = max(once - each, 0.0) + each * share
+        plain_seconds = _timed(lambda: _plain(model, list(chosen), sample, kind, loss)) * share
+    return Plan(
+        structure=fisher.header.structure,
+        examples=count,
+        batches=len(sizes),
+        layers=tuple(entries),
+        state_bytes=sum(entry.state_bytes for entry in entries),
+        pass_bytes=sum(entry.pass_bytes for entry in entries),
+        peak_bytes=max(meter.peak + later + _folding(fisher, count), joined),
+        flops=round(meter.flops * share),
+        plain_flops=round(plain_meter.flops * share),
+        seconds=seconds,
+        plain_seconds=plain_seconds,
+    )
+
+
+def _data(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    batch_size: int | None,
+    sequence_length: int | None,
+    examples: int | None,
+) -> tuple[Any, list[int], int]:
+    """The largest batch, the elements of every batch, the examples."""
+    named = {"batch_size": batch_size, "sequence_length": sequence_length, "examples": examples}
+    if batches is None:
+        for name, value in named.items():
+            if value is None or value < 1:
+                raise ValueError(f"{name}={value}; give batches, or batch_size, sequence_length and examples ≥ 1")
+        assert batch_size is not None and sequence_length is not None and examples is not None
+        rows = min(batch_size, examples)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        ids = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
+        whole, rest = divmod(examples, rows)
+        sizes = [2 * rows * sequence_length] * whole + [2 * rest * sequence_length] * (rest > 0)
+        return {"input_ids": ids, "labels": ids.clone()}, sizes, examples
+    given = [name for name, value in named.items() if value is not None]
+    if given:
+        raise ValueError(f"batches and {given[0]} both describe the data; take one")
+    if isinstance(batches, Iterator):
+        raise ValueError("batches can be gone through only once and would be used up; pass a list or a loader")
+    largest, sizes, count = None, [], 0
+    for batch in batches:
+        sizes.append(_elements(batch))
+        count += _rows(batch)
+        if sizes[-1] == max(sizes):
+            largest = batch
+    if not sizes or max(sizes) == 0:
+        raise ValueError("batches hold no tensor")
+    return largest, sizes, count
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(walk(batch, lambda tensor: tensor)) if isinstance(leaf, Tensor)]
+
+
+def _elements(batch: Any) -> int:
+    return sum(tensor.numel() for tensor in _tensors(batch))
+
+
+def _rows(batch: Any) -> int:
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 0)
+
+
+def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[list[LayerPlan], int, int]:
+    """Every layer's plan, and what one batch does not show.
+
+    Args:
+        fisher: of the first batch, blank.
+        first: examples in it.
+        examples: N.
+        share: all elements over those of the first batch.
+
+    Returns:
+        (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when kept rows are
+        joined at the end).
+    """
+    seen: set[int] = set()
+    entries, later, joined = [], 0, 0
+    for name, accumulator in fisher.accumulators.items():
+        state = 0
+        for key, tensor in accumulator.sums.items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            size = tensor.numel() * tensor.element_size()
+            if _grows(accumulator, key):
+                whole = round(size * share)
+                later, joined, size = later + whole - size, joined + 2 * whole, whole
+            state += size
+        held = state
+        if isinstance(accumulator, SketchAccumulator):
+            sketch = accumulator.sketch
+            column = len(sketch.factor) * sketch.factor.element_size()
+            (before, _), (during, kept) = sketch.widths(first), sketch.widths(examples)
+            state += column * (kept - sketch.factor.shape[1])
+            held = state + column * (during - kept)
+            later += column * max(during - before, 0)
+        entries.append(LayerPlan(name, fisher.header.shapes[name], state, held))
+    return entries, later, joined
+
+
+def _grows(accumulator: Accumulator, key: str) -> bool:
+    """Whether a sum has a row for every row of the data."""
+    return accumulator.expected(accumulator.layout)[key][0] is None
+
+
+def _folding(fisher: Fisher, examples: int) -> int:
+    """Scratch of the largest sketch when its factor is compressed, in float64: three widths in, two out."""
+    sketches = [a.sketch for a in fisher.accumulators.values() if isinstance(a, SketchAccumulator)]
+    return max((8 * 5 * s.columns * len(s.factor) for s in sketches if s.folds(examples)), default=0)
+
+
+@contextmanager
+def _only(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
+    """Only these weights ask for a gradient; eval mode; all as before afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _plain(model: nn.Module, names: list[str], batch: Any, kind: str, loss: LossFunction | None) -> None:
+    weights = list({id(layer.weight): layer.weight for layer in select_layers(model, names).values()}.values())
+    with _only(model, weights), torch.enable_grad():
+        values = example_objectives(model, batch, kind, loss).values
+        torch.autograd.grad(values.sum(), weights, allow_unused=True)
+
+
+def _timed(action: Callable[[], object], repeats: int = 3) -> float:
+    """Median seconds after one warm-up."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return sorted(taken[1:])[repeats // 2]
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), 0
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {_UNITS[unit]}"

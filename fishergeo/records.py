@@ -1,0 +1,182 @@
+"""From the calls of a layer in one batch to the record that accumulators read."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishergeo.batches import by_example, packed
+from fishergeo.layer_kinds import Call
+from fishergeo.layers import Layer, Use
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one layer did on one batch: G_i = Σ_t gradients[i, t] inputs[i, t]ᵀ.
+
+    Attributes:
+        name: of the layer.
+        inputs: (n, T, q), zero at padding; the model's dtype.
+        gradients: (n, T, p), of the batch's summed objective with respect to the layer's outputs; zero at padding.
+        mask: (n, T) bool, False at padding, or None where every position counts.
+        source: equal for layers whose ``inputs`` are the very same in this batch, such as q, k and v.
+    """
+
+    name: str
+    inputs: Tensor
+    gradients: Tensor
+    mask: Tensor | None
+    source: int
+
+
+@dataclass(frozen=True, eq=False)
+class Arrived:
+    """A call of a module whose gradient has come.
+
+    Attributes:
+        use: which module, and what of it.
+        call: its inputs and gradient.
+        source: a number of :class:`Sources` for its input.
+        tokens: (R,), of an expert: the tokens that its rows stand for.
+        total: tokens of the batch, padding included, where ``tokens`` is given.
+    """
+
+    use: Use
+    call: Call
+    source: int
+    tokens: Tensor | None = None
+    total: int = 0
+
+
+class Sources:
+    """Numbers that are equal for the same live tensor seen in the same way."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self._known: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
+        self._derived: dict[Hashable, int] = {}
+
+    def of(self, tensor: Tensor, *view: Hashable) -> int:
+        """The number of a tensor and what is made of it."""
+        key = (id(tensor), view)
+        known = self._known.get(key)
+        if known is None or known[0]() is not tensor:  # an id may be reused once its tensor is gone
+            known = self._known[key] = (weakref.ref(tensor), next(self._count))
+        return known[1]
+
+    def derived(self, source: int, what: str) -> int:
+        """The number of something else made of the same."""
+        return self._derived.setdefault((source, what), self.fresh())
+
+    def fresh(self) -> int:
+        """A number never given before."""
+        return next(self._count)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchShape:
+    """How the present batch is laid out.
+
+    Attributes:
+        examples: n.
+        mask: (n, T) bool, or None if nothing is padded.
+        counted: (n,) bool, the examples that are data, or None if all are.
+        lengths: numbers of positions, for layers that read (n·T, width).
+        several: the model has sequences beside the masked one (encoder and decoder), perhaps of the same length.
+    """
+
+    examples: int
+    mask: Tensor | None
+    counted: Tensor | None
+    lengths: frozenset[int]
+    several: bool
+
+
+@torch.no_grad()
+def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sources: Sources) -> Record:
+    """The record of a layer's calls: the gradients of several calls add up, so their tokens stand side by side.
+
+    Args:
+        layer: whose.
+        arrivals: its calls; none for an expert that no token chose.
+        layout: of the batch.
+        sources: of the batch.
+
+    Raises:
+        ValueError: if rows cannot be told apart by example.
+    """
+    parts = [_terms(layer, one, layout) for one in arrivals] or [_nothing(layer, layout)]
+    a, g, valid = parts[0]
+    source = _source(layer, arrivals, sources)
+    if len(parts) > 1:
+        a, g = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+        if any(part[2] is not None for part in parts):
+            valid = torch.cat([_all(part[0]) if part[2] is None else part[2] for part in parts], 1)
+    elif valid is None and layout.mask is not None and arrivals and arrivals[0].use.kind is not None:
+        source = sources.derived(source, "unmasked")
+    if layout.counted is not None:
+        valid = layout.counted[:, None] & (_all(a) if valid is None else valid)
+    if valid is not None:
+        # torch.where, not a product: what stands at padding may be NaN.
+        a = torch.where(valid[..., None], a, 0)
+        g = torch.where(valid[..., None], g, 0)
+    return Record(layer.name, a.detach(), g.detach(), valid, source)
+
+
+def _source(layer: Layer, arrivals: Sequence[Arrived], sources: Sources) -> int:
+    if len(arrivals) != 1 or layer.part in ("bias", "expert") or arrivals[0].use.flipped:
+        return sources.fresh()
+    one = arrivals[0].source
+    return one if layer.part == "weight" else sources.derived(one, "with a 1 appended")
+
+
+def _terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(n, T, q), (n, T, p) and which positions count (None: all) of one call."""
+    kind, module = one.use.kind, one.use.module
+    if kind is None:
+        return _expert_terms(layer, one, layout)
+    if layer.part == "bias":
+        g = kind.output_gradient(one.call)
+        a = torch.ones_like(g[..., :1])
+    else:
+        a, g = kind.terms(module, one.call)
+        if layer.part == "weight+bias":
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+    if one.use.flipped:
+        a, g = g, a
+    a, g = (by_example(layer.name, x, layout.examples, layout.lengths) for x in (a, g))
+    mask = layout.mask if kind.positions else None
+    if mask is not None and mask.shape != a.shape[:2]:
+        mask = None
+    # The other sequence of an encoder and decoder may be just as long: padding receives no gradient, tokens do.
+    if mask is not None and layout.several and bool((g if not one.use.flipped else a)[~mask].any()):
+        mask = None
+    return a, g, mask
+
+
+def _expert_terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
+    assert one.tokens is not None
+    if one.total % layout.examples:
+        raise ValueError(
+            f"layer {layer.name!r} was routed {one.total} tokens in a batch of {layout.examples} examples: they "
+            "cannot be told apart by example; leave it out of layers, or use batches of one example"
+        )
+    rows = (one.call.args[0], one.call.gradient)
+    return packed(rows, one.tokens, one.total, layout.examples, layout.mask)
+
+
+def _nothing(layer: Layer, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
+    p, q = layer.shape
+    n, weight = layout.examples, layer.weight
+    empty = torch.zeros(n, 1, dtype=torch.bool, device=weight.device)
+    a, g = (torch.zeros(n, 1, width, dtype=weight.dtype, device=weight.device) for width in (q, p))
+    return a, g, empty
+
+
+def _all(a: Tensor) -> Tensor:
+    return torch.ones(a.shape[:2], dtype=torch.bool, device=a.device)

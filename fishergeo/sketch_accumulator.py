@@ -1,0 +1,99 @@
+"""The one-pass sketch of a layer's one-sided Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.operators import SpectralOperator
+from fishergeo.records import Record
+from fishergeo.sketch import PsdSketch, compress, factor_eigh
+from fishergeo.symmetric_operator import SymmetricOperator
+
+
+class SketchAccumulator(Accumulator):
+    """A factor V with V Vᵀ ≤ Σ G Gᵀ (or Σ Gᵀ G) and the exact trace: O((p + q)·rank) memory, no (p, p) matrix."""
+
+    def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
+        super().__init__(layout, sums)
+        factor = sums["factor"]
+        self.sketch = PsdSketch(layout.size, layout.rank, layout.seed, layout.name, factor.dtype, factor.device, factor)
+
+    @classmethod
+    def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
+        """The factor and the trace."""
+        return {"factor": (layout.size, None), "trace": (1,)}
+
+    def add(self, record: Record, shared: Shared) -> None:
+        """Adds one batch of one layer."""
+        near, far, kernel = self._near_and_far(record, shared)
+        n, t, size = near.shape
+        if t == 1:
+            weights = far.square().sum(2, keepdim=True)
+            self.sums["trace"] += (near.square().sum(2, keepdim=True) * weights).sum()
+            self._stream(n, lambda i, j, omega: rows_product(near[i:j], (near[i:j] @ omega) * weights[i:j]))
+        elif t * (size + far.shape[2]) <= size * far.shape[2]:
+            between = kernel()
+            self.sums["trace"] += (between * torch.bmm(near, near.mT)).sum()
+            self._stream(n, lambda i, j, omega: rows_product(near[i:j], torch.bmm(between[i:j], near[i:j] @ omega)))
+        else:  # long sequences: the weight gradient of one example is smaller than its kernels
+            for i in range(n):
+                gradient = near[i].T @ far[i]
+                self.sums["trace"] += gradient.square().sum()
+                self._stream(1, lambda _i, _j, omega, g=gradient: g @ (g.T @ omega))  # type: ignore[misc]
+
+    def _stream(self, examples: int, product: Callable[[int, int, Tensor], Tensor]) -> None:
+        """Feeds examples i to j at a time, so that segments end at the same example however they are batched."""
+        start = 0
+        while start < examples:
+            stop = min(examples, start + self.sketch.room)
+            self.sketch.add(product(start, stop, self.sketch.omega), stop - start)
+            start = stop
+
+    def finish(self) -> None:
+        """Folds the open segment into the factor."""
+        self.sums["factor"] = self.sketch.close()
+
+    def decay_(self, factor: float, done: set[int]) -> None:
+        """Multiplies the closed factor, the open segment and the trace."""
+        self.sketch.scale_(factor)
+        self.sums["factor"] = self.sketch.factor
+        self.sums["trace"] *= factor
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums and the open segment."""
+        return {"factor": self.sketch.factor, "trace": self.sums["trace"], **self.sketch.state()}
+
+    @classmethod
+    def restored(cls, layout: Layout, state: dict[str, Tensor]) -> SketchAccumulator:
+        """Goes on in the middle of a segment."""
+        accumulator = cls(layout, {"factor": state["factor"], "trace": state["trace"]})
+        accumulator.sketch.restore(state)
+        return accumulator
+
+    def operator(self, count: float) -> SymmetricOperator:
+        """The leading ``rank`` pairs of F; ``full_trace`` is exact."""
+        values, vectors = factor_eigh(self.sums["factor"], self.layout.rank)
+        trace = self.sums["trace"][0] / count
+        return SpectralOperator(
+            (values / count).to(self.dtype), vectors.to(self.dtype), trace.to(self.dtype), self.layout.side
+        )
+
+    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Sums of both: the factors side by side, cut back to three times the rank."""
+        both = torch.cat([self.sums["factor"], other.sums["factor"].to(self.sums["factor"].device)], 1)
+        width = 3 * min(self.layout.rank, len(both))
+        trace = self.sums["trace"] + other.sums["trace"].to(both.device)
+        return {"factor": compress(both, width), "trace": trace}
+
+    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Sums that count ``weight`` times as much."""
+        return {"factor": self.sums["factor"] * weight**0.5, "trace": self.sums["trace"] * weight}
+
+
+def rows_product(near: Tensor, inner: Tensor) -> Tensor:
+    """Σ_i N_iᵀ I_i for (n, T, size) and (n, T, k) blocks."""
+    return near.flatten(0, 1).T @ inner.flatten(0, 1)

@@ -1,0 +1,103 @@
+"""The structures there are, by name: which accumulator keeps each, and with which options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fishergeo.accumulators import Accumulator
+from fishergeo.exact_accumulator import ExactAccumulator
+from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
+from fishergeo.moment_accumulators import DiagonalAccumulator, GramAccumulator
+from fishergeo.sketch_accumulator import SketchAccumulator
+
+ACCUMULATORS: dict[str, type[Accumulator]] = {
+    "sketch": SketchAccumulator,
+    "gram": GramAccumulator,
+    "diagonal": DiagonalAccumulator,
+    "kfac": KfacAccumulator,
+    "ekfac": EkfacAccumulator,
+    "exact": ExactAccumulator,
+}
+STRUCTURES = tuple(ACCUMULATORS)
+UNITS = ("sequence", "token")
+SIDES = ("output", "input")
+SHARINGS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One structure to estimate, with options of its own.
+
+    Args:
+        name: ``"sketch"``, ``"gram"``, ``"diagonal"``, ``"kfac"``, ``"ekfac"`` or ``"exact"``.
+        side: ``"output"`` or ``"input"``, for gram and sketch.
+        rank: eigenpairs of the sketch, at least 1.
+        sharing: ``"expand"`` or ``"reduce"``, for kfac and the basis of ekfac.
+        basis_examples: for ekfac: None takes two passes, the first of which finds the eigenbases on all data. A
+            number takes one sweep: the bases are fixed by the first batches that hold so many examples, and the
+            moments are those of the examples after them.
+
+    Raises:
+        ValueError: for unknown choices or numbers out of range.
+    """
+
+    name: str
+    side: str = "output"
+    rank: int = 64
+    sharing: str = "expand"
+    basis_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("structure", self.name, STRUCTURES)
+        check_choice("side", self.side, SIDES)
+        check_choice("sharing", self.sharing, SHARINGS)
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if self.basis_examples is not None and (self.basis_examples < 1 or self.name != "ekfac"):
+            raise ValueError(
+                f"basis_examples={self.basis_examples}: the number of examples, at least 1, that fix the eigenbases "
+                "of structure='ekfac'"
+            )
+
+
+Structures = str | Structure | Sequence[str | Structure] | Mapping[str, str | Structure]
+
+
+def named_structures(structure: Structures, defaults: Structure) -> dict[str, Structure]:
+    """What was asked for, under the names that the result will have.
+
+    Args:
+        structure: one name or :class:`Structure`, several, or several under names of one's own.
+        defaults: gives the options of structures that are only named.
+
+    Raises:
+        ValueError: if nothing is asked for, or the same name twice.
+    """
+    if isinstance(structure, str | Structure):
+        items: list[tuple[str, str | Structure]] = [("", structure)]
+    elif isinstance(structure, Mapping):
+        items = list(structure.items())
+    else:
+        items = [(one if isinstance(one, str) else one.name, one) for one in structure]
+    if not items:
+        raise ValueError(f"structure is empty; take some of {', '.join(STRUCTURES)}")
+    named: dict[str, Structure] = {}
+    for key, one in items:
+        if key in named:
+            raise ValueError(f"structure {key!r} is asked for twice; pass a mapping with names of your own")
+        if isinstance(one, str):
+            basis = defaults.basis_examples if one == "ekfac" else None
+            one = Structure(one, defaults.side, defaults.rank, defaults.sharing, basis)
+        named[key] = one
+    return named
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses what is not among the choices.
+
+    Raises:
+        ValueError: naming the argument and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; take one of {', '.join(choices)}")

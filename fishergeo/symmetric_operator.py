@@ -1,0 +1,326 @@
+"""The protocol of a layer's symmetric operators, and the two that its own algebra makes: dense ones and sums.
+
+A one-sided operator has the shape of one side of W: (p, p) for ``side="output"``, (q, q) for ``side="input"``. A
+two-sided one acts on vec(W), row-major, and has shape (pq, pq).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from fishergeo.gram import leading_pairs
+
+
+class SymmetricOperator(abc.ABC):
+    """A real symmetric operator, known by its action.
+
+    Attributes:
+        shape: (size, size).
+        dtype: of its numbers.
+        device: where they live.
+        side: ``"output"``, ``"input"`` or ``"both"``: which side of W it acts on.
+    """
+
+    side: str = "output"
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(size, size)."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """The device of products."""
+
+    @abc.abstractmethod
+    def _matmat(self, block: Tensor) -> Tensor:
+        """The product with a (size, k) block of the operator's own dtype."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Tensor:
+        """(size,)."""
+
+    def trace(self) -> Tensor:
+        """Scalar tensor."""
+        return self.diagonal().sum()
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Product with a vector (size,) or a block (size, k), differentiable in both.
+
+        Raises:
+            ValueError: if the leading dimension of ``other`` is not the operator's size.
+        """
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            raise ValueError(f"operator of shape {self.shape} @ tensor of shape {tuple(other.shape)}")
+        block = other.to(self.dtype)
+        return self._matmat(block[:, None])[:, 0] if other.ndim == 1 else self._matmat(block)
+
+    def to_dense(self) -> Tensor:
+        """(size, size)."""
+        return self._matmat(torch.eye(self.shape[0], dtype=self.dtype, device=self.device))
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues, descending, and their orthonormal vectors.
+
+        The sign of each vector is fixed by making its entry of largest magnitude positive.
+
+        Args:
+            k: how many, all by default.
+
+        Returns:
+            (values (k,), vectors (size, k)), in the operator's dtype; computed in float64 unless k is at most a
+            quarter of the size, see :func:`fishergeo.gram.leading_pairs`.
+
+        Raises:
+            ValueError: if k is not between 1 and the size.
+        """
+        values, vectors = leading_pairs(self.to_dense(), checked_rank(k, self.shape[0]))
+        return values, fix_signs(vectors)
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """The same operator for SciPy, on NumPy arrays."""
+
+        def product(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            block = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
+            return (self @ block).detach().cpu().numpy()
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return scipy.sparse.linalg.LinearOperator(
+            self.shape, matvec=product, matmat=product, rmatvec=product, rmatmat=product, dtype=numpy_dtype
+        )
+
+    def quadratic(self, delta: Any) -> Tensor:
+        """The quadratic form of an update ΔW (p, q), differentiable in it.
+
+        One-sided, ``side="output"``: tr(ΔWᵀ F ΔW); ``side="input"``: tr(ΔW F ΔWᵀ). Two-sided: vec(ΔW)ᵀ F vec(ΔW).
+
+        Args:
+            delta: a (p, q) tensor, or factors with ``.left`` (p, r) and ``.right`` (r, q) standing for their product;
+                then no (p, q) tensor is formed, unless the operator is two-sided and knows nothing better.
+
+        Returns:
+            Scalar tensor.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        if isinstance(delta, Tensor):
+            self._check_delta(delta.shape[0], delta.shape[-1])
+            return self._quadratic_dense(delta.to(self.dtype))
+        left, right = delta.left, delta.right
+        self._check_delta(left.shape[0], right.shape[-1])
+        return self._quadratic_factored(left.to(self.dtype), right.to(self.dtype))
+
+    def _check_delta(self, rows: int, columns: int) -> None:
+        size = {"output": rows, "input": columns}.get(self.side, rows * columns)
+        if size != self.shape[0]:
+            raise ValueError(
+                f"delta of shape ({rows}, {columns}) does not fit an operator of shape {self.shape}, side {self.side!r}"
+            )
+
+    def _quadratic_dense(self, delta: Tensor) -> Tensor:
+        if self.side == "input":
+            delta = delta.T
+        elif self.side == "both":
+            delta = delta.reshape(-1, 1)
+        return (delta * self._matmat(delta)).sum()
+
+    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
+        # tr(RᵀLᵀ F L R) = ⟨Lᵀ F L, R Rᵀ⟩, and the mirror image of it.
+        if self.side == "output":
+            return ((left.T @ self._matmat(left)) * (right @ right.T)).sum()
+        if self.side == "input":
+            return ((right @ self._matmat(right.T)) * (left.T @ left)).sum()
+        return self._quadratic_dense(left @ right)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        """The operator with the same vectors and ``function`` of the eigenvalues (float64 in, float64 out)."""
+        values, vectors = torch.linalg.eigh(self.to_dense().double())
+        return DenseOperator(((vectors * function(values)) @ vectors.T).to(self.dtype), self.side)
+
+    def _eigenvalues(self) -> Tensor:
+        """All eigenvalues in float64, in any order."""
+        return torch.linalg.eigvalsh(self.to_dense().double())
+
+    def power(self, exponent: float, damping: float = 0.0) -> SymmetricOperator:
+        """(F + damping·I) to a real power, of a positive semi-definite F; rounding below zero is taken as zero.
+
+        Raises:
+            ValueError: for a negative exponent of a singular matrix, or a negative damping.
+        """
+        _check_damping(damping)
+
+        def function(values: Tensor) -> Tensor:
+            shifted = values.clamp_min(0) + damping
+            if exponent < 0 and bool((shifted <= 0).any()):
+                raise ValueError(f"exponent={exponent} of a singular operator; pass damping > 0")
+            return shifted**exponent
+
+        return self._map(function)
+
+    def sqrt(self) -> SymmetricOperator:
+        """The positive semi-definite square root."""
+        return self.power(0.5)
+
+    def inverse(self, damping: float = 0.0) -> SymmetricOperator:
+        """(F + damping·I)⁻¹.
+
+        Raises:
+            ValueError: if that is singular.
+        """
+        return self.power(-1.0, damping)
+
+    def solve(self, rhs: Tensor, damping: float = 0.0) -> Tensor:
+        """(F + damping·I)⁻¹ rhs, for a vector (size,) or a block (size, k)."""
+        return self.inverse(damping) @ rhs
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """The logarithm of det(F + damping·I), scalar; −inf if that is singular."""
+        _check_damping(damping)
+        return (self._eigenvalues().clamp_min(0) + damping).log().sum().to(self.dtype)
+
+    def __mul__(self, factor: float) -> SymmetricOperator:
+        if isinstance(factor, SymmetricOperator) or not isinstance(factor, int | float):
+            return NotImplemented
+        return SumOperator([self], [float(factor)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
+        if not isinstance(other, SymmetricOperator):
+            return NotImplemented
+        return SumOperator([self, other], [1.0, 1.0])
+
+
+class DenseOperator(SymmetricOperator):
+    """A symmetric matrix held whole.
+
+    Args:
+        matrix: (size, size), symmetric.
+        side: see :class:`SymmetricOperator`.
+    """
+
+    def __init__(self, matrix: Tensor, side: str = "output") -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+        self.matrix = matrix
+        self.side = side
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, size)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        return self.matrix.device
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        return self.matrix @ block
+
+    def diagonal(self) -> Tensor:
+        """(size,)."""
+        return self.matrix.diagonal()
+
+    def to_dense(self) -> Tensor:
+        """(size, size), the matrix itself."""
+        return self.matrix
+
+
+class SumOperator(SymmetricOperator):
+    """Σ w_j F_j, by the products of its terms.
+
+    Args:
+        terms: operators of one shape and side.
+        weights: one real number each.
+    """
+
+    def __init__(self, terms: list[SymmetricOperator], weights: list[float]) -> None:
+        if not terms or len(terms) != len(weights):
+            raise ValueError(f"{len(terms)} terms and {len(weights)} weights do not make a sum")
+        first = terms[0]
+        for term in terms[1:]:
+            if term.shape != first.shape or term.side != first.side:
+                raise ValueError(f"terms differ: {first.shape} {first.side!r} and {term.shape} {term.side!r}")
+        self.terms = terms
+        self.weights = weights
+        self.side = first.side
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, size)."""
+        return self.terms[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        return self.terms[0].device
+
+    def _total(self, function: Callable[[SymmetricOperator], Tensor]) -> Tensor:
+        parts = [w * function(t).to(self.dtype) for w, t in zip(self.weights, self.terms, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        return self._total(lambda term: term @ block)
+
+    def diagonal(self) -> Tensor:
+        """(size,)."""
+        return self._total(lambda term: term.diagonal())
+
+    def trace(self) -> Tensor:
+        """Scalar tensor."""
+        return self._total(lambda term: term.trace())
+
+    def quadratic(self, delta: Any) -> Tensor:
+        """The same sum of the terms' quadratic forms."""
+        return self._total(lambda term: term.quadratic(delta))
+
+
+def _check_damping(damping: float) -> None:
+    if not damping >= 0:
+        raise ValueError(f"damping={damping} must not be negative")
+
+
+def checked_rank(k: int | None, most: int) -> int:
+    """K, or ``most`` where it is None.
+
+    Raises:
+        ValueError: unless 1 <= k <= most.
+    """
+    if k is None:
+        return most
+    if not 1 <= k <= most:
+        raise ValueError(f"k={k} must be between 1 and {most}")
+    return int(k)
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Columns flipped so that each one's entry of largest magnitude is positive."""
+    peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(peak < 0, -1, 1).to(vectors.dtype)
