@@ -143,7 +143,7 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
     for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
         for name in () if part is None else part.state():
             setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
-    guard.running = fg.Fisher.load(folder / RUNNING, device=device) if guard.config.averaging else None
+    guard.running = fg.Fisher.load(folder / RUNNING, device=device, lazy=False) if guard.config.averaging else None
 
 
 def seal(written: Path, place: Path) -> None:

@@ -16,7 +16,6 @@ from alignguard.data import pad_id
 from alignguard.encoding import encode_source, pad_rows
 from alignguard.files import write_text
 from alignguard.objective import model_kind, response_loss
-from fishergeo.fisher import fingerprint
 
 
 def origin_path(path: str | Path) -> Path:
@@ -59,7 +58,7 @@ def write_fisher(
     text = json.dumps(rows, sort_keys=True)
     origin = {
         "model": name,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fisher.header.fingerprint,
         "data": str(data) if isinstance(data, (str, Path)) else "rows",
         "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "examples": len(rows),
@@ -87,24 +86,17 @@ def load_fisher(path: str | Path, model: torch.nn.Module, config: GuardConfig) -
     if not Path(path).is_file():
         raise FileNotFoundError(f"fisher: no such file: {path}")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    whole = fg.Fisher.load(path, device=next(base.parameters()).device)
+    whole = fg.Fisher.load(path, device=next(base.parameters()).device, lazy=False)
     header = whole.header
     if header.structure != config.structure or header.side != "output":
         raise ValueError(
             f"fisher: {path} is a {header.structure!r} of the {header.side} side, the guard asks for "
             f"structure={config.structure!r}; estimate it again, or give structure={header.structure!r}"
         )
-    layers = {name: tuple(shape) for name, shape in header.shapes.items()}
-    modules = dict(base.named_modules())
-    for name, shape in layers.items():
-        if name not in modules and name.rsplit(".", 1)[0] not in modules and "experts" not in name:
-            raise ValueError(f"fisher: {path} has a layer {name!r} that the model lacks; it is of another model")
-        found = getattr(modules.get(name), "weight", None)
-        if found is not None and sorted(found.shape) != sorted(shape):
-            raise ValueError(f"fisher: {path} has {name} as {shape}, the model as {tuple(found.shape)}")
-    if base is model and header.fingerprint != fingerprint(model):
+    try:
+        whole.check_model(base, values=base is model)
+    except ValueError as error:
         raise ValueError(
-            f"fisher: {path} was estimated at other weights (fingerprint {header.fingerprint}, the model's is "
-            f"{fingerprint(model)}); estimate it again with `alignguard fisher`"
-        )
+            f"fisher: {path} is of another model: {error}; estimate it with `alignguard fisher`"
+        ) from error
     return whole

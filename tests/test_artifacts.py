@@ -43,10 +43,10 @@ def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, to
     model, config = tiny_llama(layers=1), GuardConfig(structure="gram")
     write_fisher(tmp_path / "f", model, tokenizer, alignment_rows, config, name="x")
     assert isinstance(load_fisher(tmp_path / "f", model, config), fg.Fisher)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="another model"):
         load_fisher(tmp_path / "f", tiny_llama(layers=1, seed=1), config)
     write_fisher(tmp_path / "g", tiny_llama(layers=2), tokenizer, alignment_rows, config, name="x")
-    with pytest.raises(ValueError, match=r"layers\.1.*another model"):
+    with pytest.raises(ValueError, match=r"another model.*layers\.1"):
         load_fisher(tmp_path / "g", model, config)
     (tmp_path / "h").write_bytes((tmp_path / "f").read_bytes()[:100])
     with pytest.raises(ValueError, match="h: not a readable"):
