@@ -11,6 +11,7 @@ from typing import Any
 STRUCTURES = ("kfac", "gram", "sketch")
 KINDS = ("empirical", "mc", "margin")
 METRICS = ("input-gram", "euclidean")
+PROJECTIONS = ("hard", "soft")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class GuardConfig:
 
     with ΔW_A = PΔW and ΔW_T = ΔW − ΔW_A, P the projector on the leading eigenvectors of the output side of F
     (arXiv 2508.02079, section 4), F re-estimated at the present weights every ``refresh_every`` steps.
+
+    With ``scale_free`` the last two curvature terms do not depend on the model's size: in every layer the parts are
+    divided by ω = ‖W0‖_F / √(pq), its root mean square weight, and λ_T mean((ΔW_T/ω)²) + λ_NC (α mean η|ΔW_A ΔW_T|/ω²
+    + (1−α) E_geo) is averaged over the layers; τ is then a share of ω. The alignment term is in nats in any case.
+
+    With ``max_drift`` λ_A and λ_KL say how the two share the work, and both are multiplied by one factor that a damped
+    dual ascent finds (:class:`alignguard.budget.DriftBudget`).
 
     Attributes:
         structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"gram"`` (the paper's one-sided F, exact)
@@ -48,6 +56,23 @@ class GuardConfig:
         batch_size: alignment examples in one forward pass of the estimate.
         max_length: longest alignment example in tokens.
         seed: of whatever the guard draws; the run's own random state is never touched.
+        projection: ``"hard"``, or ``"soft"``: every known direction with the weight λ/(λ + ε), one half at the last
+            one that the hard projector holds; for tasks entangled with what is to be kept.
+        scale_free: measure λ_T and λ_NC in units of the layer's own weights, see above.
+        max_drift: allowed drift KL(base ‖ present) in nats a response, in place of the strengths' scale; None leaves
+            them as they are.
+        held_back: alignment examples kept out of the Fisher, on which drift is measured; only with ``max_drift`` or
+            adaptive refreshes.
+        measure_every: optimizer steps between two measurements of that drift, one forward pass of them each.
+        adaptive: refresh when measured and predicted drift part, not by the clock; ``refresh_every`` is then the
+            soonest.
+        refresh_budget: share of the training's compute that adaptive refreshes and measurements may take; an
+            alignment example's forward and backward pass counts as a task example's, its forward pass a third.
+        refresh_tolerance: adaptive refreshes come when the drift measured is off the predicted one by this share.
+        averaging: weight in [0, 1) of the earlier estimates in each new one, by exponential forgetting.
+        kl_cache_mb: most MiB of reference log-probabilities kept.
+        exclude: names of matrices left unguarded, as globs, without what peft puts around them.
+        include_router: guard the routers of mixtures of experts too.
 
     Raises:
         ValueError: a value outside its range; the message names the field.
@@ -74,16 +99,34 @@ class GuardConfig:
     batch_size: int = 16
     max_length: int = 256
     seed: int = 0
+    projection: str = "hard"
+    scale_free: bool = False
+    max_drift: float | None = None
+    held_back: int = 8
+    measure_every: int = 5
+    adaptive: bool = False
+    refresh_budget: float = 0.03
+    refresh_tolerance: float = 0.5
+    averaging: float = 0.0
+    kl_cache_mb: int = 512
+    exclude: tuple[str, ...] = ()
+    include_router: bool = False
 
     def __post_init__(self) -> None:
-        for field, choices in (("structure", STRUCTURES), ("kind", KINDS), ("metric", METRICS)):
+        choices_of = {"structure": STRUCTURES, "kind": KINDS, "metric": METRICS, "projection": PROJECTIONS}
+        for field, choices in choices_of.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")
-        for field in ("lambda_alignment", "lambda_task", "lambda_collision", "lambda_kl", "beta"):
+        for field in ("lambda_alignment", "lambda_task", "lambda_collision", "lambda_kl", "beta", "refresh_tolerance"):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{field} must be a finite number of at least 0, not {value!r}")
-        for field, low, high in (("alpha", 0.0, 1.0), ("energy", 1e-6, 1.0)):
+        for field, low, high in (
+            ("alpha", 0.0, 1.0),
+            ("energy", 1e-6, 1.0),
+            ("refresh_budget", 1e-6, 1.0),
+            ("averaging", 0.0, 0.99),
+        ):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and low <= value <= high):
                 raise ValueError(f"{field} must lie in [{low}, {high}], not {value!r}")
@@ -97,11 +140,27 @@ class GuardConfig:
             "kl_every",
             "batch_size",
             "max_length",
+            "held_back",
+            "measure_every",
+            "kl_cache_mb",
         )
         for field in counts + (("max_rank",) if self.max_rank is not None else ()):
             value = getattr(self, field)
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
+        for field in ("scale_free", "adaptive", "include_router"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
+        names = self.exclude
+        if not isinstance(names, (list, tuple)) or not all(isinstance(pattern, str) for pattern in names):
+            raise ValueError(f"exclude must be a list of names, not {self.exclude!r}")
+        object.__setattr__(self, "exclude", tuple(names))
+        if self.max_drift is not None:
+            drift = self.max_drift
+            if isinstance(drift, bool) or not (isinstance(drift, (int, float)) and 0 < drift < math.inf):
+                raise ValueError(f"max_drift must be a positive number of nats, not {drift!r}")
+            if not (self.lambda_alignment or self.lambda_kl):
+                raise ValueError("max_drift steers lambda_alignment and lambda_kl, and both are 0; give one of them")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

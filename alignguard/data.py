@@ -42,7 +42,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read(source: Source) -> Iterator[tuple[str, Row]]:
+def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     """Every row of a source with the name that an error should call it by."""
     if isinstance(source, (str, Path)):
         path = Path(source)
@@ -108,7 +108,7 @@ def load_conversations(source: Source, name: str = "data") -> list[list[dict[str
     Raises:
         FileNotFoundError, TypeError, ValueError: each names the file and the row.
     """
-    conversations = [conversation(row, f"{name}: {where}") for where, row in _read(source)]
+    conversations = [conversation(row, f"{name}: {where}") for where, row in read_rows(source)]
     if not conversations:
         raise ValueError(f"{name} is empty; it needs at least one row with a prompt and a response")
     return conversations

@@ -21,8 +21,8 @@ from alignguard.demo import TRAINING
 from alignguard.driftcheck import driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
 from alignguard.fit import fit, load_model
-from alignguard.guard import response_loss
 from alignguard.judge import REFUSAL
+from alignguard.objective import response_loss
 from alignguard.rivals import RIVALS, make_rival, train_rival
 from alignguard.updates import base_name, lora_updates
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import uuid
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 
+from alignguard.checkpoint import latest_checkpoint
 from alignguard.config import GuardConfig
-from alignguard.data import Source, collate, encode_messages, load_conversations, pad_id
+from alignguard.coverage import coverage_table
+from alignguard.data import Source, pad_id
+from alignguard.encoding import collator, encode_source
 from alignguard.files import write_text
+from alignguard.fisherfile import load_fisher
 from alignguard.guard import Guard
-from alignguard.trainer import GuardTrainer
+from alignguard.loading import adapt, load_model
+from alignguard.modelcard import add_card_section
+from alignguard.objective import model_kind
+from alignguard.outputs import claim_output, save_adapter
+from alignguard.runrecord import claim_run, record_of
+from alignguard.trainer import GuardSeq2SeqTrainer, GuardTrainer
 
-DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+__all__ = ["DEFAULT_TRAINING", "FitResult", "Prepared", "claim_output", "fit", "load_model", "prepare", "save_adapter"]
+
 DEFAULT_TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
@@ -36,6 +42,7 @@ DEFAULT_TRAINING: dict[str, Any] = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
+FULL_RATE = 2e-5  # learning rate where every weight trains
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ class FitResult:
     """What a run left behind.
 
     Attributes:
-        model: the peft model, trained, in eval mode.
+        model: the peft model, or with ``method="full"`` the model, trained, in eval mode.
         guard: the guard, or None for a plain run.
-        adapter_dir: folder of the adapter, loadable by ``PeftModel.from_pretrained``.
+        adapter_dir: folder of the adapter, loadable by ``PeftModel.from_pretrained``; with ``method="full"`` of the
+            whole model, loadable by ``from_pretrained``.
         history: the Trainer's log, a dict a logged step.
         step_seconds: wall time of each optimizer step, refreshes included.
     """
 
-    model: PeftModel
+    model: Any
     guard: Guard | None
     adapter_dir: Path
     history: list[dict[str, float]]
@@ -58,101 +66,86 @@ class FitResult:
 
     @property
     def step_time(self) -> float:
-        """Mean seconds an optimizer step took, refreshes included; the first two steps (warm-up) are left out."""
+        """Mean seconds an optimizer step took, refreshes included; the first two (warm-up) left out; NaN for none."""
         times = self.step_seconds[2:] or self.step_seconds
-        return sum(times) / len(times)
+        return sum(times) / len(times) if times else math.nan
 
 
-def claim_output(output_dir: str | Path, overwrite: bool = False) -> Path:
-    """Make the output folder, refusing to touch what is there.
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, read and checked, with nothing written yet.
 
-    Raises:
-        FileExistsError: the folder holds something and ``overwrite`` is false.
-        NotADirectoryError: a file stands at that path.
-        PermissionError: the folder cannot be written.
+    Attributes:
+        model: with its adapter, or whose weights train.
+        tokenizer: its tokenizer.
+        kind: ``"causal"``, ``"seq2seq"`` or ``"classification"``.
+        rows: encoded task examples.
+        guard: on the model at its start, without curvature yet; None for a plain run.
+        settings: fields of TrainingArguments.
+        record: what the run is, for resuming.
     """
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output_dir {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"output_dir {path} is not empty; choose another or allow overwriting (--overwrite)")
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"output_dir {path} cannot be written")
-    return path
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    rows: list[dict[str, Any]]
+    guard: Guard | None
+    settings: dict[str, Any]
+    record: dict[str, Any]
 
 
-def save_adapter(model: PeftModel, target: Path, extra: Mapping[str, str] | None = None) -> Path:
-    """Save an adapter whole or not at all: written beside its place, then moved there.
-
-    Raises:
-        OSError: the disk is full or not writable; the message names the folder.
-    """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        model.save_pretrained(str(temporary), safe_serialization=True)
-        for name, text in (extra or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors reports a full disk as its own error, with the system's words in it
-        if isinstance(error, OSError) or "space left" in str(error):
-            raise _save_error(target, error) from error
-        raise
-    return target
-
-
-def _save_error(path: Path, error: Exception) -> OSError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "space left" in str(error)
-    what = "no space is left on the disk" if full else str(error)
-    return OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write {path}: {what}")
-
-
-def load_model(model: str | Path | PreTrainedModel | PeftModel, tokenizer: Any = None) -> tuple[Any, Any]:
-    """A causal LM in float32 or its own precision on an accelerator, and its tokenizer.
-
-    Raises:
-        FileNotFoundError: a local path that is not there.
-        ValueError: a model object without a tokenizer.
-    """
-    if isinstance(model, (str, Path)):
-        path = str(model)
-        if (path.startswith((".", "/", "~")) or isinstance(model, Path)) and not Path(path).expanduser().is_dir():
-            raise FileNotFoundError(f"model: no such folder: {path}")
-        # half precision on a processor is slow and coarse; on an accelerator the checkpoint's own dtype stays
-        dtype = "auto" if torch.cuda.is_available() else torch.float32
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return loaded, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path)
-    if tokenizer is None:
-        raise ValueError("give a tokenizer along with a model object")
-    return model, tokenizer
-
-
-def adapt(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> PeftModel:
-    """The model with a fresh LoRA adapter, or as it is when it has one.
-
-    Raises:
-        ValueError: target modules that match nothing.
-    """
-    if isinstance(model, PeftModel):
-        return model
-    config = (
-        lora
-        if isinstance(lora, LoraConfig)
-        else LoraConfig(**{**DEFAULT_LORA, "task_type": "CAUSAL_LM", **(lora or {})})
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        linears = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        )
-        raise ValueError(
-            f"target_modules={config.target_modules!r} cannot be adapted ({error}); the model's Linear modules end in {linears}"
-        ) from error
+def prepare(
+    model: str | Path | PreTrainedModel | PeftModel,
+    task_data: Source,
+    alignment_data: Source | None,
+    config: GuardConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    lora: LoraConfig | Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    method: str = "lora",
+    offload: str | None = None,
+    guarded: bool = True,
+    progress: bool = False,
+    max_length: int = 256,
+    seed: int = 0,
+    save_every: int | None = None,
+    fisher: str | Path | None = None,
+) -> Prepared:
+    """Read and check what :func:`fit` is given; see there for the arguments and errors."""
+    config = config or GuardConfig(seed=seed)
+    if guarded and alignment_data is None:
+        raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
+    settings = {**DEFAULT_TRAINING, "disable_tqdm": not progress}
+    if method == "full":
+        settings["learning_rate"] = FULL_RATE
+        if lora:
+            raise ValueError('method="full" trains every weight; leave out lora')
+    if save_every is not None:
+        if save_every < 1:
+            raise ValueError(f"save_every must be at least 1 step, not {save_every}")
+        settings |= {"save_strategy": "steps", "save_steps": save_every, "save_total_limit": 2}
+    settings |= training or {}
+    if unknown := sorted(set(settings) - set(TrainingArguments.__dataclass_fields__)):
+        raise ValueError(f"training: unknown fields {unknown}; see transformers.TrainingArguments")
+    loaded, tokenizer = load_model(model, tokenizer)
+    kind = model_kind(loaded)
+    rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
+    kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, config.max_length) if guarded else []  # type: ignore[arg-type]
+    curvature = None
+    if fisher is not None:
+        curvature = load_fisher(fisher, loaded, config)
+    set_seed(seed)
+    trained = loaded if method == "full" else adapt(loaded, lora)
+    guard = Guard(trained, kept, config, pad_id(tokenizer), method, offload) if guarded else None
+    if guard is not None and curvature is not None:
+        guard.use_fisher(curvature)
+    record = record_of(
+        model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
+        lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
+        training={name: value for name, value in settings.items() if name != "disable_tqdm"},
+    )  # fmt: skip
+    return Prepared(trained, tokenizer, kind, rows, guard, settings, record)
 
 
 def fit(
@@ -165,29 +158,42 @@ def fit(
     tokenizer: Any = None,
     lora: LoraConfig | Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    method: str = "lora",
+    offload: str | None = None,
     guarded: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    save_every: int | None = None,
+    fisher: str | Path | None = None,
     progress: bool = False,
     max_length: int = 256,
     seed: int = 0,
 ) -> FitResult:
-    """Fine-tune with LoRA on task data while the guard keeps what alignment data shows.
+    """Fine-tune on task data while the guard keeps what alignment data shows.
 
     Everything is read and checked before anything is written or trained.
 
     Args:
-        model: path, hub name, or a loaded causal LM (then with ``tokenizer``); a PeftModel keeps its adapter.
+        model: path, hub name, or a loaded model (then with ``tokenizer``): a causal LM, an encoder-decoder or a
+            sequence classifier. A PeftModel keeps its adapter.
         task_data: what to learn: path of .jsonl or .csv, a ``datasets.Dataset`` or an iterable of rows with
-            ``prompt`` and ``response``, or ``messages``.
+            ``prompt`` and ``response``, or ``messages``; for a classifier ``prompt`` and ``label``.
         alignment_data: what to keep, in the same forms: unsafe prompts with the refusals the model should still give.
             May be None for a plain run.
         config: strengths of the guard; the defaults need no tuning on the embedded model.
-        output_dir: receives ``adapter/`` and ``history.json``.
-        lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear if left out.
+        output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json`` and
+            checkpoints.
+        lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
-        guarded: False trains plain LoRA on the same data, seed and schedule.
-        overwrite: allow an output folder that holds something.
-        progress: show progress bars.
+        method: ``"lora"``, or ``"full"``: every weight trains, and every Linear but the output embedding is guarded
+            by its dense ΔW = W − W0.
+        offload: with ``"full"``, the device of the reference weights W0, ``"cpu"`` say; their weight's own if None.
+        guarded: False trains plainly on the same data, seed and schedule.
+        overwrite: allow an output folder that holds something; its checkpoints are removed.
+        resume: go on from the last complete checkpoint of the same run in ``output_dir``, or start if there is none.
+        save_every: optimizer steps between checkpoints; the two latest are kept. None keeps none.
+        fisher: file of ``alignguard fisher``, taken as the first curvature in place of an estimate.
+        progress: show progress bars and the table of what is guarded.
         max_length: longest example in tokens.
         seed: of the adapter's start, the data order and the guard.
 
@@ -196,37 +202,40 @@ def fit(
         FloatingPointError: NaN or infinity in the loss.
         OSError: saving failed; nothing half-written stays.
     """
-    config = config or GuardConfig(seed=seed)
-    task = load_conversations(task_data, "task_data")
-    if guarded and alignment_data is None:
-        raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
-    alignment = load_conversations(alignment_data, "alignment_data") if guarded and alignment_data is not None else []
-    settings = {**DEFAULT_TRAINING, "disable_tqdm": not progress, **(training or {})}
-    if unknown := sorted(set(settings) - set(TrainingArguments.__dataclass_fields__)):
-        raise ValueError(f"training: unknown fields {unknown}; see transformers.TrainingArguments")
-    loaded, tokenizer = load_model(model, tokenizer)
-    set_seed(seed)
-    adapted = adapt(loaded, lora)
-    pad = pad_id(tokenizer)
-    rows = [encode_messages(tokenizer, messages, max_length) for messages in task]
-    kept = [encode_messages(tokenizer, messages, config.max_length) for messages in alignment]
-    guard = Guard(adapted, kept, config, pad) if guarded else None
-    output = claim_output(output_dir, overwrite)
-    arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"), seed=seed, remove_unused_columns=False, **settings
+    ready = prepare(
+        model, task_data, alignment_data, config, tokenizer=tokenizer, lora=lora, training=training, method=method,
+        offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
+        fisher=fisher,
+    )  # fmt: skip
+    guard = ready.guard
+    if guard is not None and progress:
+        print(coverage_table(guard.coverage()))
+    output = Path(output_dir)
+    seq2seq = ready.kind == "seq2seq"
+    arguments = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(
+        output_dir=str(output / "checkpoints"), seed=seed, remove_unused_columns=False, **ready.settings
     )
-    trainer = GuardTrainer(
-        model=adapted, args=arguments, train_dataset=rows, data_collator=lambda batch: collate(batch, pad), guard=guard
+    with arguments.main_process_first(desc="output folder"):
+        if arguments.process_index == 0:
+            claim_run(output, ready.record, overwrite=overwrite, resume=resume)
+    trainer = (GuardSeq2SeqTrainer if seq2seq else GuardTrainer)(
+        model=ready.model,
+        args=arguments,
+        train_dataset=ready.rows,
+        data_collator=collator(pad_id(ready.tokenizer), ready.kind),
+        guard=guard,
     )
-    if guard is not None and guard.uses_curvature:
+    found = latest_checkpoint(output / "checkpoints") if resume else None
+    if guard is not None and guard.uses_curvature and found is None and not guard.layers:
         guard.model.to(arguments.device)
         guard.refresh(progress=progress)
     set_seed(seed)  # dropout and data order are the plain run's, whatever the guard drew
-    trainer.train()
-    adapted.eval()
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    ready.model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    adapter_dir = save_adapter(
-        adapted, output / "adapter", {"alignguard_config.json": config.to_json()} if guarded else None
-    )
-    write_text(output / "history.json", json.dumps(history, indent=1))
-    return FitResult(adapted, guard, adapter_dir, history, trainer.step_seconds)
+    files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
+    target = output / ("model" if method == "full" else "adapter")
+    if trainer.is_world_process_zero():
+        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, ready.record, guard))
+        write_text(output / "history.json", json.dumps(history, indent=1))
+    return FitResult(ready.model, guard, target, history, trainer.step_seconds)

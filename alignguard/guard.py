@@ -4,82 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fishergeo as fg
+from alignguard.budget import DriftBudget
 from alignguard.config import GuardConfig
-from alignguard.data import IGNORED, collate
-from alignguard.updates import base_name, check_adapters, lora_updates
+from alignguard.coverage import Covered, coverage
+from alignguard.curvature import LayerCurvature, check_widths, curvatures
+from alignguard.encoding import pad_rows
+from alignguard.freshness import Freshness
+from alignguard.objective import model_kind, response_loss
+from alignguard.reference import Reference
+from alignguard.updates import Matrix, WeightUpdates
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
-
-
-@dataclass(frozen=True)
-class LayerCurvature:
-    """Fisher of one matrix; the leading directions of its output side are found when first asked for.
-
-    Attributes:
-        operator: the estimate, (p, p) or (pq, pq).
-        energy: share of the trace that the leading directions hold.
-        max_rank: most of them, or None.
-    """
-
-    operator: Any
-    energy: float
-    max_rank: int | None
-
-    @property
-    def _output(self) -> Any:
-        return getattr(self.operator, "output_factor", self.operator)
-
-    @cached_property
-    def total(self) -> float:
-        """Trace of the output side, so that ``values.sum() / total`` is the energy held."""
-        full = getattr(self._output, "full_trace", None)
-        return float(self._output.trace() if full is None else full)
-
-    @cached_property
-    def _leading(self) -> tuple[Tensor, Tensor]:
-        output = self._output
-        values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
-        if isinstance(output, Tensor):
-            values, vectors = values.flip(0), vectors.flip(1)
-        values = values.clamp_min(0)  # rounding leaves tiny negative ones
-        m = min(fg.rank_for_energy(values, self.total, self.energy), self.max_rank or len(values), vectors.shape[1])
-        return values[:m], vectors[:, :m]
-
-    @property
-    def values(self) -> Tensor:
-        """(m,) the leading eigenvalues, descending."""
-        return self._leading[0]
-
-    @cached_property
-    def projector(self) -> fg.Projector:
-        """On their eigenvectors."""
-        return fg.Projector(self._leading[1])
-
-
-def response_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Negative log-likelihood of each example's whole response in nats, (n,): the loss whose Fisher is a drift."""
-    labels = batch["labels"][:, 1:]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    nll = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return nll.view(labels.shape).sum(1)
-
-
-def response_logprobs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Log-probabilities over the vocabulary at every supervised position, (tokens, vocabulary) float32."""
-    keep = batch["labels"][:, 1:] != IGNORED
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return logits[keep].float().log_softmax(-1)
 
 
 class Guard:
@@ -93,65 +35,148 @@ class Guard:
             loss = model(**batch).loss + guard.penalty()
 
     Args:
-        model: a peft model with one active LoRA adapter.
-        rows: encoded alignment examples, ``{"input_ids": list, "labels": list}`` (:func:`alignguard.data.encode_messages`).
+        model: a peft model with LoRA adapters, or with ``method="full"`` any model whose weights train. Make the
+            guard before training: its references are the weights of this moment.
+        rows: encoded alignment examples, ``{"input_ids": list, "labels": list}``
+            (:func:`alignguard.encoding.encode_source`).
         config: strengths and schedule.
         pad_token_id: fills padded positions.
+        method: ``"lora"`` or ``"full"``.
+        offload: device of the reference weights of dense updates; their weight's own if None.
+
+    Attributes:
+        updates: what is guarded and how ΔW is read.
+        layers: curvature by matrix.
+        terms: the parts of the last penalty.
+        examples_read: alignment examples read so far, each reading counted.
 
     Raises:
         TypeError, ValueError: a model whose ΔW is not understood, or no alignment example.
     """
 
     def __init__(
-        self, model: PeftModel, rows: Sequence[Mapping[str, Any]], config: GuardConfig, pad_token_id: int = 0
+        self,
+        model: torch.nn.Module,
+        rows: Sequence[Mapping[str, Any]],
+        config: GuardConfig,
+        pad_token_id: int = 0,
+        method: str = "lora",
+        offload: str | torch.device | None = None,
     ) -> None:
-        check_adapters(model)
+        self.updates = WeightUpdates(model, method, config.exclude, config.include_router, offload)
         if not rows:
             raise ValueError("the guard needs at least one alignment example")
         self.model, self.config, self.pad_token_id = model, config, pad_token_id
+        if self.uses_curvature:
+            check_widths(self.updates.matrices.values(), config)
         self.rows = list(rows)
         random.Random(config.seed).shuffle(self.rows)
+        held = self._hold_back()
         self.layers: dict[str, LayerCurvature] = {}
         self.terms: dict[str, Tensor] = {}
         self.step = 0
         self.examples_read = 0
+        self.refreshes = 0
+        self.turned = 0.0
+        self.running: fg.Fisher | None = None
         self._estimated_at: int | None = None
+        self._scales: dict[str, float] = {}
+        self._kind = model_kind(model)
+        steady, limit = self.updates.base_is_reference, config.kl_cache_mb << 20
+        self._anchor = Reference(model, self.rows, self._batch, steady, limit) if config.lambda_kl else None
+        self._held = Reference(model, held, self._batch, steady, limit) if held else None
+        self.budget = DriftBudget(config.max_drift) if config.max_drift is not None else None
+        self.freshness = Freshness(config) if held else None
 
     @classmethod
     def from_alignment(
         cls,
-        model: PeftModel,
+        model: torch.nn.Module,
         rows: Sequence[Mapping[str, Any]],
         config: GuardConfig | None = None,
         pad_token_id: int = 0,
         progress: bool = False,
+        **options: Any,
     ) -> Guard:
-        """Build a guard and estimate its curvature at the present weights."""
-        guard = cls(model, rows, config or GuardConfig(), pad_token_id)
+        """Build a guard and estimate its curvature at the present weights; ``options`` go to the constructor."""
+        guard = cls(model, rows, config or GuardConfig(), pad_token_id, **options)
         guard.refresh(progress=progress)
         return guard
 
-    def begin_step(self, step: int) -> None:
-        """Tell the guard which optimizer step begins; re-estimates the curvature when it is due."""
-        self.step = step
-        due = self._estimated_at is None or step - self._estimated_at >= self.config.refresh_every
-        if due and self.uses_curvature:
-            self.refresh()
+    def _hold_back(self) -> list[Mapping[str, Any]]:
+        """Take the examples on which drift is measured out of the rows, where drift is measured at all."""
+        if self.config.max_drift is None and not self.config.adaptive:
+            return []
+        count = min(self.config.held_back, len(self.rows) // 2)
+        if count < 1:
+            raise ValueError("measuring drift needs at least two alignment examples, one of them held back")
+        held, self.rows = self.rows[-count:], self.rows[:-count]
+        return held
 
     @property
     def uses_curvature(self) -> bool:
         """Whether any term needs the Fisher; false for the KL term alone."""
         c = self.config
-        return bool(c.lambda_alignment or c.lambda_task or c.lambda_collision)
+        return bool(c.lambda_alignment or c.lambda_task or c.lambda_collision or c.max_drift is not None)
 
-    def _draw(self, count: int, turn: int) -> list[Mapping[str, Any]]:
-        """``count`` examples in rotation: the turn decides, so that a resumed run reads the same ones."""
+    def coverage(self) -> list[Covered]:
+        """What is guarded, matrix by matrix, and what trains outside the guard."""
+        return coverage(self.updates)
+
+    # schedule
+
+    def begin_step(self, step: int, task_examples: int | None = None) -> None:
+        """Tell the guard which optimizer step begins; measures drift and estimates the curvature anew when due.
+
+        Args:
+            step: optimizer steps done.
+            task_examples: task examples of this step, which adaptive refreshes count their budget in.
+
+        Raises:
+            ValueError: adaptive refreshes without ``task_examples``.
+        """
+        self.step = step
+        if self._estimated_at is None and self.uses_curvature:
+            self.refresh()
+        parted = False
+        if self.freshness is not None:
+            self.freshness.spend_on(task_examples)
+            if self.freshness.may_measure(step, len(self._held.rows)):  # type: ignore[union-attr]
+                parted = self._measure()
+        since = step - (self._estimated_at or 0)
+        if self.uses_curvature and since >= self.config.refresh_every:
+            examples = min(self.config.refresh_examples, len(self.rows))
+            if not self.config.adaptive or (parted and self.freshness.may_refresh(examples)):  # type: ignore[union-attr]
+                self.refresh()
+                if self.freshness is not None:
+                    self._calibrate()
+        if self.budget is not None:
+            self.budget.update(step, self.predicted_drift())
+
+    def _measure(self) -> bool:
+        """Measure drift on the examples held back; whether the prediction is off by more than the tolerance."""
+        drift = self._held.drift(range(len(self._held.rows)))  # type: ignore[union-attr]
+        self.examples_read += len(self._held.rows)  # type: ignore[union-attr]
+        predicted = self.predicted_drift()
+        if self.budget is not None:
+            self.budget.measured(drift, predicted)
+        return self.freshness.measured(self.step, drift, predicted)  # type: ignore[union-attr]
+
+    def _calibrate(self) -> None:
+        """After a refresh: the last drift measured against what the new curvature predicts."""
+        predicted = self.predicted_drift()
+        self.freshness.calibrate(predicted)  # type: ignore[union-attr]
+        if self.budget is not None:
+            self.budget.measured(self.freshness.drift, predicted)  # type: ignore[union-attr]
+
+    def _draw(self, count: int, turn: int) -> list[int]:
+        """Places of ``count`` examples in rotation: the turn decides, so that a resumed run reads the same ones."""
         count = min(count, len(self.rows))
-        return [self.rows[(turn * count + i) % len(self.rows)] for i in range(count)]
+        return [(turn * count + i) % len(self.rows) for i in range(count)]
 
     def _batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
-        return {k: v.to(device) for k, v in collate(rows, self.pad_token_id).items()}
+        return {k: v.to(device) for k, v in pad_rows(rows, self.pad_token_id, self._kind).items()}
 
     def refresh(self, progress: bool = False) -> None:
         """Estimate the Fisher of the next alignment examples at the present weights; one forward and backward each.
@@ -159,23 +184,44 @@ class Guard:
         Gradients, optimizer state, training mode and random state are left as they were.
         """
         c = self.config
-        rows = sorted(self._draw(c.refresh_examples, self.step // c.refresh_every), key=lambda r: len(r["input_ids"]))
+        chosen = [self.rows[place] for place in self._draw(c.refresh_examples, self.refreshes)]
+        rows = sorted(chosen, key=lambda r: len(r["input_ids"]))
         batches = [self._batch(rows[i : i + c.batch_size]) for i in range(0, len(rows), c.batch_size)]
-        names = {base_name(name): name for name in lora_updates(self.model)}
         fisher = fg.estimate_fisher(
             self.model,
             batches,
             structure=c.structure,
             kind=c.kind,
             rank=c.sketch_rank,
-            layers=list(names),
+            layers=[matrix.layer for matrix in self.updates.matrices.values()],
             loss=response_loss if c.kind == "empirical" else None,
             progress=progress,
             seed=c.seed + self.step,
         )
-        self.layers = {names[key]: LayerCurvature(op, c.energy, c.max_rank) for key, op in fisher.items()}
-        self._estimated_at = self.step
+        if c.averaging:
+            fisher = fisher if self.running is None else fisher.merge(self.running.scaled(c.averaging))
+            self.running = fisher
         self.examples_read += len(rows)
+        self.use_fisher(fisher)
+
+    def use_fisher(self, fisher: Mapping[str, Any]) -> None:
+        """Take curvatures that were estimated elsewhere.
+
+        Args:
+            fisher: operator by name, of captured layers or of matrices with or without what peft puts around them.
+
+        Raises:
+            ValueError: a guarded matrix has no operator in it, or one of another shape.
+        """
+        layers = curvatures(fisher, self.updates.matrices.values(), self.config)
+        if self.layers:
+            with torch.no_grad():
+                self.turned = sum(new.turned_from(self.layers[name]) for name, new in layers.items()) / len(layers)
+        self.layers = layers
+        self._estimated_at = self.step
+        self.refreshes += 1
+
+    # penalty
 
     def penalty(self) -> Tensor:
         """The penalty at the present weights, a differentiable scalar; its parts are left in ``terms``."""
@@ -185,73 +231,76 @@ class Guard:
         def add(term: str, value: Tensor) -> None:
             sums[term] = sums[term] + value if term in sums else value
 
+        factor = self.budget.multiplier if self.budget is not None else 1.0
         if self.uses_curvature:
             if not self.layers:
                 self.refresh()
-            for name, delta in lora_updates(self.model).items():
-                layer = self.layers[name]
-                if c.lambda_alignment:
-                    add("alignment", c.lambda_alignment * self._alignment(layer, delta))
-                if not (c.lambda_task or c.lambda_collision):
-                    continue
-                part, rest = layer.projector.split(delta)
-                if c.lambda_task:
-                    add("task", c.lambda_task * rest.squared_norm())
-                if c.lambda_collision:
-                    if c.alpha > 0:
-                        overlap = fg.riemannian_overlap(part, rest, beta=c.beta, tau=c.tau)
-                        add("overlap", c.lambda_collision * c.alpha * overlap)
-                    if c.alpha < 1:
-                        separation = fg.geodesic_separation(part, rest, metric=c.metric)
-                        add("separation", c.lambda_collision * (1 - c.alpha) * separation)
-        if c.lambda_kl and self.step % c.kl_every == 0:
-            add("kl", c.lambda_kl * c.kl_every * self.kl(self._draw(c.kl_examples, self.step // c.kl_every)))
-            self.examples_read += min(c.kl_examples, len(self.rows))
+            for matrix in self.updates.matrices.values():
+                for term, value in self._terms_of(matrix).items():
+                    add(term, value * factor if term == "alignment" and self.budget is not None else value)
+        if self._anchor is not None and self.step % c.kl_every == 0:
+            places = self._draw(c.kl_examples, self.step // c.kl_every)
+            add("kl", c.lambda_kl * factor * c.kl_every * self._anchor.divergence(places)[0].mean())
+            self.examples_read += len(places)
         self.terms = {term: value.detach() for term, value in sums.items()}
         if not sums:
             return next(self.model.parameters()).new_zeros(())
         return torch.stack(list(sums.values())).sum()
 
-    def _alignment(self, layer: LayerCurvature, delta: fg.LowRank) -> Tensor:
-        """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so it is Σ_j λ_j u_jᵀΔW C ΔWᵀu_j.
+    def _terms_of(self, matrix: Matrix) -> dict[str, Tensor]:
+        layer, count = self.layers[matrix.name], len(self.updates.matrices)
+        scale = self._scale(matrix) if self.config.scale_free else 1.0
+        if matrix.rank is not None or not torch.is_grad_enabled():
+            return layer.terms(matrix.read(), scale, count)
+        # A dense ΔW is as large as its weight: the graph keeps none of them, the backward pass forms each again.
+        return checkpoint(
+            lambda: layer.terms(matrix.read(), scale, count), use_reentrant=False, preserve_rng_state=False
+        )
 
-        C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²). The
-        whole update takes p in the place of m and needs no eigenvectors.
+    def _scale(self, matrix: Matrix) -> float:
+        """Root mean square of W0."""
+        if matrix.name not in self._scales:
+            weight = matrix.weight().detach()
+            self._scales[matrix.name] = float(weight.float().square().mean().sqrt()) or 1.0
+        return self._scales[matrix.name]
+
+    # what people look at
+
+    @torch.no_grad()
+    def predicted_drift(self) -> float:
+        """½ Σ tr(ΔWᵀFΔW) over the matrices: to second order the drift from the start in nats a response."""
+        parts = [self.layers[m.name].operator.quadratic(delta).double() for m, delta in self.updates.deltas()]
+        return 0.5 * float(torch.stack(parts).sum())
+
+    def measured_drift(self, examples: int = 16) -> float | None:
+        """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.
+
+        Returns:
+            None where the model's start can no longer be read.
         """
-        if self.config.whole_update:
-            return layer.operator.quadratic(delta)
-        right = delta.right
-        weighted = right @ layer.operator.input_factor.to(right.dtype) if self.config.structure == "kfac" else right
-        rows = layer.projector.basis.to(right.dtype).mT @ delta.left  # (m, r): u_jᵀ B
-        return ((rows @ (weighted @ right.mT)) * rows).sum(1) @ layer.values.to(right.dtype)
-
-    def kl(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-        """KL(base ‖ present) in nats a response token on encoded examples; the base is read by disabling the adapter."""
-        batch = self._batch(rows)
-        with torch.no_grad(), self.model.disable_adapter():
-            base = response_logprobs(self.model, batch)
-        present = response_logprobs(self.model, batch)
-        return (base.exp() * (base - present)).sum(-1).mean()
+        reference = self._held or self._anchor
+        if reference is None and self.updates.base_is_reference:
+            reference = Reference(self.model, self.rows[:examples], self._batch, True, 0)
+        return None if reference is None else reference.drift(range(min(examples, len(reference.rows))))
 
     @torch.no_grad()
     def cosine(self) -> float:
-        """Mean over layers of how alike the two parts' inputs are: <ΔW_AᵀΔW_A, ΔW_TᵀΔW_T> / (‖·‖‖·‖), in [0, 1]."""
+        """Mean over matrices of how alike the two parts' inputs are: <ΔW_AᵀΔW_A, ΔW_TᵀΔW_T> / (‖·‖‖·‖), in [0, 1]."""
         if not self.layers:
             return 0.0
-        cosines = []
-        for name, delta in lora_updates(self.model).items():
-            part, rest = self.layers[name].projector.split(delta)
-            cosines.append(fg.geodesic_separation(part, rest, metric="input-gram"))
-        return float(torch.stack(cosines).mean())
+        return float(torch.stack([self.layers[m.name].cosine(delta) for m, delta in self.updates.deltas()]).mean())
+
+    def numbers(self) -> dict[str, float]:
+        """What a log line should show beside the terms: cosine, drift, multiplier, angle to the last basis."""
+        shown = {"cosine": self.cosine()}
+        if self.refreshes > 1:
+            shown["angle"] = self.turned
+        if self.freshness is not None:
+            shown |= {"drift_predicted": self.predicted_drift(), "drift_measured": self.freshness.drift}
+        if self.budget is not None:
+            shown["multiplier"] = self.budget.multiplier
+        return shown
 
     def spectra(self) -> dict[str, dict[str, Any]]:
         """Leading eigenvalues, trace, rank and share of energy of every layer, for reports."""
-        return {
-            name: {
-                "values": layer.values.tolist(),
-                "total": layer.total,
-                "rank": len(layer.values),
-                "energy": float(layer.values.sum()) / layer.total if layer.total > 0 else 0.0,
-            }
-            for name, layer in self.layers.items()
-        }
+        return {name: layer.summary() for name, layer in self.layers.items()}

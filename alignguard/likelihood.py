@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.data import IGNORED, Row, Source, collate, encode_messages, load_conversations, pad_id
+from alignguard.data import Row, Source, collate, encode_messages, load_conversations, pad_id
 from alignguard.generation import evaluation_mode
+from alignguard.objective import divergence, supervised
 
 REFUSING = "I'm sorry, but I can't help with that."
 OBLIGING = "Of course! Here is how to do it:"
@@ -30,14 +31,10 @@ def _batches(
         yield places, collate([rows[i] for i in places], pad_id(tokenizer))
 
 
-def _supervised(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (n, vocabulary) in float32, targets (n,) and row numbers (n,) of the supervised tokens."""
+def _read(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`alignguard.objective.supervised` of a batch, moved to the model's device."""
     device = next(model.parameters()).device
-    logits = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)).logits
-    targets = batch["labels"][:, 1:].to(device)
-    chosen = targets != IGNORED
-    rows = torch.arange(len(targets), device=device)[:, None].expand_as(targets)[chosen]
-    return logits[:, :-1][chosen].float().log_softmax(-1), targets[chosen], rows
+    return supervised(model, {key: value.to(device) for key, value in batch.items()})
 
 
 def adapter_off(model: Any) -> Any:
@@ -72,13 +69,10 @@ def measured_kl(model: Any, base: Any, tokenizer: Any, examples: Source, *, batc
     total, count = 0.0, 0
     with evaluation_mode(model), evaluation_mode(base) if base is not None else nullcontext():
         for _, batch in _batches(tokenizer, examples, batch_size, "examples"):
-            ours, _, _ = _supervised(model, batch)
+            ours, _, _ = _read(model, batch)
             with adapter_off(model) if base is None else nullcontext():
-                theirs, _, _ = _supervised(model if base is None else base, batch)
-            if ours.shape != theirs.shape:
-                raise ValueError(f"model and base differ in vocabulary: {ours.shape[-1]} and {theirs.shape[-1]} tokens")
-            theirs = theirs.to(ours.device)
-            total += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+                theirs, _, _ = _read(model if base is None else base, batch)
+            total += float(divergence(theirs.to(ours.device), ours).sum(dtype=torch.float64))
             count += len(ours)
     return total / count
 
@@ -110,7 +104,7 @@ def task_score(model: Any, tokenizer: Any, rows: Source, *, batch_size: int = 16
     right, loss, count = 0, 0.0, 0
     with evaluation_mode(model):
         for _, batch in _batches(tokenizer, rows, batch_size, "rows"):
-            log_probs, targets, _ = _supervised(model, batch)
+            log_probs, targets, _ = _read(model, batch)
             right += int((log_probs.argmax(-1) == targets).sum())
             loss -= float(log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64))
             count += len(targets)
@@ -137,7 +131,7 @@ def response_likelihoods(model: Any, tokenizer: Any, rows: Source, *, batch_size
     found: dict[int, Likelihood] = {}
     with evaluation_mode(model):
         for places, batch in _batches(tokenizer, rows, batch_size, "rows"):
-            log_probs, targets, numbers = _supervised(model, batch)
+            log_probs, targets, numbers = _read(model, batch)
             scores = log_probs.gather(1, targets[:, None])[:, 0].double()
             for number, place in enumerate(places):
                 own = scores[numbers == number]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from alignguard.checkpoint import MARKER, STAGING, check_complete, load_guard, save_guard, seal
 from alignguard.guard import TERMS, Guard
+from alignguard.lossprobe import honours_item_count
+
+logger = logging.getLogger(__name__)
 
 
 class _GuardCallback(TrainerCallback):
@@ -20,7 +29,8 @@ class _GuardCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._step_started = time.perf_counter()
         if self.trainer.guard is not None:
-            self.trainer.guard.begin_step(state.global_step)
+            examples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self.trainer.guard.begin_step(state.global_step, examples)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_seconds.append(time.perf_counter() - self.trainer._step_started)
@@ -31,6 +41,13 @@ class GuardMixin:
 
     Adds ``guard.penalty()`` to the training loss, scaled so that gradient accumulation does not change it, logs each
     term through the Trainer and leaves the evaluation loss untouched. With ``guard=None`` it is the plain trainer.
+
+    Models whose loss ignores the number of supervised tokens although their ``forward`` takes it (T5, BART and others
+    in transformers 5) would be trained with gradients too large by the number of micro-batches and processes. The
+    first batch shows whether the model is one of them, and the Trainer is then told to average instead.
+
+    Checkpoints are written beside their place and moved there whole, with the guard's state and a marker that lists
+    every file; ``train(resume_from_checkpoint=...)`` restores the guard and refuses a checkpoint without its marker.
 
     Args:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
@@ -43,6 +60,8 @@ class GuardMixin:
         self._step_started = 0.0
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_counts = 0
+        self._probed = False
+        self._staging: Path | None = None
         self.add_callback(_GuardCallback(self))  # type: ignore[attr-defined]
 
     def compute_loss(
@@ -53,6 +72,8 @@ class GuardMixin:
         Raises:
             FloatingPointError: the loss is NaN or infinite; names the step.
         """
+        if model.training and not self._probed:
+            self._probe(model, inputs, num_items_in_batch)
         result = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
@@ -70,6 +91,22 @@ class GuardMixin:
             )
         return (loss, *rest) if return_outputs else loss
 
+    def _probe(self, model: Any, inputs: Any, num_items_in_batch: Any) -> None:
+        """Find out once whether the model's loss heeds the number of items that the Trainer passes it."""
+        self._probed = True
+        decided = self.loss_is_scaled_for_ga is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
+        takes = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[has-type]
+        if decided or not takes or self.label_smoother is not None:  # type: ignore[attr-defined]
+            return
+        inner = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+        if not honours_item_count(inner, inputs):
+            logger.warning(
+                "%s ignores num_items_in_batch in its loss; the Trainer averages over micro-batches and processes "
+                "instead of trusting it (model_accepts_loss_kwargs=False)",
+                type(getattr(inner, "get_base_model", lambda: inner)()).__name__,
+            )
+            self.model_accepts_loss_kwargs = False
+
     def _scaled_penalty(self, loss: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
         """The whole penalty once an optimizer step, on the window's last micro-batch: weights do not change within it.
 
@@ -85,7 +122,7 @@ class GuardMixin:
         scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
         if scaled is None:
             scaled = (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
             ) or self.compute_loss_func is not None  # type: ignore[attr-defined]
         return penalty if scaled else penalty * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
@@ -96,10 +133,90 @@ class GuardMixin:
             for name in TERMS:
                 if name in means:
                     logs[f"alignguard/{name}"] = means[name]
-            logs["alignguard/cosine"] = self.guard.cosine()  # type: ignore[union-attr]
+            logs |= {f"alignguard/{name}": value for name, value in self.guard.numbers().items()}  # type: ignore[union-attr]
             self._term_sums, self._term_counts = {}, 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    # checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go; while one is being written, the folder beside it that it is moved from."""
+        folder = super()._get_output_dir(trial)  # type: ignore[misc]
+        return folder if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The trainer's own checkpoint and the guard's state, written aside and moved into place whole."""
+        state, args = self.state, self.args  # type: ignore[attr-defined]
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{state.global_step}"
+        # An upload reads the folder while training goes on, so that one is not moved; its marker still comes last.
+        self._staging = None if args.push_to_hub else run / STAGING
+        try:
+            if args.should_save and self._staging is not None:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+            if args.should_save:
+                written = (self._staging or run) / name
+                if state.best_model_checkpoint == str(written):
+                    state.best_model_checkpoint = str(run / name)
+                    state.save_to_json(str(written / TRAINER_STATE_NAME))
+                save_guard(written, self.guard, self._accumulated())
+                seal(written, run / name)
+                if self._staging is not None:
+                    self._staging.rmdir()
+        finally:
+            self._staging = None
+        if args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it.
+
+        transformers 5.23 would take one more step from there.
+        """
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            saved = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+            if saved.is_file():
+                state = TrainerState.load_from_json(str(saved))
+                if 0 < state.max_steps <= state.global_step:
+                    self._load_from_checkpoint(str(resume_from_checkpoint))
+                    self.state = state
+                    return TrainOutput(state.global_step, float("nan"), {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _accumulated(self) -> dict[str, Any]:
+        """What the mixin itself must not forget: times, and terms not logged yet."""
+        sums = {name: float(value) for name, value in self._term_sums.items()}
+        return {"step_seconds": self.step_seconds, "term_sums": sums, "term_counts": self._term_counts}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The trainer's own loading, and the guard's state.
+
+        Raises:
+            ValueError: a checkpoint without its marker, or of another guard.
+        """
+        ours = self.guard is not None or (Path(resume_from_checkpoint) / MARKER).exists()
+        if ours:
+            check_complete(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if ours:
+            kept = load_guard(Path(resume_from_checkpoint), self.guard)
+            self.step_seconds = list(kept["step_seconds"])
+            self._term_sums = {name: torch.tensor(value) for name, value in kept["term_sums"].items()}
+            self._term_counts = kept["term_counts"]
 
 
 class GuardTrainer(GuardMixin, Trainer):
     """transformers' Trainer with a guard."""
+
+
+class GuardSeq2SeqTrainer(GuardMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer with a guard."""

@@ -1,89 +1,297 @@
-"""ΔW of every adapted matrix, in factors, read from a peft model; what cannot be read right is refused."""
+"""ΔW of every guarded matrix, in factors or dense, read from the model; what cannot be read right is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 import fishergeo as fg
+from alignguard.adapters import (
+    ROUTER,
+    active_adapters,
+    base_name,
+    check_layer,
+    check_untied,
+    is_conv1d,
+    layer_key,
+    lora_factors,
+    lora_layers,
+    lora_updates,
+    moves_base,
+    oriented,
+    owners,
+    plain_name,
+    plain_weight,
+    turned,
+    whole,
+)
+
+__all__ = ["Matrix", "WeightUpdates", "base_name", "lora_updates", "plain_name"]
+
+Update = fg.LowRank | Tensor
+METHODS = ("lora", "full")
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
+@dataclass(frozen=True)
+class Matrix:
+    """One guarded weight matrix.
+
+    Attributes:
+        name: the key of penalties and curvatures: the adapted module's name, an expert's with its number.
+        layer: whose inputs and output gradients its Fisher is made of.
+        kind: how ΔW is read, in words for people.
+        shape: (p, q), outputs and inputs.
+        rank: columns of the factors, None for a dense ΔW.
+        read: ΔW at the present weights, attached to what trains: ``LowRank`` or a (p, q) tensor, float32 or better.
+        weight: W0 as (p, q), for scales.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int | None
+    read: Callable[[], Update]
+    weight: Callable[[], Tensor]
+
+    @property
+    def plain(self) -> str:
+        """The matrix's name in the model without adapters."""
+        return plain_name(self.name)
 
 
-def active_adapter(model: PeftModel) -> str:
-    """The one adapter that trains.
+class WeightUpdates:
+    """Every trained weight matrix of a model with its ΔW, and every trained parameter that has none here.
+
+    With a LoRA adapter ΔW = scaling·B·A, summed over the active adapters. Where the adapter's start moved the base
+    weights (PiSSA, OLoRA and their like), ΔW = scaling·(B·A − B0·A0) with the factors of the moment this object was
+    made, of rank 2r, so make it before training. Modules that are trained whole (``modules_to_save``, and every
+    Linear under ``method="full"``) have the dense ΔW = W − W0, with W0 copied in the model's own dtype.
+
+    Args:
+        model: a peft model, or any model for ``method="full"``.
+        method: ``"lora"`` or ``"full"``.
+        exclude: globs of plain names that are left unguarded.
+        include_router: guard routers of mixtures of experts too.
+        offload: device of the copies W0; their weight's own if None.
+
+    Attributes:
+        matrices: name -> Matrix.
+        skipped: trained parameter -> why it is not guarded.
+        base_is_reference: whether the model with its adapters off is the model before training.
 
     Raises:
-        ValueError: none or several are active.
+        TypeError: not a peft model, and ``method`` is not ``"full"``.
+        ValueError: merged adapters, adapters that are not plain LoRA, tied weights, or nothing to guard.
     """
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise ValueError(f"the guard needs exactly one active adapter, found {active}; call model.set_adapter(name)")
-    return active[0]
 
-
-def check_adapters(model: nn.Module) -> None:
-    """Refuse models whose ΔW is not scaling·B·A.
-
-    Raises:
-        TypeError: not a peft model.
-        ValueError: merged adapters, adapters that are not plain LoRA, or an initialisation that moved the base.
-    """
-    if not isinstance(model, PeftModel):
-        raise TypeError(
-            f"expected a PeftModel with a LoRA adapter, found {type(model).__name__}; see peft.get_peft_model"
-        )
-    adapter = active_adapter(model)
-    init = getattr(model.peft_config[adapter], "init_lora_weights", True)
-    if isinstance(init, str) and init not in {"gaussian", "orthogonal", "eva"}:
-        raise ValueError(f"init_lora_weights={init!r} moves the base weights at the start, so ΔW is not scaling·B·A")
-    found = False
-    for name, layer in _lora_layers(model):
-        if layer.merged:
-            raise ValueError(f"the adapter of {name} is merged into its base; call model.unmerge_adapter() first")
-        if adapter not in layer.lora_A:
-            continue
-        variant = getattr(layer, "lora_variant", {}).get(adapter)
-        if variant is not None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "lora",
+        exclude: Sequence[str] = (),
+        include_router: bool = False,
+        offload: str | torch.device | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, not {method!r}")
+        self.model, self.exclude, self.include_router, self.offload = model, tuple(exclude), include_router, offload
+        self.matrices: dict[str, Matrix] = {}
+        self.skipped: dict[str, str] = {}
+        self.base_is_reference = method == "lora"
+        self._references: dict[str, Tensor] = {}
+        self._covered: set[int] = set()
+        self._adapters: list[str] = []
+        self._owners = owners(model)
+        if method == "full":
+            if isinstance(model, PeftModel):
+                raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
+            self._add_dense(model, "", "W − W0")
+        else:
+            if not isinstance(model, PeftModel):
+                raise TypeError(
+                    f"expected a PeftModel with a LoRA adapter, found {type(model).__name__}; see peft.get_peft_model, "
+                    'or train every weight with method="full"'
+                )
+            self._adapters = active_adapters(model)
+            self._add_adapted(model)
+        if not self.matrices:
             raise ValueError(
-                f"{name} uses {type(variant).__name__}: its ΔW is not scaling·B·A, so it cannot be guarded"
+                f"nothing to guard: no trained weight matrix is understood ({self.skipped or 'none trains'})"
             )
-        base = layer.get_base_layer()
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"{name} adapts a {type(base).__name__}; the guard covers nn.Linear")
-        found = True
-    if not found:
-        raise ValueError(f"adapter {adapter!r} has no LoRA matrices; check target_modules")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in self._covered and name not in self.skipped:
+                words = "a vector" if parameter.ndim < 2 else "not a linear map that the Fisher is known of"
+                self.skipped[name] = words
 
+    def deltas(self) -> Iterator[tuple[Matrix, Update]]:
+        """Every matrix with its ΔW at the present weights.
 
-def lora_updates(model: PeftModel) -> dict[str, fg.LowRank]:
-    """ΔW = scaling·B·A of every adapted Linear, never formed.
+        Raises:
+            RuntimeError: other adapters are active than when the guard was made.
+        """
+        if self._adapters and list(self.model.active_adapters) != self._adapters:  # type: ignore[operator,arg-type]
+            raise RuntimeError(
+                f"adapters {list(self.model.active_adapters)} are active, the guard was made for {self._adapters}; "  # type: ignore[operator,arg-type]
+                "make a new guard"
+            )
+        for matrix in self.matrices.values():
+            yield matrix, matrix.read()
 
-    The scaling is read from the layer at each call, so rsLoRA, rank and alpha patterns and later changes are right.
+    def references(self) -> dict[str, Tensor]:
+        """Copies that ΔW is measured from, by matrix and role; empty for plain LoRA."""
+        return dict(self._references)
 
-    Returns:
-        name of the adapted module in ``model`` -> ``LowRank`` with left (p, r) and right (r, q), float32 or better,
-        still attached to the adapter's parameters.
-    """
-    adapter = active_adapter(model)
-    updates = {}
-    for name, layer in _lora_layers(model):
-        if adapter in layer.lora_A:
-            b, a = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
-            if b.element_size() < 4:
-                b, a = b.float(), a.float()
-            updates[name] = fg.LowRank(b * layer.scaling[adapter], a)
-    return updates
+    def restore(self, references: dict[str, Tensor]) -> None:
+        """Put copies of :meth:`references` in place of those taken now.
 
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        ours, theirs = ({k: tuple(t.shape) for k, t in x.items()} for x in (self._references, references))
+        if ours != theirs:
+            differ = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            raise ValueError(f"the saved references are of another model: {differ[:3]} differ")
+        for key, tensor in references.items():
+            self._references[key].copy_(tensor)
 
-def base_name(name: str) -> str:
-    """Name of the plain Linear inside an adapted module: its inputs and output gradients are the effective weight's."""
-    return f"{name}.base_layer"
+    # LoRA
+
+    def _add_adapted(self, model: PeftModel) -> None:
+        for adapter in self._adapters:
+            kind = getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type)
+            if kind != "LORA":
+                raise ValueError(f"adapter {adapter!r} is of kind {kind}: its ΔW is not scaling·B·A; use plain LoRA")
+        moving = [adapter for adapter in self._adapters if moves_base(model, adapter)]
+        self.base_is_reference = not moving
+        for name, layer in lora_layers(model):
+            holds = (layer.lora_A, layer.lora_embedding_A)
+            adapters = [a for a in self._adapters if any(a in held for held in holds)]
+            if not adapters:
+                continue
+            key = layer_key(name, layer)
+            if self._left_out(key, layer, name):
+                continue
+            check_layer(key, layer, adapters, self._owners)
+            for adapter in adapters:
+                self._covered |= {id(layer.lora_A[adapter].weight), id(layer.lora_B[adapter].weight)}
+            self._add_layer(name, key, layer, adapters, [a for a in adapters if a in moving])
+        for name, module in model.named_modules():
+            if type(module).__name__ == "ModulesToSaveWrapper":
+                for adapter in module.active_adapters:  # type: ignore[union-attr]
+                    saved = module.modules_to_save[adapter]  # type: ignore[index,union-attr]
+                    self._add_dense(saved, f"{name}.modules_to_save.{adapter}", "W − W0 (modules_to_save)")
+
+    def _add_layer(self, name: str, key: str, layer: Any, adapters: list[str], moving: list[str]) -> None:
+        starts = []
+        for adapter in moving:
+            start = lora_factors(layer, adapter).detach()
+            kept = [(-start.left).clone(), start.right.clone()]
+            for role, tensor in zip(("left", "right"), kept, strict=True):
+                self._references[f"{key}|{adapter}|{role}"] = tensor
+            starts.append(fg.LowRank(*kept))
+
+        def read() -> fg.LowRank:
+            parts = [lora_factors(layer, adapter) for adapter in adapters] + starts
+            return sum(parts[1:], parts[0])
+
+        def weight(matrix: Tensor, *place: int) -> Tensor:
+            # W0 is the base and what the adapter took out of it at its start.
+            return matrix - sum(start.to_dense()[place].to(matrix) for start in starts) if starts else matrix
+
+        now = read()
+        kind = "s·(BA − B0A0)" if starts else "s·BA"
+        if len(adapters) > 1:
+            kind += f", {len(adapters)} adapters"
+        if now.ndim == 2:
+            base = layer.get_base_layer()
+            self.matrices[key] = Matrix(
+                key, base_name(name), kind, tuple(now.shape), now.rank, read, lambda: weight(plain_weight(base))
+            )
+            return
+        inner, parameter = layer.get_base_layer(), layer.parameter_name
+        module = next(n for n, m in self.model.named_modules() if m is inner)
+        flip = not layer._did_swap_in_out_features
+        for expert in range(now.shape[0]):
+            self.matrices[f"{key}.{expert}"] = Matrix(
+                f"{key}.{expert}",
+                f"{module}.{parameter}.{expert}",
+                f"{kind} of an expert",
+                (now.shape[-2], now.shape[-1]),
+                now.rank,
+                lambda expert=expert: read()[expert],  # type: ignore[misc]
+                lambda expert=expert: weight(turned(getattr(inner, parameter)[expert], flip), expert),  # type: ignore[misc]
+            )
+
+    def _left_out(self, key: str, layer: Any, path: str | None = None) -> bool:
+        """Whether a layer is left unguarded, and if so noted as such; ``path`` is the module's where the key is another."""
+        plain = plain_name(key)
+        reason = None
+        if any(fnmatch.fnmatchcase(plain, pattern) for pattern in self.exclude):
+            reason = "excluded"
+        elif not self.include_router and ROUTER.search(plain):
+            reason = "a router, which is guarded only if asked for (include_router)"
+        if reason is None:
+            return False
+        for name, parameter in layer.named_parameters(prefix=path or key):
+            if parameter.requires_grad:
+                self.skipped[name] = reason
+        return True
+
+    # dense
+
+    def _add_dense(self, root: nn.Module, prefix: str, kind: str) -> None:
+        head = None
+        if not prefix and hasattr(root, "get_output_embeddings"):
+            head = root.get_output_embeddings()  # type: ignore[operator]
+        for inner, module in root.named_modules():
+            name = ".".join(part for part in (prefix, inner) if part)
+            if isinstance(module, nn.Linear) or is_conv1d(module):
+                weight = module.weight
+                if not weight.requires_grad or self._left_out(name, module):
+                    continue
+                if module is head:
+                    self.skipped[f"{name}.weight"] = "the output embedding"
+                    continue
+                check_untied(name, weight, self._owners)
+                self._add_matrix(name, module, weight, kind)
+                continue
+            for own, stack in module.named_parameters(recurse=False):
+                if stack.ndim == 3 and stack.requires_grad and "experts" in name and not self._left_out(name, module):
+                    flip = getattr(module, "is_transposed", False)
+                    self._add_experts(f"{name}.{own}", stack, flip, kind)
+
+    def _add_matrix(self, name: str, module: nn.Module, weight: Tensor, kind: str) -> None:
+        reference = self._keep(name, weight)
+        shape = (reference.shape[1], reference.shape[0]) if is_conv1d(module) else tuple(reference.shape)
+
+        def read() -> Tensor:
+            return oriented(module, whole(weight) - whole(reference.to(weight.device)))
+
+        self.matrices[name] = Matrix(name, name, kind, shape, None, read, lambda: oriented(module, reference))
+
+    def _add_experts(self, name: str, stack: Tensor, flip: bool, kind: str) -> None:
+        reference = self._keep(name, stack)
+        rows, columns = (stack.shape[2], stack.shape[1]) if flip else (stack.shape[1], stack.shape[2])
+        for expert in range(len(stack)):
+            self.matrices[f"{name}.{expert}"] = Matrix(
+                f"{name}.{expert}",
+                f"{name}.{expert}",
+                f"{kind} of an expert",
+                (rows, columns),
+                None,
+                lambda e=expert: turned(whole(stack[e]) - whole(reference[e].to(stack.device)), flip),  # type: ignore[misc]
+                lambda e=expert: turned(reference[e], flip),  # type: ignore[misc]
+            )
+
+    def _keep(self, name: str, weight: Tensor) -> Tensor:
+        self._covered.add(id(weight))
+        kept = weight.detach().to(self.offload or weight.device, copy=True)
+        self._references[f"{name}|weight"] = kept
+        return kept

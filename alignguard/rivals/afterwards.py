@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from alignguard.guard import response_loss
+from alignguard.objective import response_loss
 from alignguard.rivals.base import Rival, Run, check_count, check_strength
 
 

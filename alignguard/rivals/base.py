@@ -44,12 +44,6 @@ class Run:
         device = next(self.model.parameters()).device
         return {key: value.to(device) for key, value in collate(rows, self.pad_token_id).items()}
 
-    def logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Log-probabilities over the vocabulary at every response token, (tokens, vocabulary) float32."""
-        keep = batch["labels"][:, 1:] != IGNORED
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        return logits[keep].float().log_softmax(-1)
-
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, in the model's order."""
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fishergeo as fg
-from alignguard.guard import response_loss
+from alignguard.objective import response_loss
 from alignguard.rivals.base import Rival, Run, check_count, check_strength
 from alignguard.updates import base_name, lora_updates
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignguard.guard import response_loss
+from alignguard.objective import divergence, response_loss, supervised
 from alignguard.rivals.base import Rival, Run, check_count, check_strength
 from alignguard.updates import lora_updates
 
@@ -132,8 +132,8 @@ class GradientProjection(Rival):
             loss = response_loss(run.model, batch).sum() / tokens
         else:
             with torch.no_grad(), run.model.disable_adapter():
-                base = run.logprobs(batch)
-            loss = (base.exp() * (base - run.logprobs(batch))).sum(-1).mean()
+                base = supervised(run.model, batch)[0]
+            loss = divergence(base, supervised(run.model, batch)[0]).mean()
         parameters = [p for p in run.parameters() if p.grad is not None]
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         alignment = [torch.zeros_like(p) if a is None else a for p, a in zip(parameters, found, strict=True)]

@@ -1,0 +1,180 @@
+"""LoRA layers of a peft model: their factors, their names, and the refusal of those whose ΔW is something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+
+import fishergeo as fg
+
+STILL_INITS = {"gaussian", "orthogonal", "eva"}  # starts that leave the base weights where they were
+MOVING_INITS = {"olora", "corda", "loftq", "lora_ga"}  # and those that move them; pissa comes with a suffix
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+(?=\.|$)")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D: a linear map whose weight is stored (q, p)."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what peft puts around it."""
+    return WRAPPING.sub("", name)
+
+
+def base_name(name: str) -> str:
+    """Name of the plain layer inside an adapted module: its inputs and output gradients are the effective weight's."""
+    return f"{name}.base_layer"
+
+
+def active_adapters(model: PeftModel) -> list[str]:
+    """The adapters whose sum is ΔW.
+
+    Raises:
+        ValueError: none is active.
+    """
+    active = list(model.active_adapters)
+    if not active:
+        raise ValueError("no adapter is active; call model.set_adapter(name)")
+    return active
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The tensor itself, gathered where it is sharded, in float32 or better; differentiable."""
+    gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return gathered if gathered.dtype in (torch.float32, torch.float64) else gathered.float()
+
+
+def lora_factors(layer: Any, adapter: str) -> fg.LowRank:
+    """ΔW = scaling·B·A of one adapter of one layer, oriented (p, q); batched (experts, p, q) for expert parameters.
+
+    The scaling is read at each call, so rsLoRA, rank and alpha patterns and later changes are right.
+    """
+    a, b, scale = whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight), layer.scaling[adapter]
+    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+        # peft interleaves: A has its experts outermost, B its experts innermost.
+        right = a.reshape(layer.num_experts, -1, a.shape[1])
+        left = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+        # B·A is (experts, out, in) where peft exchanged the sides of the stored tensor, else the stored one transposed.
+        return fg.LowRank(left * scale, right)
+    return fg.LowRank(b * scale, a)
+
+
+def lora_updates(model: PeftModel) -> dict[str, fg.LowRank]:
+    """ΔW = scaling·B·A of every adapted layer, summed over the active adapters, never formed.
+
+    Returns:
+        name of the adapted module in ``model`` -> ``LowRank`` with left (p, r) and right (r, q), float32 or better,
+        still attached to the adapters' parameters; expert parameters carry a batch dimension.
+    """
+    active = active_adapters(model)
+    updates = {}
+    for name, layer in lora_layers(model):
+        parts = [lora_factors(layer, adapter) for adapter in active if adapter in layer.lora_A]
+        if parts:
+            updates[layer_key(name, layer)] = sum(parts[1:], parts[0])
+    return updates
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every LoRA layer by name, wrappers inside wrappers included."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def layer_key(name: str, layer: Any) -> str:
+    """Wrappers of several parameters of one module are nested; their key is the module's name and the parameter's."""
+    if isinstance(layer, ParamWrapper):
+        outermost = re.sub(r"(\.base_layer)+$", "", name)
+        return f"{outermost}.{layer.parameter_name}"
+    return name
+
+
+def moves_base(model: PeftModel, adapter: str) -> bool:
+    """Whether an adapter's start took something out of the base weights.
+
+    Raises:
+        ValueError: a start that is not known here.
+    """
+    init = getattr(model.peft_config[adapter], "init_lora_weights", True)
+    if not isinstance(init, str) or init in STILL_INITS:
+        return False
+    if init.lower() in MOVING_INITS or init.startswith("pissa"):
+        return True
+    raise ValueError(f"init_lora_weights={init!r}: it is not known here whether that start moves the base weights")
+
+
+def check_layer(name: str, layer: Any, adapters: list[str], holders: dict[int, list[nn.Module]]) -> None:
+    """Refuse a layer whose ΔW is not scaling·B·A on a matrix with a known Fisher."""
+    advice = f"leave it unguarded with exclude={plain_name(name)!r}, or choose other target modules"
+    if layer.merged:
+        raise ValueError(f"the adapter of {name} is merged into its base; call model.unmerge_adapter() first")
+    if not type(layer).__module__.startswith("peft.tuners.lora."):
+        raise ValueError(f"{name} is a {type(layer).__qualname__}: its ΔW is not scaling·B·A; use plain LoRA")
+    for adapter in adapters:
+        variant = layer.lora_variant.get(adapter)
+        if variant is not None:
+            raise ValueError(f"{name} uses {type(variant).__name__}: its ΔW is not scaling·B·A; {advice}")
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+        if not layer._did_swap_in_out_features and layer.get_param().ndim != 3:
+            raise ValueError(f"{name} adapts a parameter of {layer.get_param().ndim} dimensions; {advice}")
+        return
+    if not isinstance(base, nn.Linear) and not is_conv1d(base):
+        raise ValueError(
+            f"{name} adapts a {type(base).__name__}; the guard covers Linear, Conv1D and experts; {advice}"
+        )
+    check_untied(name, base.weight, holders)
+
+
+def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Parameter -> the modules that hold it."""
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(module)
+    return holders
+
+
+def check_untied(name: str, weight: Tensor, holders: dict[int, list[nn.Module]]) -> None:
+    """Refuse a weight that several modules share.
+
+    Raises:
+        ValueError: naming them.
+    """
+    others = holders.get(id(weight), [])
+    if len(others) > 1:
+        kinds = " and ".join(type(module).__name__ for module in others)
+        raise ValueError(
+            f"{name} is tied: one weight serves {len(others)} modules ({kinds}), so its Fisher is not one layer's; "
+            f"untie it (tie_word_embeddings=False), or leave it unguarded with exclude={plain_name(name)!r}"
+        )
+
+
+def plain_weight(base: nn.Module) -> Tensor:
+    """The (p, q) weight of a layer, out of its quantisation where it has one."""
+    weight = base.weight
+    if not weight.is_floating_point():
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(base)
+    return oriented(base, weight)
+
+
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight as (p, q), whichever way round the module stores it."""
+    return weight.mT if is_conv1d(module) else weight
+
+
+def turned(matrix: Tensor, flip: bool) -> Tensor:
+    """The matrix, or its transpose if ``flip``."""
+    return matrix.mT if flip else matrix

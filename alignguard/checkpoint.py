@@ -1,0 +1,196 @@
+"""Checkpoints that are whole or not there: the guard's state in them, and a marker that lists every file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+import fishergeo as fg
+from alignguard.curvature import curvatures
+from alignguard.files import read_tensors, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from alignguard.guard import Guard
+
+STAGING = ".unfinished"
+MARKER = "alignguard_complete.json"
+COUNTERS = "alignguard_guard.json"
+TENSORS = "alignguard_guard.safetensors"
+RUNNING = "alignguard_fisher.safetensors"
+FORMAT = 1
+
+
+def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None:
+    """Write a guard's curvature, references and counters into a folder.
+
+    Args:
+        folder: an existing folder.
+        guard: None writes ``extra`` alone.
+        extra: JSON-able, returned by :func:`load_guard`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    counters: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
+    if guard is not None:
+        tensors, kinds = {}, {}
+        for name, layer in guard.layers.items():
+            kinds[name] = type(layer.operator).__name__
+            tensors |= {f"layer|{name}|{role}": t for role, t in _operator_tensors(layer.operator).items()}
+        tensors |= {f"reference|{name}": tensor for name, tensor in guard.updates.references().items()}
+        counters["guard"] = {
+            "config": guard.config.to_dict(),
+            "layers": kinds,
+            "step": guard.step,
+            "examples_read": guard.examples_read,
+            "refreshes": guard.refreshes,
+            "turned": guard.turned,
+            "estimated_at": guard._estimated_at,
+            "scales": guard._scales,
+            "budget": None if guard.budget is None else guard.budget.state(),
+            "freshness": None if guard.freshness is None else guard.freshness.state(),
+        }
+        write_tensors(folder / TENSORS, tensors)
+        if guard.running is not None:
+            guard.running.save(folder / RUNNING)
+    write_text(folder / COUNTERS, json.dumps(counters))
+
+
+def _operator_tensors(operator: Any) -> dict[str, Tensor]:
+    if isinstance(operator, fg.KroneckerOperator):
+        return {"output_factor": operator.output_factor, "input_factor": operator.input_factor}
+    if isinstance(operator, fg.SpectralOperator):
+        trace = {} if operator.full_trace is None else {"full_trace": operator.full_trace}
+        return {"eigenvalues": operator.values, "eigenvectors": operator.vectors, **trace}
+    if isinstance(operator, fg.DenseOperator):
+        return {"matrix": operator.matrix}
+    raise TypeError(f"a curvature of kind {type(operator).__name__} cannot be saved")
+
+
+def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
+    if kind == "KroneckerOperator":
+        return fg.KroneckerOperator(parts["output_factor"], parts["input_factor"])
+    if kind == "SpectralOperator":
+        return fg.SpectralOperator(parts["eigenvalues"], parts["eigenvectors"], parts.get("full_trace"))
+    return fg.DenseOperator(parts["matrix"])
+
+
+def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
+    """Put a guard back where :func:`save_guard` found it; for None only check that there was none.
+
+    Returns:
+        what was passed as ``extra``.
+
+    Raises:
+        ValueError: files damaged or missing, of another configuration, or of another model.
+    """
+    try:
+        counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+        kept, extra, version = counters["guard"], counters["extra"], counters["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(f"{folder}: written in format {version}, this alignguard reads up to {FORMAT}; upgrade it")
+    if (kept is None) != (guard is None):
+        raise ValueError(f"{folder}: written by a run {'without' if kept is None else 'with'} a guard; resume it so")
+    if guard is None:
+        return extra
+    try:
+        _restore(folder, guard, kept)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: damaged {COUNTERS} or {TENSORS} ({type(error).__name__}: {error})") from error
+    return extra
+
+
+def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
+    ours = json.loads(json.dumps(guard.config.to_dict()))
+    if differ := sorted(name for name in ours if kept["config"].get(name) != ours[name]):
+        raise ValueError(f"{folder}: written with other settings of {differ}; resume with the same, or start anew")
+    for name in ("step", "examples_read", "refreshes"):
+        if isinstance(kept[name], bool) or not isinstance(kept[name], int):
+            raise ValueError(f"{folder}: damaged {COUNTERS}: {name} is {kept[name]!r}")
+    if kept["estimated_at"] is not None and not isinstance(kept["estimated_at"], int):
+        raise ValueError(f"{folder}: damaged {COUNTERS}: estimated_at is {kept['estimated_at']!r}")
+    scales = {str(name): float(value) for name, value in kept["scales"].items()}
+    device = next(guard.model.parameters()).device
+    grouped: dict[str, dict[str, Tensor]] = {}
+    references: dict[str, Tensor] = {}
+    for key, read in read_tensors(folder / TENSORS).items():
+        tensor = read.to(device)
+        group, rest = key.split("|", 1)
+        if group == "reference":
+            references[rest] = tensor
+        else:
+            name, role = rest.rsplit("|", 1)
+            grouped.setdefault(name, {})[role] = tensor
+    operators = {name: _operator(kept["layers"][name], parts) for name, parts in grouped.items()}
+    try:
+        layers = curvatures(operators, guard.updates.matrices.values(), guard.config) if operators else {}
+        guard.updates.restore(references)
+    except ValueError as error:
+        raise ValueError(f"{folder}: of another model ({error})") from error
+    guard.layers = layers
+    guard.step, guard._estimated_at, guard.refreshes = kept["step"], kept["estimated_at"], kept["refreshes"]
+    guard.examples_read, guard.turned, guard._scales = kept["examples_read"], float(kept["turned"]), scales
+    for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
+        for name in () if part is None else part.state():
+            setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
+    guard.running = fg.Fisher.load(folder / RUNNING, device=device, lazy=False) if guard.config.averaging else None
+
+
+def seal(written: Path, place: Path) -> None:
+    """Sync every file of a finished folder, list them in its marker, and move it to its place if it is elsewhere.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    sizes = {}
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        sizes[file.relative_to(written).as_posix()] = file.stat().st_size
+    write_text(written / MARKER, json.dumps({"format": FORMAT, "files": sizes}))
+    if written == place:
+        return
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(written, place)
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a checkpoint that is not whole.
+
+    Raises:
+        ValueError: no marker, or a file that it lists is missing or of another size.
+    """
+    try:
+        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not a complete checkpoint: its {MARKER} is missing or unreadable") from error
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing or cut short")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run, or None; what is incomplete is passed over."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            found.append((int(match[1]), path))
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_complete(path)
+        except ValueError:
+            continue
+        return path
+    return None

@@ -1,0 +1,191 @@
+"""Curvature of one matrix: its Fisher, the projector on its leading output directions, and what an update costs there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fishergeo as fg
+from alignguard.config import GuardConfig
+from alignguard.updates import Matrix, Update
+
+WIDEST = 16384  # most outputs of a matrix whose output side is held whole
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """Fisher of one matrix; the leading directions of its output side are found when first asked for.
+
+    Attributes:
+        operator: the estimate, (p, p) or (pq, pq), its tensors contiguous.
+        config: energy, rank, projection and strengths.
+    """
+
+    operator: Any
+    config: GuardConfig
+
+    @property
+    def _output(self) -> Any:
+        return getattr(self.operator, "output_factor", self.operator)
+
+    @cached_property
+    def total(self) -> float:
+        """Trace of the output side, so that ``values.sum() / total`` is the energy held."""
+        full = getattr(self._output, "full_trace", None)
+        return float(self._output.trace() if full is None else full)
+
+    @cached_property
+    def _leading(self) -> tuple[Tensor, fg.SoftProjector]:
+        """The leading eigenvectors that hold ``energy`` of the trace, at most ``max_rank``.
+
+        With ``projection="soft"`` all known ones, each with the weight λ/(λ + ε), ε the last eigenvalue that the hard
+        projector would have held, which so weighs one half.
+        """
+        output, c = self._output, self.config
+        values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
+        if isinstance(output, Tensor):
+            values, vectors = values.flip(0), vectors.flip(1)
+        values = values.clamp_min(0)  # rounding leaves tiny negative ones
+        m = min(fg.rank_for_energy(values, self.total, c.energy), c.max_rank or len(values), vectors.shape[1])
+        if c.projection == "soft" and m > 0 and float(values[m - 1]) > 0:
+            return values, fg.SoftProjector.from_spectrum(vectors.contiguous(), values, float(values[m - 1]))
+        return values[:m], fg.Projector(vectors[:, :m].contiguous())
+
+    @property
+    def values(self) -> Tensor:
+        """(m,) the eigenvalues of the projector's directions, descending."""
+        return self._leading[0]
+
+    @property
+    def projector(self) -> fg.SoftProjector:
+        """On eigenvectors of the output side, m of them."""
+        return self._leading[1]
+
+    def alignment(self, delta: Update) -> Tensor:
+        """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
+
+        C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) on
+        factors, O(p·q·m + m·q²) and O(p·q·m) on a dense update. The whole update takes p in the place of m and needs no
+        eigenvectors.
+        """
+        if self.config.whole_update:
+            return self.operator.quadratic(delta)
+        inside = getattr(self.operator, "input_factor", None)
+        basis, values = self.projector.basis, self.values * self.projector.weights.square()
+        if isinstance(delta, Tensor):
+            rows = basis.to(delta.dtype).mT @ delta  # (m, q)
+            weighted = rows if inside is None else rows @ inside.to(delta.dtype)
+            return (weighted * rows).sum(1) @ values.to(delta.dtype)
+        right = delta.right
+        weighted = right if inside is None else right @ inside.to(right.dtype)
+        rows = basis.to(right.dtype).mT @ delta.left  # (m, r): u_jᵀ B
+        return ((rows @ (weighted @ right.mT)) * rows).sum(1) @ values.to(right.dtype)
+
+    def terms(self, delta: Update, scale: float = 1.0, layers: int = 1) -> dict[str, Tensor]:
+        """Every curvature term of the penalty, unweighted by the drift budget.
+
+        Args:
+            delta: ΔW.
+            scale: root mean square of W0, read only with ``scale_free``.
+            layers: number of guarded matrices, the same.
+        """
+        config, terms = self.config, dict[str, Tensor]()
+        if config.lambda_alignment:
+            terms["alignment"] = config.lambda_alignment * self.alignment(delta)
+        if not (config.lambda_task or config.lambda_collision):
+            return terms
+        part, rest = self.projector.split(delta)
+        share = 1.0
+        if config.scale_free:
+            part, rest, share = part / scale, rest / scale, 1.0 / layers
+        reduction = "mean" if config.scale_free else "sum"
+        if config.lambda_task:
+            squared = rest.square().sum() if isinstance(rest, Tensor) else rest.squared_norm()
+            size = delta.shape[-2] * delta.shape[-1] if config.scale_free else 1
+            terms["task"] = config.lambda_task * share * squared / size
+        if config.lambda_collision:
+            if config.alpha > 0:
+                overlap = fg.riemannian_overlap(part, rest, beta=config.beta, tau=config.tau, reduction=reduction)
+                terms["overlap"] = config.lambda_collision * config.alpha * share * overlap
+            if config.alpha < 1:
+                separation = fg.geodesic_separation(part, rest, metric=config.metric)
+                terms["separation"] = config.lambda_collision * (1 - config.alpha) * share * separation
+        return terms
+
+    def cosine(self, delta: Update) -> Tensor:
+        """How alike the inputs of the two parts are, in [0, 1]."""
+        part, rest = self.projector.split(delta)
+        return fg.geodesic_separation(part, rest, metric="input-gram")
+
+    def turned_from(self, before: LayerCurvature) -> float:
+        """Mean principal angle between the leading subspaces of two estimates, in degrees; 0 where one is empty."""
+        new, old = self.projector.basis, before.projector.basis
+        m = min(new.shape[1], old.shape[1])
+        if m == 0:
+            return 0.0
+        return float(torch.rad2deg(fg.principal_angles(new[:, :m].to(old.dtype), old[:, :m]).mean()))
+
+    def summary(self) -> dict[str, Any]:
+        """Leading eigenvalues, trace, rank and share of energy, as JSON."""
+        held = float(self.values.sum()) / self.total if self.total > 0 else 0.0
+        return {"values": self.values.tolist(), "total": self.total, "rank": len(self.values), "energy": held}
+
+
+def contiguous(operator: Any) -> Any:
+    """The operator with its tensors laid out as a file lays them out: products of other strides round otherwise."""
+    if isinstance(operator, fg.KroneckerOperator):
+        return fg.KroneckerOperator(operator.output_factor.contiguous(), operator.input_factor.contiguous())
+    if isinstance(operator, fg.SpectralOperator):
+        vectors, trace = operator.vectors.contiguous(), operator.full_trace
+        return fg.SpectralOperator(operator.values.contiguous(), vectors, trace, operator.side, operator.rest)
+    return (
+        fg.DenseOperator(operator.matrix.contiguous(), operator.side)
+        if isinstance(operator, fg.DenseOperator)
+        else operator
+    )
+
+
+def check_widths(matrices: Iterable[Matrix], config: GuardConfig) -> None:
+    """Refuse matrices whose output side would not fit in memory.
+
+    Raises:
+        ValueError: naming the matrix.
+    """
+    for matrix in matrices:
+        if config.structure != "sketch" and matrix.shape[0] > WIDEST:
+            raise ValueError(
+                f"{matrix.plain} has {matrix.shape[0]} outputs, and structure={config.structure!r} would hold the square "
+                f"of that; take structure='sketch', or exclude={matrix.plain!r}"
+            )
+
+
+def curvatures(fisher: Mapping[str, Any], matrices: Iterable[Matrix], config: GuardConfig) -> dict[str, LayerCurvature]:
+    """Curvature of every matrix from a Fisher.
+
+    Args:
+        fisher: operator by name, of captured layers or of matrices with or without what peft puts around them.
+        matrices: what is guarded.
+        config: rank and projection.
+
+    Raises:
+        ValueError: a matrix has no operator in it, or one of another shape.
+    """
+    layers = {}
+    for matrix in matrices:
+        key = next((name for name in (matrix.layer, matrix.name, matrix.plain) if name in fisher), None)
+        if key is None:
+            raise ValueError(f"the Fisher holds no {matrix.plain!r}; it has {', '.join(list(fisher)[:4])}, ...")
+        operator, (p, q) = fisher[key], matrix.shape
+        size = p * q if operator.side == "both" else p
+        if operator.side == "input" or operator.shape[0] != size:
+            raise ValueError(
+                f"the Fisher of {matrix.plain!r} has shape {operator.shape} on the {operator.side} side, the matrix "
+                f"{matrix.shape}; it is of another model, or not of the output side"
+            )
+        layers[matrix.name] = LayerCurvature(contiguous(operator), config)
+    return layers

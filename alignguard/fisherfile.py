@@ -1,0 +1,102 @@
+"""Fisher files that name the model and data they came from, and refuse a model that does not match."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fishergeo as fg
+from alignguard.config import GuardConfig
+from alignguard.data import pad_id
+from alignguard.encoding import encode_source, pad_rows
+from alignguard.files import write_text
+from alignguard.objective import model_kind, response_loss
+
+
+def origin_path(path: str | Path) -> Path:
+    """The JSON beside a Fisher file that says what it is of."""
+    return Path(f"{path}.json")
+
+
+def write_fisher(
+    path: str | Path, model: Any, tokenizer: Any, data: Any, config: GuardConfig, *, name: str, progress: bool = False
+) -> fg.Fisher:
+    """Estimate the Fisher of alignment data at a model's present weights and write it with its origin.
+
+    Args:
+        path: the file; ``path`` + ``.json`` names model and data.
+        model: without an adapter.
+        tokenizer: its tokenizer.
+        data: alignment rows, all of them are read.
+        config: structure, kind, sketch_rank, batch_size, max_length and seed are read.
+        name: what the model is called.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad rows, or a model without layers to capture.
+        OSError: the file cannot be written.
+    """
+    kind = model_kind(model)
+    rows = encode_source(data, "data", tokenizer, kind, config.max_length)
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    pad, size = pad_id(tokenizer), config.batch_size
+    fisher = fg.estimate_fisher(
+        model,
+        [pad_rows(rows[i : i + size], pad, kind) for i in range(0, len(rows), size)],
+        structure=config.structure,
+        kind=config.kind,
+        rank=config.sketch_rank,
+        loss=response_loss if config.kind == "empirical" else None,
+        progress=progress,
+        seed=config.seed,
+    )
+    text = json.dumps(rows, sort_keys=True)
+    origin = {
+        "model": name,
+        "fingerprint": fisher.header.fingerprint,
+        "data": str(data) if isinstance(data, (str, Path)) else "rows",
+        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "examples": len(rows),
+        "structure": config.structure,
+        "kind": config.kind,
+        "versions": {n: importlib.metadata.version(n) for n in ("fishergeo", "torch", "transformers")},
+    }
+    fisher.save(path)
+    write_text(origin_path(path), json.dumps(origin, indent=1))
+    return fisher
+
+
+def load_fisher(path: str | Path, model: torch.nn.Module, config: GuardConfig) -> fg.Fisher:
+    """Read a Fisher file for a model that it must match.
+
+    Args:
+        path: the file.
+        model: before an adapter is put on it.
+        config: what the guard expects of it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, of another structure, or of a model with other layers, shapes or weights.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"fisher: no such file: {path}")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = fg.Fisher.load(path, device=next(base.parameters()).device, lazy=False)
+    header = whole.header
+    if header.structure != config.structure or header.side != "output":
+        raise ValueError(
+            f"fisher: {path} is a {header.structure!r} of the {header.side} side, the guard asks for "
+            f"structure={config.structure!r}; estimate it again, or give structure={header.structure!r}"
+        )
+    try:
+        whole.check_model(base, values=base is model)
+    except ValueError as error:
+        raise ValueError(
+            f"fisher: {path} is of another model: {error}; estimate it with `alignguard fisher`"
+        ) from error
+    return whole

@@ -1,0 +1,82 @@
+"""What a model says at supervised tokens, for every kind of model: one reading that likelihoods, KL and the Fisher share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignguard.data import IGNORED
+
+KINDS = ("causal", "seq2seq", "classification")
+
+
+def model_kind(model: Any) -> str:
+    """``"seq2seq"`` for encoder-decoders, ``"classification"`` for sequence classifiers, else ``"causal"``."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return "seq2seq"
+    return "classification" if type(inner).__name__.endswith("ForSequenceClassification") else "causal"
+
+
+def aligned_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and the labels that they should predict.
+
+    Args:
+        model: a Hugging Face model, wrapped by peft or not.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``; (n, T) labels, or (n,) classes.
+
+    Returns:
+        (n, T, V) and (n, T): shifted by one for a decoder alone, fed to the decoder for an encoder-decoder, and T = 1
+        for a classifier.
+    """
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    kind = model_kind(model)
+    if kind == "seq2seq":
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+        return model(**inputs).logits, labels
+    logits = model(**inputs).logits
+    if kind == "classification":
+        return logits[:, None], labels[:, None]
+    return logits[:, :-1], labels[:, 1:]
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In float32 or better."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def response_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Negative log-likelihood of each example's whole response in nats, (n,): the loss whose Fisher is a drift."""
+    logits, labels = aligned_logits(model, batch)
+    nll = torch.nn.functional.cross_entropy(
+        widened(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return nll.view(labels.shape).sum(1)
+
+
+def supervised(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model predicts at every supervised token, row by row.
+
+    Returns:
+        log-probabilities (tokens, V) in float32 or better, targets (tokens,) and the row of each (tokens,).
+    """
+    logits, labels = aligned_logits(model, batch)
+    chosen = labels != IGNORED
+    rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)[chosen]
+    return widened(logits[chosen]).log_softmax(-1), labels[chosen], rows
+
+
+def divergence(base: Tensor, present: Tensor) -> Tensor:
+    """KL(base ‖ present) of each token in nats, (tokens,), from log-probabilities (tokens, V).
+
+    Raises:
+        ValueError: two vocabularies.
+    """
+    if base.shape != present.shape:
+        raise ValueError(f"model and base differ in vocabulary: {present.shape[-1]} and {base.shape[-1]} tokens")
+    return (base.exp() * (base - present)).sum(-1)

@@ -1,0 +1,79 @@
+"""What the model said before training, at the supervised tokens of alignment examples, kept so as to be asked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignguard.generation import evaluation_mode
+from alignguard.objective import divergence, supervised
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+class Reference:
+    """Log-probabilities of the model before training.
+
+    Every example is read alone, so that what is kept does not depend on the company it was first asked in, and a
+    resumed run reads the same numbers.
+
+    Args:
+        model: the model that trains.
+        rows: encoded examples.
+        collate: rows -> a batch on the model's device.
+        switchable: whether the model with its adapter off is the model before training. If not, every example is
+            read at once, so make this before training.
+        limit: most bytes kept; beyond them examples are asked again each time.
+
+    Raises:
+        ValueError: the model before training cannot be read later, and ``limit`` does not hold all examples.
+    """
+
+    def __init__(
+        self, model: Any, rows: Sequence[Mapping[str, Any]], collate: Collate, switchable: bool, limit: int
+    ) -> None:
+        self.model, self.rows, self.collate, self.switchable, self.limit = model, rows, collate, switchable, limit
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+        if not switchable:
+            for place in range(len(rows)):
+                self._read(place)
+            if len(self._kept) < len(rows):
+                raise ValueError(
+                    f"reference log-probabilities of {len(rows)} alignment examples need more than "
+                    f"kl_cache_mb={limit >> 20} MiB, and this model's start cannot be read later; raise kl_cache_mb or "
+                    "give fewer examples"
+                )
+
+    def _read(self, place: int) -> Tensor:
+        if place in self._kept:
+            return self._kept[place]
+        batch = self.collate([self.rows[place]])
+        with evaluation_mode(self.model), self.model.disable_adapter() if self.switchable else nullcontext():
+            found = supervised(self.model, batch)[0]
+        size = found.numel() * found.element_size()
+        if self._bytes + size <= self.limit:
+            self._kept[place] = found.cpu()
+            self._bytes += size
+        return found
+
+    def divergence(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """KL(before ‖ present) at the supervised tokens of some examples, differentiable in the present weights.
+
+        Returns:
+            nats (tokens,), and the row of each token among ``places`` (tokens,).
+        """
+        batch = self.collate([self.rows[place] for place in places])
+        present, _, rows = supervised(self.model, batch)
+        base = torch.cat([self._read(place).to(present.device) for place in places])
+        return divergence(base, present), rows
+
+    def drift(self, places: Sequence[int]) -> float:
+        """Mean over examples of the KL of the whole response in nats, without gradients, dropout off."""
+        with evaluation_mode(self.model):
+            nats, _ = self.divergence(places)
+        return float(nats.sum(dtype=torch.float64)) / len(places)
