@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from alignguard.data import IGNORED, collate
+from alignguard.data import collate
 
 Encoded = Mapping[str, Any]
 
