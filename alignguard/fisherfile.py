@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fishergeo as fg
 from alignguard.config import GuardConfig
 from alignguard.data import pad_id
@@ -71,7 +69,7 @@ def write_fisher(
     return fisher
 
 
-def load_fisher(path: str | Path, model: torch.nn.Module, config: GuardConfig) -> fg.Fisher:
+def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
     """Read a Fisher file for a model that it must match.
 
     Args:
