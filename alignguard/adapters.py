@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -162,7 +162,7 @@ def check_untied(name: str, weight: Tensor, holders: dict[int, list[nn.Module]])
 
 def plain_weight(base: nn.Module) -> Tensor:
     """The (p, q) weight of a layer, out of its quantisation where it has one."""
-    weight = base.weight
+    weight = cast(Tensor, base.weight)
     if not weight.is_floating_point():
         from peft.utils.integrations import dequantize_module_weight
 

@@ -39,7 +39,8 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
     """
     counters: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
     if guard is not None:
-        tensors, kinds = {}, {}
+        tensors: dict[str, Tensor] = {}
+        kinds: dict[str, str] = {}
         for name, layer in guard.layers.items():
             kinds[name] = type(layer.operator).__name__
             tensors |= {f"layer|{name}|{role}": t for role, t in _operator_tensors(layer.operator).items()}

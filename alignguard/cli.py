@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "config", None) is not None:
             apply_yaml(commands[args.command], args.config)
             args = parser.parse_args(arguments)
-        COMMANDS.get(args.command, getattr(args, "run", None))(args)
+        run = COMMANDS.get(args.command) or args.run  # those of other modules carry their own
+        run(args)
     except (*BAD_INPUT, OSError, FloatingPointError) as error:
         print(f"alignguard {arguments[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1

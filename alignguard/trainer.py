@@ -53,6 +53,8 @@ class GuardMixin:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
     """
 
+    model_accepts_loss_kwargs: bool
+
     def __init__(self, *args: Any, guard: Guard | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.guard = guard

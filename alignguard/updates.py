@@ -212,7 +212,13 @@ class WeightUpdates:
         if now.ndim == 2:
             base = layer.get_base_layer()
             self.matrices[key] = Matrix(
-                key, base_name(name), kind, tuple(now.shape), now.rank, read, lambda: weight(plain_weight(base))
+                key,
+                base_name(name),
+                kind,
+                (now.shape[0], now.shape[1]),
+                now.rank,
+                read,
+                lambda: weight(plain_weight(base)),
             )
             return
         inner, parameter = layer.get_base_layer(), layer.parameter_name
@@ -269,12 +275,12 @@ class WeightUpdates:
 
     def _add_matrix(self, name: str, module: nn.Module, weight: Tensor, kind: str) -> None:
         reference = self._keep(name, weight)
-        shape = (reference.shape[1], reference.shape[0]) if is_conv1d(module) else tuple(reference.shape)
+        rows, columns = oriented(module, reference).shape
 
         def read() -> Tensor:
             return oriented(module, whole(weight) - whole(reference.to(weight.device)))
 
-        self.matrices[name] = Matrix(name, name, kind, shape, None, read, lambda: oriented(module, reference))
+        self.matrices[name] = Matrix(name, name, kind, (rows, columns), None, read, lambda: oriented(module, reference))
 
     def _add_experts(self, name: str, stack: Tensor, flip: bool, kind: str) -> None:
         reference = self._keep(name, stack)
