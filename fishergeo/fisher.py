@@ -37,6 +37,16 @@ class FisherHeader:
         basis: how ekfac's eigenbases were fixed: ``"two-pass"``, ``"one-sweep"`` or ``"given"``.
         decay: what every later example multiplied the weight of the earlier ones by.
         weighted: whether examples or tokens had weights of their own.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> header = fg.estimate_fisher(model, batches, structure="gram", loss=loss).header
+        >>> header.structure, header.unit, header.shapes
+        ('gram', 'sequence', {'': (2, 3)})
     """
 
     structure: str
@@ -72,6 +82,18 @@ class Fisher(Mapping[str, SymmetricOperator]):
     Attributes:
         header: what it is the Fisher of.
         accumulators: layer name -> sums; read from the file on demand after :meth:`load`.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> fisher = fg.estimate_fisher(model, batches, structure="gram", loss=loss)
+        >>> list(fisher), fisher[""].shape, fisher.header.examples
+        ([''], (2, 2), 3.0)
+        >>> fisher.merge(fisher).header.examples
+        6.0
     """
 
     def __init__(self, header: FisherHeader, accumulators: Mapping[str, Accumulator]) -> None:
