@@ -60,7 +60,7 @@ class Guard:
         >>> model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), LoraConfig(r=2, target_modules=["q_proj"]))
         >>> rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}]
         >>> guard = alignguard.Guard.from_alignment(model, rows)
-        >>> float(guard.penalty()), sorted(guard.terms)  # nothing has moved yet
+        >>> guard.penalty().item(), sorted(guard.terms)  # nothing has moved yet
         (0.0, ['alignment'])
     """
 
