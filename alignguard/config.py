@@ -76,6 +76,15 @@ class GuardConfig:
 
     Raises:
         ValueError: a value outside its range; the message names the field.
+
+    Examples:
+        >>> config = alignguard.GuardConfig(max_drift=0.5)
+        >>> alignguard.GuardConfig.from_dict(config.to_dict()) == config
+        True
+        >>> alignguard.GuardConfig(structure="hessian")
+        Traceback (most recent call last):
+            ...
+        ValueError: structure must be one of ('kfac', 'gram', 'sketch'), not 'hessian'
     """
 
     structure: str = "kfac"

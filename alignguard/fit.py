@@ -56,6 +56,11 @@ class FitResult:
             whole model, loadable by ``from_pretrained``.
         history: the Trainer's log, a dict a logged step.
         step_seconds: wall time of each optimizer step, refreshes included.
+
+    Examples:
+        >>> result = alignguard.FitResult(None, None, "runs/fit/adapter", [], [3.0, 2.0, 1.0, 1.0])
+        >>> result.step_time  # the first two are warm-up
+        1.0
     """
 
     model: Any
@@ -201,6 +206,22 @@ def fit(
         FileNotFoundError, FileExistsError, TypeError, ValueError: bad input, named, before training.
         FloatingPointError: NaN or infinity in the loss.
         OSError: saving failed; nothing half-written stays.
+
+    Examples:
+        >>> import contextlib, io, tempfile
+        >>> from alignguard.embedded import data_path, model_path
+        >>> from alignguard.data import read_jsonl
+        >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        ...     result = alignguard.fit(
+        ...         model_path(),
+        ...         read_jsonl(data_path("task_train"))[:2],
+        ...         read_jsonl(data_path("alignment"))[:2],
+        ...         output_dir=folder + "/run",
+        ...         training={"max_steps": 1},
+        ...     )
+        ...
+        >>> result.adapter_dir.name, len(result.step_seconds)
+        ('adapter', 1)
     """
     ready = prepare(
         model, task_data, alignment_data, config, tokenizer=tokenizer, lora=lora, training=training, method=method,

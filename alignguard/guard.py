@@ -52,6 +52,16 @@ class Guard:
 
     Raises:
         TypeError, ValueError: a model whose ΔW is not understood, or no alignment example.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
+        >>> model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), LoraConfig(r=2, target_modules=["q_proj"]))
+        >>> rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}]
+        >>> guard = alignguard.Guard.from_alignment(model, rows)
+        >>> guard.penalty().item(), sorted(guard.terms)  # nothing has moved yet
+        (0.0, ['alignment'])
     """
 
     def __init__(

@@ -51,6 +51,14 @@ class GuardMixin:
 
     Args:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
+
+    Examples:
+        >>> from transformers import Trainer
+        >>> class MyTrainer(alignguard.GuardMixin, Trainer):
+        ...     pass
+        ...
+        >>> MyTrainer.__mro__[1].__name__
+        'GuardMixin'
     """
 
     model_accepts_loss_kwargs: bool
@@ -217,8 +225,20 @@ class GuardMixin:
 
 
 class GuardTrainer(GuardMixin, Trainer):
-    """transformers' Trainer with a guard."""
+    """transformers' Trainer with a guard.
+
+    Examples:
+        >>> from transformers import Trainer
+        >>> issubclass(alignguard.GuardTrainer, Trainer)
+        True
+    """
 
 
 class GuardSeq2SeqTrainer(GuardMixin, Seq2SeqTrainer):
-    """transformers' Seq2SeqTrainer with a guard."""
+    """transformers' Seq2SeqTrainer with a guard.
+
+    Examples:
+        >>> from transformers import Seq2SeqTrainer
+        >>> issubclass(alignguard.GuardSeq2SeqTrainer, Seq2SeqTrainer)
+        True
+    """

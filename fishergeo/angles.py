@@ -85,6 +85,11 @@ def principal_angles(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: a basis is not a floating tensor, or the dtypes differ.
         ValueError: a basis is not orthonormal, the spaces or devices differ, or batches do not broadcast.
+
+    Examples:
+        >>> u, v = torch.eye(3)[:, :2], torch.eye(3)[:, 1:]
+        >>> [round(a, 4) for a in fg.principal_angles(u, v).tolist()]
+        [0.0, 1.5708]
     """
     return angles_between(*_check_pair(u, v))
 
@@ -153,6 +158,11 @@ def subspace_distance(u: torch.Tensor, v: torch.Tensor, kind: str = "geodesic") 
     Raises:
         TypeError: a basis is not a floating tensor, or the dtypes differ.
         ValueError: as `principal_angles`, or the dimensions k differ, or an unknown kind.
+
+    Examples:
+        >>> u, v = torch.eye(2)[:, :1], torch.eye(2)[:, 1:]
+        >>> round(float(fg.subspace_distance(u, v)), 4)
+        1.5708
     """
     check_choice("kind", kind, DISTANCES)
     first, second = _check_pair(u, v)
@@ -181,6 +191,10 @@ def subspace_overlap(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: a basis is not a floating tensor, or the dtypes differ.
         ValueError: as `principal_angles`, or a basis without columns.
+
+    Examples:
+        >>> float(fg.subspace_overlap(torch.eye(3)[:, :2], torch.eye(3)[:, 1:]))
+        0.5
     """
     first, second = _check_pair(u, v)
     smaller = min(first.shape[-1], second.shape[-1])

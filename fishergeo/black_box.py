@@ -23,6 +23,18 @@ class LayerProducts(Protocol):
         sizes: layer -> size of its operator.
         dtype: of the products.
         device: of the products.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> stream = fg.StreamingFisher(model, batches, loss=loss)
+        >>> stream.sizes
+        {'': 2}
+        >>> stream.multi_matmul({"": torch.eye(2)})[""].shape
+        torch.Size([2, 2])
     """
 
     @property

@@ -81,6 +81,12 @@ def lanczos(
 
     Warns:
         ConvergenceWarning: without ``strict``.
+
+    Examples:
+        >>> A = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
+        >>> found = fg.lanczos(lambda block: A @ block, 2, size=100)
+        >>> [round(v, 4) for v in found.values.tolist()], found.converged
+        ([100.0, 99.0], True)
     """
     product, n, kind, place = black_box(op, size, dtype, device)
     check_integer("k", k, low=1, high=n)
@@ -140,6 +146,12 @@ def lanczos_layers(
         ValueError: see :func:`lanczos`.
         FloatingPointError: naming the layer.
         ConvergenceError: with ``strict``.
+
+    Examples:
+        >>> ops = {"a": fg.DenseOperator(torch.diag(torch.tensor([3.0, 1.0])).double())}
+        >>> found = fg.lanczos_layers(ops, 1)
+        >>> round(float(found["a"].values[0]), 4)
+        3.0
     """
     check_integer("k", k, low=1)
     check_choice("which", which, WHICH)

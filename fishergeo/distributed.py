@@ -57,6 +57,20 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
         RuntimeError: if torch.distributed is not initialised.
         ValueError: on every process alike, if no process has data, if two differ in anything but counts and seed,
             naming the ranks and the field, or if their EKFAC bases differ.
+
+    Examples:
+        >>> import tempfile, torch.distributed as dist
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        ...     model = torch.nn.Linear(3, 2)
+        ...     fisher = fg.estimate_fisher(
+        ...         model, [torch.eye(3)], structure="gram", loss=lambda model, batch: model(batch).square().sum(1)
+        ...     )
+        ...     whole = fg.all_reduce(fisher)
+        ...     dist.destroy_process_group()
+        ...
+        >>> whole.header.examples
+        3.0
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("all_reduce needs torch.distributed; call torch.distributed.init_process_group first")

@@ -135,6 +135,19 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         ValueError: for unknown choices, patterns that match nothing, batches without labels, no supervised token.
         TypeError: if batches cannot be read twice where two passes are needed.
         FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> fisher = fg.estimate_fisher(model, batches, structure="kfac", loss=loss)
+        >>> fisher[""].shape  # a layer's name is its place in the model; here the model is the layer
+        (6, 6)
+        >>> several = fg.estimate_fisher(model, batches, structure=["gram", "diagonal"], loss=loss)
+        >>> list(several)
+        ['gram', 'diagonal']
     """
     check_choice("kind", kind, KINDS)
     check_choice("unit", unit, UNITS)

@@ -28,6 +28,12 @@ class ExactOperator(SymmetricOperator):
         lengths: (N,) long, rows of each example; their sum is ``rows``.
         count: what the sum is divided by; N if nothing is weighted.
         budget: entries of the weight gradients formed at a time.
+
+    Examples:
+        >>> gradients, inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2)
+        >>> op = fg.ExactOperator(gradients, inputs, torch.tensor([1, 1]), count=2)  # two examples of one row each
+        >>> op.shape, [round(v, 4) for v in op.eigh(2)[0].tolist()]
+        ((4, 4), [2.0, 0.5])
     """
 
     side = "both"

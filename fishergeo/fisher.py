@@ -38,6 +38,16 @@ class FisherHeader:
         decay: what every later example multiplied the weight of the earlier ones by.
         weighted: whether examples or tokens had weights of their own.
         probes: columns that the sketch held back to measure its error with.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> header = fg.estimate_fisher(model, batches, structure="gram", loss=loss).header
+        >>> header.structure, header.unit, header.shapes
+        ('gram', 'sequence', {'': (2, 3)})
     """
 
     structure: str
@@ -74,6 +84,18 @@ class Fisher(Mapping[str, SymmetricOperator]):
     Attributes:
         header: what it is the Fisher of.
         accumulators: layer name -> sums; read from the file on demand after :meth:`load`.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> fisher = fg.estimate_fisher(model, batches, structure="gram", loss=loss)
+        >>> list(fisher), fisher[""].shape, fisher.header.examples
+        ([''], (2, 2), 3.0)
+        >>> fisher.merge(fisher).header.examples
+        6.0
     """
 
     def __init__(self, header: FisherHeader, accumulators: Mapping[str, Accumulator]) -> None:

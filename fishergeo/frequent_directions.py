@@ -30,6 +30,12 @@ class FrequentDirections:
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
+
+    Examples:
+        >>> sketch = fg.FrequentDirections(size=4, rows=2)
+        >>> sketch.add(torch.eye(4, dtype=torch.float64)[:1] * 3)
+        >>> sketch.matrix().shape, float(sketch.bound)
+        (torch.Size([1, 4]), 0.0)
     """
 
     def __init__(

@@ -97,6 +97,12 @@ class Grassmann(geoopt.manifolds.base.Manifold):
     Euclidean inner product (Edelman, Arias and Smith 1998; Bendokat, Zimmermann and Absil 2024). The last two
     dimensions of a tensor are the point, those before are a batch. It works with geoopt.optim.RiemannianAdam and
     RiemannianSGD on a geoopt.ManifoldParameter.
+
+    Examples:
+        >>> manifold = fg.Grassmann()
+        >>> u, v = torch.eye(3, dtype=torch.float64)[:, :1], torch.eye(3, dtype=torch.float64)[:, 1:2]
+        >>> round(float(manifold.dist(u, v)), 4)  # a right angle
+        1.5708
     """
 
     ndim = 2
@@ -261,6 +267,13 @@ def karcher_mean(
         TypeError: points or weights are not floating tensors, or an option has the wrong type.
         ValueError: bases that are not orthonormal, weights of the wrong shape or sign, or options out of range.
         RuntimeError: not converged after `max_iter` steps; the points are too far apart, or `tol` too small.
+
+    Examples:
+        >>> angle = torch.tensor(0.3, dtype=torch.float64)
+        >>> u = torch.stack([angle.cos(), angle.sin()])[:, None]
+        >>> mean = fg.karcher_mean(torch.stack([u, u * torch.tensor([[1.0], [-1.0]])]))
+        >>> [round(abs(v), 4) for v in mean.flatten().tolist()]
+        [1.0, 0.0]
     """
     points = check_basis("points", points)
     if points.ndim != 3:

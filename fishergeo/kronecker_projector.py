@@ -39,6 +39,11 @@ class KroneckerProjector(SubspaceMap):
     Raises:
         TypeError: a basis is not a floating tensor, or the dtypes differ.
         ValueError: a basis is not orthonormal or has NaN, or the devices differ.
+
+    Examples:
+        >>> part, rest = fg.KroneckerProjector(torch.eye(2)[:, :1], torch.eye(3)[:, :1]).split(torch.ones(2, 3))
+        >>> part.tolist()
+        [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
 
     def __init__(self, output_basis: torch.Tensor, input_basis: torch.Tensor) -> None:
@@ -87,6 +92,12 @@ class KroneckerMaskProjector(SubspaceMap):
     Raises:
         TypeError: vectors are not floating tensors, dtypes differ, or the mask is not a bool tensor.
         ValueError: vectors are not orthonormal, not two-dimensional or have NaN; shapes or devices do not match.
+
+    Examples:
+        >>> mask = torch.tensor([[True, False], [False, False]])
+        >>> part, rest = fg.KroneckerMaskProjector(torch.eye(2), torch.eye(2), mask).split(torch.ones(2, 2))
+        >>> part.tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
     """
 
     def __init__(self, output_vectors: torch.Tensor, input_vectors: torch.Tensor, mask: torch.Tensor) -> None:

@@ -16,6 +16,11 @@ class DiagonalOperator(SymmetricOperator):
 
     Args:
         entries: (p, q).
+
+    Examples:
+        >>> op = fg.DiagonalOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # of a (2, 2) weight
+        >>> op.shape, float(op.trace())
+        ((4, 4), 10.0)
     """
 
     side = "both"
@@ -108,6 +113,13 @@ class KroneckerOperator(SymmetricOperator):
     Args:
         output_factor: S, (p, p), symmetric positive semi-definite.
         input_factor: A, (q, q), the same.
+
+    Examples:
+        >>> op = fg.KroneckerOperator(torch.diag(torch.tensor([1.0, 2.0])), 3 * torch.eye(2))
+        >>> op.shape, float(op.trace())
+        ((4, 4), 18.0)
+        >>> float(op.quadratic(torch.ones(2, 2)))  # tr(ΔWᵀ S ΔW A)
+        18.0
     """
 
     side = "both"
@@ -185,6 +197,11 @@ class EigenKroneckerOperator(SymmetricOperator):
         output_basis: U, (p, p), orthogonal.
         input_basis: V, (q, q), orthogonal.
         values: (p, q).
+
+    Examples:
+        >>> op = fg.EigenKroneckerOperator(torch.eye(2), torch.eye(3), torch.arange(6.0).reshape(2, 3))
+        >>> op.shape, float(op.trace())
+        ((6, 6), 15.0)
     """
 
     side = "both"

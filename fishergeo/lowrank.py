@@ -44,6 +44,13 @@ class LowRank:
         TypeError: a factor is not a floating tensor, or the dtypes differ.
         ValueError: fewer than two dimensions, an empty p, q or batch, inner sizes that differ, batches that do not
             broadcast, or factors on different devices. The rank r may be 0: the zero matrix.
+
+    Examples:
+        >>> delta = fg.LowRank(torch.ones(4, 1), torch.ones(1, 3))
+        >>> delta.shape, delta.rank, float(delta.squared_norm())
+        (torch.Size([4, 3]), 1, 12.0)
+        >>> (delta + delta).to_dense()[0].tolist()
+        [2.0, 2.0, 2.0]
     """
 
     left: torch.Tensor

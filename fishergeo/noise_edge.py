@@ -31,6 +31,10 @@ def marchenko_pastur_edge(samples: int, size: int, variance: float = 1.0) -> flo
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
+
+    Examples:
+        >>> fg.marchenko_pastur_edge(samples=100, size=100)
+        4.0
     """
     check_integer("samples", samples, low=1)
     check_integer("size", size, low=1)
@@ -69,6 +73,10 @@ def gavish_donoho_factor(ratio: float, known_noise: bool = False) -> float:
     Raises:
         TypeError: if ratio is no number.
         ValueError: unless 0 < ratio ≤ 1.
+
+    Examples:
+        >>> round(fg.gavish_donoho_factor(1.0), 3)  # of square matrices
+        2.858
     """
     beta = check_number("ratio", ratio, low=0.0, high=1.0)
     if beta == 0:
@@ -115,6 +123,10 @@ def rank_by_noise_edge(values: Tensor, samples: int, size: int, variance: float 
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range, values that do not descend, or too few for their median.
+
+    Examples:
+        >>> fg.rank_by_noise_edge(torch.tensor([50.0, 1.1, 1.0, 0.9]), samples=1000, size=4)
+        1
     """
     checked, positive = _spectrum(values, samples, size)
     if variance is None:
@@ -140,6 +152,10 @@ def rank_by_gavish_donoho(values: Tensor, samples: int, size: int, variance: flo
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: as :func:`rank_by_noise_edge`.
+
+    Examples:
+        >>> fg.rank_by_gavish_donoho(torch.tensor([50.0, 1.1, 1.0, 0.9]), samples=1000, size=4)
+        1
     """
     checked, positive = _spectrum(values, samples, size)
     singular = (checked * samples).sqrt()
@@ -177,6 +193,12 @@ def rank_by_sign_flips(
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range, NaN, or a Gram matrix that is not square.
+
+    Examples:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> samples = torch.randn(100, 1, generator=g) * torch.full((6,), 3.0) + torch.randn(100, 6, generator=g)
+        >>> fg.rank_by_sign_flips(samples, g)
+        1
     """
     check_finite("samples", check_tensor("samples", samples, min_dim=2))
     if not isinstance(generator, torch.Generator):

@@ -39,6 +39,12 @@ class NystromSketch:
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
+
+    Examples:
+        >>> sketch = fg.NystromSketch(size=3, columns=3, probes=0)
+        >>> sketch.add_operator(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)))
+        >>> [round(v, 6) for v in sketch.eigh(2)[0].tolist()]
+        [3.0, 2.0]
     """
 
     def __init__(
@@ -181,6 +187,11 @@ def nystrom(
     Raises:
         FloatingPointError: once read, if the operator is far from positive semi-definite.
         ValueError: for arguments out of range.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64))
+        >>> [round(v, 6) for v in fg.nystrom(A, 2, probes=0).eigh(2)[0].tolist()]
+        [3.0, 2.0]
     """
     product, n, dtype, device = black_box(op, size)
     if trace is None and (isinstance(op, SymmetricOperator) or (isinstance(op, Tensor) and op.layout == torch.strided)):

@@ -25,6 +25,11 @@ class SpectralOperator(SymmetricOperator):
         full_trace: scalar tensor or None.
         side: see :class:`SymmetricOperator`.
         rest: the eigenvalue of everything orthogonal to ``vectors``.
+
+    Examples:
+        >>> op = fg.SpectralOperator(torch.tensor([2.0, 1.0]), torch.eye(3)[:, :2])
+        >>> op.to_dense().diagonal().tolist()
+        [2.0, 1.0, 0.0]
     """
 
     def __init__(

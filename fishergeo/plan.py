@@ -33,6 +33,15 @@ class LayerPlan:
         shape: (p, q).
         state_bytes: sums that are kept; one shared with earlier layers is counted there.
         pass_bytes: sums and sketching matrices held between batches while the pass runs.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> fg.plan(model, "gram", batches=batches, loss=loss).layers[0].state_bytes  # 2·2 numbers of 4 bytes
+        16
     """
 
     name: str
@@ -58,6 +67,16 @@ class Plan:
         plain_flops: of a plain forward and backward with these layers' weight gradients over the same batches.
         seconds: predicted, from a calibration or a rate; None without either.
         plain_seconds: the same of the plain pass.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> plan = fg.plan(model, "gram", batches=batches, loss=loss)
+        >>> plan.structure, plan.examples, plan.state_bytes
+        ('gram', 3, 16)
     """
 
     structure: str
@@ -139,6 +158,16 @@ def plan(
         ValueError: if neither or both descriptions of the data are given, a size is not positive, the batches can be
             gone through only once, calibration is asked of a model on the meta device, or the model's shapes depend
             on values.
+
+    Examples:
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Linear(4096, 4096)
+        ...
+        >>> plan = fg.plan(
+        ...     model, "gram", batches=[torch.empty(2, 4096)], loss=lambda model, batch: model(batch).square().sum(1)
+        ... )
+        >>> plan.state_bytes == 4 * 4096**2
+        True
     """
     sample, sizes, count = _data(model, batches, batch_size, sequence_length, examples)
     if flop_rate is not None and not flop_rate > 0:

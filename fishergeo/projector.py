@@ -127,6 +127,12 @@ class Complement(SubspaceMap):
 
     Args:
         of: the projector P.
+
+    Examples:
+        >>> P = fg.Projector(torch.eye(3)[:, :1])
+        >>> part, rest = P.complement.split(torch.ones(3, 2))
+        >>> part[:, 0].tolist()
+        [0.0, 1.0, 1.0]
     """
 
     def __init__(self, of: SubspaceMap) -> None:
@@ -161,6 +167,12 @@ class SoftProjector(SubspaceMap):
     Raises:
         TypeError: basis or weights are not floating tensors, or their dtypes differ.
         ValueError: the basis is not orthonormal or has NaN, weights lie outside [0, 1] or do not match its columns.
+
+    Examples:
+        >>> P = fg.SoftProjector(torch.eye(3)[:, :2], torch.tensor([1.0, 0.5]))
+        >>> part, rest = P.split(torch.ones(3, 1))
+        >>> part.flatten().tolist()
+        [1.0, 0.5, 0.0]
     """
 
     def __init__(self, basis: torch.Tensor, weights: torch.Tensor, side: str = "output") -> None:
@@ -262,6 +274,14 @@ class Projector(SoftProjector):
     Raises:
         TypeError: the basis is not a floating tensor.
         ValueError: the basis is not orthonormal (the defect is printed), has NaN, or more columns than rows.
+
+    Examples:
+        >>> P = fg.Projector(torch.eye(3)[:, :1])
+        >>> part, rest = P.split(fg.LowRank(torch.ones(3, 1), torch.ones(1, 2)))
+        >>> part.to_dense().tolist()
+        [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+        >>> float(part.inner(rest))
+        0.0
     """
 
     def __init__(self, basis: torch.Tensor, side: str = "output") -> None:

@@ -27,6 +27,10 @@ def rank_for_energy(
         TypeError: values are not floating, or an argument is not a number.
         ValueError: values are not one descending, finite, non-negative sequence, `total` is less than their sum, or
             `energy` lies outside (0, 1].
+
+    Examples:
+        >>> fg.rank_for_energy([5.0, 3.0, 1.0, 1.0], energy=0.8)
+        2
     """
     if not isinstance(values, torch.Tensor):
         try:

@@ -50,6 +50,17 @@ def second_pass(
     Raises:
         ValueError: for a layer without a trace, or k < 1.
         KeyError: for a layer of ``sketch`` that ``stream`` lacks.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> sketch = fg.estimate_fisher(model, batches, rank=2, loss=loss)
+        >>> better = fg.second_pass(sketch, fg.StreamingFisher(model, batches, loss=loss), 2)
+        >>> better[""].values.shape, better[""].passes
+        (torch.Size([2]), 1)
     """
     check_integer("k", k, low=1)
     bases = {name: _basis(sketch, name).to(stream.dtype) for name in sketch}

@@ -101,6 +101,16 @@ def sketch_shards(
     Raises:
         ValueError: for unknown choices, or a part without a supervised token.
         FloatingPointError: naming the batch.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> halves = fg.sketch_shards(model, batches, 2, rank=2, loss=loss)
+        >>> len(halves), halves[0][""].shape
+        (2, (2, 2))
     """
     check_integer("shards", shards, low=2)
     check_integer("rank", rank, low=1)

@@ -85,6 +85,11 @@ def affine_invariant_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: not floating tensors, or the dtypes differ.
         ValueError: not square, symmetric, finite and positive definite, or sizes or devices differ.
+
+    Examples:
+        >>> a = torch.eye(2, dtype=torch.float64)
+        >>> round(float(fg.affine_invariant_distance(a, a * torch.e)), 4)  # ‖log e·I‖ = √2
+        1.4142
     """
     first, second = _check_pair(a, b, definite=True)
     lower = torch.linalg.cholesky(first)
@@ -108,6 +113,11 @@ def log_euclidean_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: not floating tensors, or the dtypes differ.
         ValueError: not square, symmetric, finite and positive definite, or sizes or devices differ.
+
+    Examples:
+        >>> a = torch.eye(2, dtype=torch.float64)
+        >>> round(float(fg.log_euclidean_distance(a, a * torch.e)), 4)
+        1.4142
     """
     first, second = _check_pair(a, b, definite=True)
     return _length(_MatrixFunction.apply(first, "log") - _MatrixFunction.apply(second, "log"), (-2, -1))
@@ -129,6 +139,11 @@ def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     Raises:
         TypeError: not floating tensors, or the dtypes differ.
         ValueError: not square, symmetric, finite and positive semidefinite, or sizes or devices differ.
+
+    Examples:
+        >>> a = torch.eye(2, dtype=torch.float64)
+        >>> round(float(fg.bures_wasserstein_distance(a, 4 * a)), 4)  # ‖1·I − 2·I‖
+        1.4142
     """
     first, second = _check_pair(a, b, definite=False)
     root_a, root_b = _MatrixFunction.apply(first, "sqrt"), _MatrixFunction.apply(second, "sqrt")
@@ -154,6 +169,11 @@ def fisher_rao_distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: not floating tensors, or the dtypes differ.
         ValueError: negative or non-finite entries, sums other than one, or numbers of classes or devices that differ.
+
+    Examples:
+        >>> p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> round(float(fg.fisher_rao_distance(p, q)), 4)
+        3.1416
     """
     for name, value in (("p", p), ("q", q)):
         check_finite(name, check_tensor(name, value, min_dim=1))

@@ -29,6 +29,11 @@ class SpectralDensity:
         weights: (probes, steps), not negative; each row sums to one.
         size: of the operator, so that the density counts ``size`` eigenvalues.
         passes: block products that it took.
+
+    Examples:
+        >>> density = fg.spectral_density(torch.diag(torch.tensor([1.0, 1.0, 9.0, 9.0], dtype=torch.float64)), probes=4, steps=2)
+        >>> round(float(density.moment(0)), 4)  # how many eigenvalues there are
+        4.0
     """
 
     nodes: Tensor
@@ -102,6 +107,12 @@ def spectral_density(
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
         FloatingPointError: if a product holds NaN or infinity.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([1.0, 1.0, 9.0, 9.0], dtype=torch.float64))
+        >>> density = fg.spectral_density(A, probes=4, steps=2)
+        >>> [round(v, 4) for v in sorted(set(density.nodes.flatten().round(decimals=6).tolist()))]
+        [1.0, 9.0]
     """
     matmul, n, kind, device = black_box(op, size)
     steps = min(check_integer("steps", steps, low=1), n)
@@ -152,6 +163,10 @@ def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, 
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: unless damping > 0, or for values that are not finite.
+
+    Examples:
+        >>> fg.effective_dimension(torch.tensor([1.0, 1.0, 0.0]), damping=1.0)  # Σ λ/(λ + 1)
+        1.0
     """
     if check_number("damping", damping, low=0.0) == 0:
         raise ValueError("damping must be positive")

@@ -25,6 +25,11 @@ class Spectrum:
         columns: columns multiplied in all of these passes.
         stopped: ``"tolerance"``, ``"energy"``, ``"passes"`` (the allowance ran out) or ``"stalled"`` (nothing is left
             to try: the products are noisier than the tolerance).
+
+    Examples:
+        >>> found = fg.lanczos(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)), 2)
+        >>> [round(v, 6) for v in found.values.tolist()], found.converged
+        ([3.0, 2.0], True)
     """
 
     values: Tensor
@@ -75,7 +80,18 @@ class Spectrum:
 
 
 class ConvergenceWarning(UserWarning):
-    """An eigensolver stopped before it had what was asked for."""
+    """An eigensolver stopped before it had what was asked for.
+
+    Examples:
+        >>> import warnings
+        >>> A = torch.diag(torch.linspace(1, 2, 200, dtype=torch.float64))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     found = fg.lanczos(A, 2, tol=1e-12, max_passes=2)
+        ...
+        >>> caught[0].category.__name__
+        'ConvergenceWarning'
+    """
 
 
 class ConvergenceError(RuntimeError):
@@ -83,6 +99,15 @@ class ConvergenceError(RuntimeError):
 
     Attributes:
         spectrum: what there is, with honest flags.
+
+    Examples:
+        >>> A = torch.diag(torch.linspace(1, 2, 200, dtype=torch.float64))
+        >>> try:
+        ...     fg.lanczos(A, 2, tol=1e-12, max_passes=2, strict=True)
+        ... except fg.ConvergenceError as error:
+        ...     print(error.spectrum.converged)
+        ...
+        False
     """
 
     def __init__(self, message: str, spectrum: Spectrum) -> None:

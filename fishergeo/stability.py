@@ -36,6 +36,10 @@ def davis_kahan_bound(residual: float, gap: float) -> float:
     Raises:
         TypeError: not numbers.
         ValueError: negative or not finite.
+
+    Examples:
+        >>> fg.davis_kahan_bound(0.1, gap=0.5)
+        0.2
     """
     residual, gap = check_number("residual", residual, low=0), check_number("gap", gap, low=0)
     return 1.0 if residual >= gap else residual / gap
@@ -58,6 +62,10 @@ def eigenspace_shift_bound(values: torch.Tensor, m: int, perturbation: float) ->
     Raises:
         TypeError: `values` is not a floating tensor, or another argument has the wrong type.
         ValueError: values that are not descending, or arguments out of range.
+
+    Examples:
+        >>> round(fg.eigenspace_shift_bound(torch.tensor([5.0, 1.0]), m=1, perturbation=0.2), 4)
+        0.1
     """
     values = check_descending("values", values)
     m = check_integer("m", m, low=1, high=len(values) - 1)
@@ -75,6 +83,15 @@ class Agreement:
         low: lower end of the percentile interval, (m,).
         high: upper end, (m,).
         chance: what random j-dimensional subspaces of R^p overlap by on average, j/p, (m,).
+
+    Examples:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> samples = torch.randn(100, 6, generator=g) * torch.tensor([9.0, 5.0, 0.1, 0.1, 0.1, 0.1])
+        >>> agreement = fg.split_half_agreement(samples, 3, g)
+        >>> [round(v, 2) for v in agreement.mean.tolist()]
+        [0.96, 1.0, 0.69]
+        >>> agreement.dimensions(0.9)
+        2
     """
 
     mean: torch.Tensor
@@ -103,6 +120,10 @@ class Confidence(NamedTuple):
     Attributes:
         basis: orthonormal columns, leading direction first, (p, m).
         weights: in [0, 1], (m,).
+
+    Examples:
+        >>> fg.SoftProjector(*fg.Confidence(torch.eye(3)[:, :2], torch.tensor([1.0, 0.5]))).rank
+        2
     """
 
     basis: torch.Tensor
@@ -182,6 +203,12 @@ def split_half_agreement(
     Raises:
         TypeError: arguments of the wrong type.
         ValueError: fewer than 4 examples, NaN, or arguments out of range.
+
+    Examples:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> noise = torch.randn(40, 20, generator=g)
+        >>> fg.split_half_agreement(noise, 5, g).dimensions(0.9)  # noise has no directions
+        0
     """
     reduced = _checked(samples, m, generator, draws).reduced
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)
@@ -216,6 +243,12 @@ def bootstrap_agreement(
     Raises:
         TypeError: arguments of the wrong type.
         ValueError: fewer than 4 examples, NaN, or arguments out of range.
+
+    Examples:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> samples = torch.randn(50, 5, generator=g) * torch.tensor([9.0, 1.0, 1.0, 1.0, 1.0])
+        >>> float(fg.bootstrap_agreement(samples, 2, g).mean[0]) > 0.9
+        True
     """
     reduced = _checked(samples, m, generator, draws).reduced
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)
@@ -245,6 +278,13 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
     Raises:
         TypeError: arguments of the wrong type.
         ValueError: fewer than 4 examples, NaN, or arguments out of range.
+
+    Examples:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> samples = torch.randn(50, 5, generator=g) * torch.tensor([9.0, 1.0, 1.0, 1.0, 1.0])
+        >>> basis, weights = fg.bootstrap_confidence(samples, 2, g)
+        >>> basis.shape, bool(weights[0] > weights[1])
+        (torch.Size([5, 2]), True)
     """
     reduced, frame = _checked(samples, m, generator, draws)
     whole = _leading(reduced, reduced.new_ones(len(reduced)), m)
@@ -274,6 +314,11 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
     Raises:
         TypeError: arguments of the wrong type.
         ValueError: fewer than two operators, different sizes, or arguments out of range.
+
+    Examples:
+        >>> half = fg.DenseOperator(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+        >>> [round(v, 4) for v in fg.shard_agreement([half, half], 2).mean.tolist()]
+        [1.0, 1.0]
     """
     operators = list(shards)
     if len(operators) < 2:
@@ -302,6 +347,11 @@ def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[
     Raises:
         TypeError: an update is neither LowRank nor a floating tensor, or dtypes differ.
         ValueError: no runs, different names, or updates of different shapes or devices, batched, or not finite.
+
+    Examples:
+        >>> runs = [{"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[0.0, 1.0]])}]
+        >>> fg.layer_cosines(runs)["w"].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     if not runs:
         raise ValueError("runs is empty: at least one mapping of updates is needed")

@@ -59,6 +59,18 @@ class StreamingFisher:
     Raises:
         ValueError: for unknown choices, or patterns that match nothing.
         TypeError: if the batches can be read only once.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> stream = fg.StreamingFisher(model, batches, loss=loss)
+        >>> stream[""].shape, (stream[""] @ torch.eye(2)).shape
+        ((2, 2), torch.Size([2, 2]))
+        >>> stream.passes
+        1
     """
 
     def __init__(

@@ -42,6 +42,10 @@ class Structure:
 
     Raises:
         ValueError: for unknown choices or numbers out of range.
+
+    Examples:
+        >>> fg.Structure("kfac", sharing="reduce").name
+        'kfac'
     """
 
     name: str

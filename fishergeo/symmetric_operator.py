@@ -26,6 +26,11 @@ class SymmetricOperator(abc.ABC):
         dtype: of its numbers.
         device: where they live.
         side: ``"output"``, ``"input"`` or ``"both"``: which side of W it acts on.
+
+    Examples:
+        >>> op = fg.DenseOperator(torch.diag(torch.tensor([4.0, 1.0])))
+        >>> float(op.trace()), op.sqrt().to_dense().diagonal().tolist()
+        (5.0, [2.0, 1.0])
     """
 
     side: str = "output"
@@ -213,6 +218,13 @@ class DenseOperator(SymmetricOperator):
     Args:
         matrix: (size, size), symmetric.
         side: see :class:`SymmetricOperator`.
+
+    Examples:
+        >>> op = fg.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> [round(v, 4) for v in op.eigh()[0].tolist()]
+        [3.0, 1.0]
+        >>> (op @ torch.ones(2)).tolist()
+        [3.0, 3.0]
     """
 
     def __init__(self, matrix: Tensor, side: str = "output") -> None:
@@ -254,6 +266,12 @@ class SumOperator(SymmetricOperator):
     Args:
         terms: operators of one shape and side.
         weights: one real number each.
+
+    Examples:
+        >>> one = fg.DenseOperator(torch.eye(2))
+        >>> op = fg.SumOperator([one, one], [1.0, 2.0])
+        >>> (op @ torch.ones(2)).tolist()
+        [3.0, 3.0]
     """
 
     def __init__(self, terms: list[SymmetricOperator], weights: list[float]) -> None:

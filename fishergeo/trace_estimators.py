@@ -29,6 +29,11 @@ class Estimate:
         value: scalar, or (size,) for a diagonal.
         error: standard error of each, from the scatter of the samples; zero where the estimate is exact.
         products: columns that the operator was multiplied with.
+
+    Examples:
+        >>> estimate = fg.trace(torch.eye(5, dtype=torch.float64), 10)
+        >>> round(float(estimate), 6), round(float(estimate.error), 6)
+        (5.0, 0.0)
     """
 
     value: Tensor
@@ -65,6 +70,11 @@ def trace(
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+        >>> round(float(fg.trace(lambda block: A @ block, 12, size=3)), 4)
+        6.0
     """
     matmul, n, dtype, device = black_box(op, size)
     check_integer("products", products, low=4)
@@ -138,6 +148,11 @@ def diagonal(
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+        >>> [round(v, 4) for v in fg.diagonal(A, 12).value.tolist()]
+        [1.0, 2.0, 3.0]
     """
     matmul, n, dtype, device = black_box(op, size)
     check_integer("products", products, low=4)

@@ -60,6 +60,11 @@ class FirstTokens:
 
     Raises:
         ValueError: if one of them is out of range.
+
+    Examples:
+        >>> batch = {"labels": torch.tensor([[-100, 5, 6, 7]])}
+        >>> fg.FirstTokens(2, 3.0)(batch).tolist()
+        [[1.0, 3.0, 3.0, 1.0]]
     """
 
     def __init__(self, tokens: int, factor: float) -> None:

@@ -1,11 +1,16 @@
 """The documentation names every public thing, and its code runs."""
 
 import contextlib
+import doctest
 import io
+import json
 import re
+import runpy
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import alignguard
 import fishergeo
@@ -33,6 +38,41 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
         assert 'exec="on"' in options, "every python block is executed when the site is built"
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, str(page), "exec"), space)
+
+
+def public(package):
+    """Names of a package with what they name; what geoopt documents itself is left out."""
+    named = {name: getattr(package, name) for name in package.__all__}
+    return {name: thing for name, thing in named.items() if not thing.__module__.startswith("geoopt")}
+
+
+@pytest.mark.parametrize("package", [fishergeo, alignguard], ids=lambda package: package.__name__)
+def test_every_public_callable_has_an_example(package):
+    lacking = [name for name, thing in public(package).items() if callable(thing) and ">>> " not in thing.__doc__]
+    assert not lacking, f"no example in the docstring of {lacking}"
+
+
+@pytest.mark.parametrize("package", [fishergeo, alignguard], ids=lambda package: package.__name__)
+def test_the_examples_say_what_happens(package):
+    runner, told = doctest.DocTestRunner(verbose=False), io.StringIO()
+    names = {"torch": torch, "fg": fishergeo, "alignguard": alignguard}
+    for name, thing in public(package).items():
+        for found in doctest.DocTestFinder(recurse=False).find(thing, name, module=False, globs=dict(names)):
+            runner.run(found, out=told.write)
+    assert runner.summarize(verbose=False).failed == 0, told.getvalue()
+
+
+def test_a_tutorials_notebook_holds_its_code():
+    notebook = runpy.run_path(str(DOCS / "assets" / "notebooks.py"))["notebook"]
+    for page in sorted((DOCS / "tutorials").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        made = json.loads(notebook(text))
+        code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
+        assert len(code) == len(BLOCK.findall(text)) and made["nbformat"] == 4
+        assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
+        for cell, (options, source) in zip(code, BLOCK.findall(text), strict=True):
+            assert isinstance(compile(cell, str(page), "exec"), types.CodeType)
+            assert ("display(HTML(" in cell) if "html=" in options else (cell == source.strip("\n"))
 
 
 def test_no_page_loads_anything_from_another_host():
