@@ -89,8 +89,8 @@ class GuardConfig:
 
     structure: str = "kfac"
     kind: str = "empirical"
-    lambda_alignment: float = 30.0
-    whole_update: bool = False
+    lambda_alignment: float = 3.0
+    whole_update: bool = True
     lambda_task: float = 0.0
     lambda_collision: float = 0.0
     alpha: float = 0.5
@@ -100,7 +100,7 @@ class GuardConfig:
     energy: float = 0.8
     max_rank: int | None = None
     sketch_rank: int = 64
-    refresh_every: int = 25
+    refresh_every: int = 50
     refresh_examples: int = 32
     lambda_kl: float = 0.0
     kl_examples: int = 2

@@ -282,13 +282,27 @@ def main() -> None:
     cli.add_argument("--out", type=Path)
     cli.add_argument("--examples", type=int, default=64)
     cli.add_argument("--repeats", type=int, default=7)
+    cli.add_argument("--peers", action="store_true", help="measure peers too, in this process; see peers.py for them")
     cli.add_argument("--only", nargs="*", help="rows whose function name contains one of these")
     args = cli.parse_args()
     torch.set_num_threads(1)
     bench = Bench(args.examples)
     rows: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     if args.out and args.out.exists():  # rows measured before stay, each with its own repeats and baseline
-        rows = {row["name"]: row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"]}
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        rows, others = {row["name"]: row for row in before["rows"]}, before.get("peers", {})
+
+    def save() -> None:
+        model = {"hidden": HIDDEN, "ff": FF, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": bench.tokens}
+        result = {
+            "command": "OMP_NUM_THREADS=1 python benchmarks/curvature.py --peers --out benchmarks/results/curvature.json",
+            "versions": versions(), "threads": 1, "examples": args.examples, "model": model,
+            "rows": list(rows.values()), "peers": others,
+        }  # fmt: skip
+        if args.out:
+            write_text(args.out, json.dumps(result, indent=1) + "\n")
+
     for make in ROWS:
         name = make.__name__
         if args.only and not any(part in name for part in args.only):
@@ -301,14 +315,12 @@ def main() -> None:
             f"base {r['baseline_seconds']:.2f} s",
             flush=True,
         )
-        if args.out:
-            model = {"hidden": HIDDEN, "ff": FF, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": bench.tokens}
-            result = {
-                "command": "OMP_NUM_THREADS=1 python benchmarks/curvature.py --out benchmarks/results/curvature.json",
-                "versions": versions(), "threads": 1, "examples": args.examples, "model": model,
-                "rows": list(rows.values()),
-            }  # fmt: skip
-            write_text(args.out, json.dumps(result, indent=1) + "\n")
+        save()
+    if args.peers:
+        import peers
+
+        others = peers.measure_all(args.examples, args.repeats)
+        save()
 
 
 if __name__ == "__main__":

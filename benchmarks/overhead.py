@@ -26,14 +26,14 @@ from alignguard.files import write_text
 from alignguard.fit import adapt, load_model
 from alignguard.guard import Guard
 
-KFAC = {"lambda_alignment": 30.0, "whole_update": True, "lambda_kl": 0.0}
 TERMS = {"lambda_task": 0.01, "lambda_collision": 0.01, "whole_update": False}
 GUARDS: dict[str, dict[str, Any]] = {
     "default": {},
-    "kfac, whole update": KFAC,
-    "kl to the base": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
-    "all terms but the coordinate-wise": {**KFAC, **TERMS, "alpha": 0.0},
-    "all terms": {**KFAC, **TERMS, "alpha": 0.5},
+    "kfac, refreshed every 25": {"refresh_every": 25},
+    "kl to the base, every step": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
+    "kl to the base, every 8th": {"lambda_alignment": 0.0, "lambda_kl": 1.0, "kl_every": 8},
+    "all terms but the coordinate-wise": {**TERMS, "alpha": 0.0},
+    "all terms": {**TERMS, "alpha": 0.5},
 }
 
 

@@ -2,7 +2,9 @@
 
     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch einops einconv linear_operator jaxtyping
     pip install --no-deps git+https://github.com/tfjgeorge/nngeometry@c04b984
-    python benchmarks/peers.py --out benchmarks/results/peers.json
+    python benchmarks/curvature.py --peers --out benchmarks/results/curvature.json
+
+One process measures these and our own rows.
 
 The model is a random LLaMA (hidden 256, ff 688, 4 layers, vocabulary 1024) on sequences of 64 tokens, 8 a batch, and
 its 28 decoder Linears; one thread. Every figure is a ratio to one plain forward and backward with the weight gradients
@@ -13,14 +15,11 @@ nngeometry is its development version: release 0.4 fails on the three-dimensiona
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,37 +245,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--examples", type=int, default=64)
-    cli.add_argument("--repeats", type=int, default=3)
-    cli.add_argument("--only", default="", help="rows whose name holds this text")
-    cli.add_argument("--eigsh-tokens", type=int, default=16, help="tokens a sequence for eigsh; 0 leaves it out")
-    args = cli.parse_args()
-    torch.set_num_threads(1)
-    model, batches, names = build(examples=args.examples)
+def measure_all(examples: int, repeats: int, eigsh_tokens: int = 16) -> dict[str, Any]:
+    """Every row; printed as it comes."""
+    model, batches, names = build(examples=examples)
     base = plain(model, batches, names)
     rows = {}
     for name, prepare in WORK.items():
-        if args.only in name:
-            rows[name] = interleaved(base, prepare(model, batches, names), args.repeats)
-            print(f"{name:<40} {rows[name]['ratio']:8.2f}", flush=True)
-    name = "top 32: one layer's empirical Fisher: SciPy eigsh on curvlinops"
-    if args.eigsh_tokens and args.only in name:
-        model, batches, names = build(examples=args.examples, sequence=args.eigsh_tokens)
+        rows[name] = interleaved(base, prepare(model, batches, names), repeats)
+        print(f"{name:<60} {rows[name]['ratio']:8.2f}", flush=True)
+    if eigsh_tokens:
+        name = "top 32: one layer's empirical Fisher: SciPy eigsh on curvlinops"
+        model, batches, names = build(examples=examples, sequence=eigsh_tokens)
         # One repeat: it takes hundreds of passes. The base is the gradient of that layer alone.
         rows[name] = interleaved(plain(model, batches, names[-1:]), scipy_top_32(model, batches, names), 1)
-        print(f"{name:<40} {rows[name]['ratio']:8.2f}", flush=True)
-    result = {
-        "command": f"python benchmarks/peers.py --examples {args.examples} --repeats {args.repeats}",
-        "environment": environment(),
-        "threads": 1,
-        "examples": args.examples,
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"{name:<60} {rows[name]['ratio']:8.2f}", flush=True)
+    return {"environment": environment(), "examples": examples, "rows": rows}
