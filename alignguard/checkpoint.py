@@ -51,7 +51,6 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
             "step": guard.step,
             "examples_read": guard.examples_read,
             "refreshes": guard.refreshes,
-            "turned": guard.turned,
             "estimated_at": guard._estimated_at,
             "scales": guard._scales,
             "budget": None if guard.budget is None else guard.budget.state(),
@@ -140,7 +139,7 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
         raise ValueError(f"{folder}: of another model ({error})") from error
     guard.layers = layers
     guard.step, guard._estimated_at, guard.refreshes = kept["step"], kept["estimated_at"], kept["refreshes"]
-    guard.examples_read, guard.turned, guard._scales = kept["examples_read"], float(kept["turned"]), scales
+    guard.examples_read, guard._scales = kept["examples_read"], scales
     for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
         for name in () if part is None else part.state():
             setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))

@@ -122,9 +122,9 @@ class LayerCurvature:
         part, rest = self.projector.split(delta)
         return fg.geodesic_separation(part, rest, metric="input-gram")
 
-    def turned_from(self, before: LayerCurvature) -> float:
-        """Mean principal angle between the leading subspaces of two estimates, in degrees; 0 where one is empty."""
-        new, old = self.projector.basis, before.projector.basis
+    def turned_from(self, old: Tensor) -> float:
+        """Mean principal angle to the span of an earlier estimate's leading directions, in degrees; 0 where one is empty."""
+        new = self.projector.basis
         m = min(new.shape[1], old.shape[1])
         if m == 0:
             return 0.0

@@ -87,7 +87,8 @@ class Guard:
         self.step = 0
         self.examples_read = 0
         self.refreshes = 0
-        self.turned = 0.0
+        self._shown: tuple[int, dict[str, Tensor]] | None = None
+        self._angle: float | None = None
         self.running: fg.Fisher | None = None
         self._estimated_at: int | None = None
         self._scales: dict[str, float] = {}
@@ -223,11 +224,7 @@ class Guard:
         Raises:
             ValueError: a guarded matrix has no operator in it, or one of another shape.
         """
-        layers = curvatures(fisher, self.updates.matrices.values(), self.config)
-        if self.layers:
-            with torch.no_grad():
-                self.turned = sum(new.turned_from(self.layers[name]) for name, new in layers.items()) / len(layers)
-        self.layers = layers
+        self.layers = curvatures(fisher, self.updates.matrices.values(), self.config)
         self._estimated_at = self.step
         self.refreshes += 1
 
@@ -300,11 +297,29 @@ class Guard:
             return 0.0
         return float(torch.stack([self.layers[m.name].cosine(delta) for m, delta in self.updates.deltas()]).mean())
 
+    @torch.no_grad()
+    def angle(self) -> float | None:
+        """Mean principal angle in degrees between the leading directions and those of the estimate shown before it.
+
+        Found when asked for, as the eigenvectors are: a run that logs nothing pays for none. None until two estimates
+        have been shown.
+        """
+        if self.layers and (self._shown is None or self._shown[0] != self.refreshes):
+            bases = {name: layer.projector.basis for name, layer in self.layers.items()}
+            if self._shown is not None:
+                angles = [layer.turned_from(self._shown[1][name]) for name, layer in self.layers.items()]
+                self._angle = sum(angles) / len(angles)
+            self._shown = self.refreshes, bases
+        return self._angle
+
     def numbers(self) -> dict[str, float]:
-        """What a log line should show beside the terms: cosine, drift, multiplier, angle to the last basis."""
+        """What a log line should show beside the terms: cosine, drift, multiplier, angle to the last basis shown.
+
+        The first call after a refresh finds the leading eigenvectors of every matrix.
+        """
         shown = {"cosine": self.cosine()}
-        if self.refreshes > 1:
-            shown["angle"] = self.turned
+        if (angle := self.angle()) is not None:
+            shown["angle"] = angle
         if self.freshness is not None:
             shown |= {"drift_predicted": self.predicted_drift(), "drift_measured": self.freshness.drift}
         if self.budget is not None:

@@ -31,24 +31,27 @@ PAPER = {
     "structure": "gram", "whole_update": False, "lambda_task": 0.01, "lambda_collision": 0.01, "alpha": 0.5,
     "metric": "euclidean", "energy": 0.8, "lambda_kl": 0.0,
 }  # fmt: skip
+LIGHT = {"lambda_alignment": 0.3, "lambda_task": 0.001, "lambda_collision": 0.001}
 KL = {"lambda_alignment": 0.0, "lambda_kl": 1.0, "kl_examples": 2, "kl_every": 1}
 
 
 def grid() -> list[tuple[str, dict[str, Any] | None]]:
     """Every guard with every setting that is tried."""
     tried: list[tuple[str, dict[str, Any] | None]] = [("plain", None)]
-    tried += [("kfac, whole update", {**KFAC, "lambda_alignment": x}) for x in (10.0, 30.0, 100.0)]
+    tried += [("kfac, whole update", {**KFAC, "lambda_alignment": x}) for x in (1.0, 3.0, 10.0, 30.0, 100.0)]
     tried += [
         ("kfac, whole update", {**KFAC, "lambda_alignment": 30.0, "refresh_every": n}) for n in (10, 50, 100, 1000)
     ]
+    tried += [("kfac, whole update", {**KFAC, "lambda_alignment": 3.0, "refresh_every": 50})]
     tried += [("kfac, aligned part", {**KFAC, "lambda_alignment": 30.0, "whole_update": False})]
     tried += [("kl to the base", {**KL, "lambda_kl": x}) for x in (1.0, 3.0)]
-    tried += [("kl to the base", {**KL, "kl_every": 4})]
+    tried += [("kl to the base", {**KL, "kl_every": n}) for n in (4, 8)]
     tried += [("kfac and kl", {**KFAC, "lambda_alignment": 30.0, "refresh_every": 50, "lambda_kl": 1.0, "kl_every": 4})]
     once = {"refresh_every": 1000, "refresh_examples": 128}
     often = {"refresh_every": 25, "refresh_examples": 32}
-    tried += [("paper", {**PAPER, **once, "lambda_alignment": x}) for x in (1.0, 3.0)]
-    tried += [("paper, refreshed", {**PAPER, **often, "lambda_alignment": x}) for x in (0.3, 1.0, 3.0)]
+    tried += [("paper", {**PAPER, **once, "lambda_alignment": x}) for x in (0.1, 1.0, 3.0)]
+    tried += [("paper, refreshed", {**PAPER, **often, "lambda_alignment": x}) for x in (0.03, 0.1, 0.3, 1.0, 3.0)]
+    tried += [("paper", {**PAPER, **once, **LIGHT}), ("paper, refreshed", {**PAPER, **often, **LIGHT})]
     return tried
 
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from choices import KFAC, KL, PAPER, sweep
+from choices import KFAC, KL, LIGHT, PAPER, sweep
 
 from alignguard.demo import TRAINING, versions
 from alignguard.experiment import GUARD, Bench, make_job, measure_base
@@ -24,11 +24,12 @@ ASKED = 150  # prompts of each category
 GUARDS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     # arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps
-    "paper": {**PAPER, "lambda_alignment": 3.0, "refresh_every": 1000, "refresh_examples": 128},
-    "paper, refreshed": {**PAPER, "lambda_alignment": 3.0, "refresh_every": 25, "refresh_examples": 32},
-    "kfac, refreshed": {**KFAC, "lambda_alignment": 30.0},
-    "kl to the base": KL,
-    "default": {},
+    "paper": {**PAPER, **LIGHT, "refresh_every": 1000, "refresh_examples": 128},
+    "paper, refreshed": {**PAPER, **LIGHT, "refresh_every": 25, "refresh_examples": 32},
+    "kfac, refreshed every 25": {**KFAC, "lambda_alignment": 1.0},
+    "kfac, refreshed every 50": {**KFAC, "lambda_alignment": 3.0, "refresh_every": 50},
+    "kl to the base, every step": KL,
+    "kl to the base, every 8th": {**KL, "kl_every": 8},
 }
 
 

@@ -30,6 +30,7 @@ from fishergeo.rank import rank_for_energy
 from fishergeo.second_pass import second_pass
 from fishergeo.shards import sketch_shards
 from fishergeo.sketch_error import ErrorEstimate
+from fishergeo.sketch_operator import SketchOperator
 from fishergeo.spd import (
     affine_invariant_distance,
     bures_wasserstein_distance,
@@ -84,6 +85,7 @@ __all__ = [
     "Plan",
     "Projector",
     "SampledOverlap",
+    "SketchOperator",
     "SoftProjector",
     "SpectralDensity",
     "SpectralOperator",

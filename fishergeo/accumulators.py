@@ -29,6 +29,7 @@ class Layout:
         rank: columns of a sketch.
         sharing: ``"expand"`` or ``"reduce"``.
         seed: of random test matrices.
+        probes: columns that a sketch holds back to measure its error with.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layout:
     rank: int = 64
     sharing: str = "expand"
     seed: int = 0
+    probes: int = 0
 
     @property
     def size(self) -> int:

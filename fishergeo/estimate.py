@@ -59,6 +59,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     max_draws: int = 256,
     basis: Fisher | None = None,
     basis_examples: int | None = None,
+    probes: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
 ) -> Fisher | dict[str, Fisher]:
@@ -120,6 +121,8 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         max_draws: the most passes that type2 and ggn may take over one batch.
         basis: for ekfac, a Fisher of structure kfac or ekfac whose eigenbases are taken, so that shards can be merged.
         basis_examples: for ekfac in one sweep; see :class:`fishergeo.Structure`.
+        probes: for sketch: columns held back to measure its error with, so that ``fisher[layer].error()`` bounds what
+            it lacks; see :class:`fishergeo.SketchOperator`. Shards are then merged only if their seed is the same.
         checkpoint: a file that keeps the state of the unfinished pass. If it is there, the pass goes on from it: the
             batches must come in the same order. It is deleted at the end.
         checkpoint_every: batches between two writes of it.
@@ -148,9 +151,10 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     """
     check_choice("kind", kind, KINDS)
     check_choice("unit", unit, UNITS)
-    # The defaults' own name is of no meaning; ekfac is the one that takes every option.
-    wanted = named_structures(structure, Structure("ekfac", side, rank, sharing, basis_examples))
-    _check_options(wanted, unit, decay, dtype, basis, basis_examples)
+    wanted = named_structures(
+        structure, side=side, rank=rank, sharing=sharing, basis_examples=basis_examples, probes=probes
+    )
+    _check_options(wanted, unit, decay, dtype, basis, basis_examples, probes)
     chosen = select_layers(model, layers)
     plan = _Plan(chosen, wanted, unit, seed, dtype, basis)
     if plan.second and isinstance(batches, Iterator):
@@ -196,6 +200,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
                 side=one.side,
                 rank=one.rank,
                 sharing=one.sharing,
+                probes=one.probes,
                 dtype=str(next(iter(accumulators.values())).dtype).removeprefix("torch."),
                 basis="" if one.name != "ekfac" else "given" if basis is not None else how,
             ),
@@ -225,7 +230,7 @@ class _Plan:
         by_sharing = {one.sharing: key for key, one in wanted.items() if one.name == "kfac"}
         for key, one in wanted.items():
             layouts = {
-                name: Layout(name, *layer.shape, unit, one.side, one.rank, one.sharing, seed)
+                name: Layout(name, *layer.shape, unit, one.side, one.rank, one.sharing, seed, one.probes)
                 for name, layer in layers.items()
             }
             kinds: dict[str, str] = {key: one.name}
@@ -329,6 +334,7 @@ def _check_options(
     dtype: torch.dtype | None,
     basis: Fisher | None,
     basis_examples: int | None,
+    probes: int,
 ) -> None:
     if not 0 < decay <= 1:
         raise ValueError(f"decay={decay} must lie in (0, 1]")
@@ -339,6 +345,8 @@ def _check_options(
         raise ValueError("sharing='reduce' sums over an example's tokens, which unit='token' takes one by one")
     if (basis is not None or basis_examples is not None) and not rotated:
         raise ValueError("basis= and basis_examples= are of use to structure='ekfac' only")
+    if probes and all(one.name != "sketch" for one in wanted.values()):
+        raise ValueError("probes= is of use to structure='sketch' only")
     if basis is None:
         return
     if any(one.basis_examples is not None for one in rotated):

@@ -37,6 +37,7 @@ class FisherHeader:
         basis: how ekfac's eigenbases were fixed: ``"two-pass"``, ``"one-sweep"`` or ``"given"``.
         decay: what every later example multiplied the weight of the earlier ones by.
         weighted: whether examples or tokens had weights of their own.
+        probes: columns that the sketch held back to measure its error with.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -64,11 +65,12 @@ class FisherHeader:
     basis: str = ""
     decay: float = 1.0
     weighted: bool = False
+    probes: int = 0
 
     def layout(self, name: str) -> Layout:
         """Of one layer's sums."""
         p, q = self.shapes[name]
-        return Layout(name, p, q, self.unit, self.side, self.rank, self.sharing, self.seed)
+        return Layout(name, p, q, self.unit, self.side, self.rank, self.sharing, self.seed, self.probes)
 
     @property
     def count(self) -> float:
@@ -128,8 +130,8 @@ class Fisher(Mapping[str, SymmetricOperator]):
         """The Fisher of both data sets together: sums and counts add. Sketches must share their rank.
 
         Raises:
-            ValueError: if the two are not of the same structure, kind, unit, side, rank, dtype and layers, or if
-                they are EKFAC moments in different eigenbases.
+            ValueError: if the two are not of the same structure, kind, unit, side, rank, dtype and layers, if they
+                are EKFAC moments in different eigenbases, or sketches whose probes have different seeds.
         """
         free = {"examples", "tokens", "fingerprint", "seed"}
         ours, theirs = asdict(self.header), asdict(other.header)

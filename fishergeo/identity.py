@@ -95,6 +95,8 @@ def header_fields(raw: Any) -> dict[str, Any]:
         raise ValueError(f"decay={decay!r} does not lie in (0, 1]")
     if type(raw["rank"]) is not int or raw["rank"] < 1:
         raise ValueError(f"rank={raw['rank']!r} is not a positive integer")
+    if type(raw.get("probes", 0)) is not int or raw.get("probes", 0) < 0:
+        raise ValueError(f"probes={raw['probes']!r} is not a number of columns")
     if type(raw["seed"]) is not int:
         raise ValueError(f"seed={raw['seed']!r} is not an integer")
     for name in ("examples", "tokens"):

@@ -146,7 +146,7 @@ def _supervised(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if labels.ndim == 2 and logits.ndim == 3 and _shifts(inner):
         if logits.shape[1] < labels.shape[1]:
             raise ValueError(f"logits of shape {tuple(logits.shape)} do not cover labels {tuple(labels.shape)}")
-        logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     return logits, labels
 
 
@@ -175,8 +175,9 @@ class _Rows:
         count = len(labels)
         valid = labels != -100
         example = torch.arange(count, device=labels.device).view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[valid]
-        # Only supervised rows are widened to float32: prompts would otherwise pay for a vocabulary-wide copy.
-        rows = logits[valid]
+        # Only supervised rows are widened to float32: prompts would otherwise pay for a vocabulary-wide copy. A view is
+        # cheaper than a selection, whose gradient is scattered back.
+        rows = logits.flatten(0, -2) if bool(valid.all()) else logits[valid]
         rows = rows if rows.dtype == torch.float64 else rows.float()
         counts = torch.bincount(example, minlength=count)
         if weights is None:

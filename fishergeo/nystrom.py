@@ -17,7 +17,7 @@ from fishergeo.black_box import BlackBox, black_box
 from fishergeo.operators import SpectralOperator
 from fishergeo.orthogonal import directions
 from fishergeo.sketch import factor_eigh, nystrom_factor
-from fishergeo.sketch_error import ErrorEstimate, probe_error
+from fishergeo.sketch_error import ErrorEstimate, factor_error
 from fishergeo.symmetric_operator import SymmetricOperator
 
 
@@ -160,16 +160,11 @@ class NystromSketch:
         Raises:
             ValueError: if no probes were held back, or for arguments out of range.
         """
-        check_number("level", level, low=0.5, high=1 - 1e-9)
-        if not self.probes:
-            raise ValueError("probes=0: no columns were held back to measure the error with")
-        z, images = self.test_matrix[:, self.columns :].double(), self.product[:, self.columns :].double()
-        if self.columns == self.size and k is None:
+        if self.probes and self.columns == self.size and k is None:
+            check_number("level", level, low=0.5, high=1 - 1e-9)
             return ErrorEstimate(0.0, 0.0, 0.0, 0.0, 1.0, level)
-        values, vectors = (x.double() for x in self.eigh(k))
-        return probe_error(
-            images - vectors @ (values[:, None] * (vectors.T @ z)), z, float(values.sum()), self.trace, level
-        )
+        probes, images = (x[:, self.columns :] for x in (self.test_matrix, self.product))
+        return factor_error(*self.eigh(k), probes, images, self.trace, level)
 
 
 def nystrom(

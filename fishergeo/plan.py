@@ -209,7 +209,7 @@ def plan(
         layers=tuple(entries),
         state_bytes=sum(entry.state_bytes for entry in entries),
         pass_bytes=sum(entry.pass_bytes for entry in entries),
-        peak_bytes=max(meter.peak + later + _folding(fisher, count), joined),
+        peak_bytes=max(meter.peak + later, joined),
         flops=round(flops * share),
         plain_flops=round(plain_meter.flops * share),
         seconds=seconds,
@@ -297,7 +297,7 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
             column = len(sketch.factor) * sketch.factor.element_size()
             (before, _), (during, after) = sketch.widths(first), sketch.widths(examples)
             state += column * (after - sketch.factor.shape[1])
-            held = state + column * (during - after)
+            held = state + column * (during - after + accumulator.layout.probes)
             later += column * max(during - before, 0)
         entries.append(LayerPlan(name, fisher.header.shapes[name], state, held))
     return entries, later, kept + widest
@@ -306,12 +306,6 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
 def _grows(accumulator: Accumulator, key: str) -> bool:
     """Whether a sum has a row for every row of the data."""
     return accumulator.expected(accumulator.layout)[key][0] is None
-
-
-def _folding(fisher: Fisher, examples: int) -> int:
-    """Scratch of the largest sketch when its factor is compressed, in float64: three widths in, two out."""
-    sketches = [a.sketch for a in fisher.accumulators.values() if isinstance(a, SketchAccumulator)]
-    return max((8 * 5 * s.columns * len(s.factor) for s in sketches if s.folds(examples)), default=0)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Randomised Nyström sketches of positive semi-definite sums that are seen once.
 
-A stream is cut into segments of growing length (8 examples, then up to 24, 72, ...). Within a segment the test matrix
-Ω is fixed and Y = F_segment Ω is summed; at its end the segment is replaced by its Nyström factor B, B Bᵀ ≤ F_segment.
-The first Ω is random, every later one is an orthonormal basis of F̂ Ω with F̂ all that is known so far: one step of
-block power iteration for which no second pass over the data is needed. The sum of factors never exceeds F.
+A stream is cut into segments of growing length (16 examples, then up to 64, 256, ...). Within a segment the test
+matrix Ω is fixed and Y = F_segment Ω is summed; at its end the segment is replaced by its Nyström factor B,
+B Bᵀ ≤ F_segment, which joins the factor of the earlier ones, cut to as many columns as Ω has. The first Ω is random,
+every later one is an orthonormal basis of F̂ Ω with F̂ all that is known so far: one step of block power iteration for
+which no second pass over the data is needed. What is cut only lowers F̂, so it never exceeds F.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import zlib
 import torch
 from torch import Tensor
 
-from fishergeo.sketch_error import ErrorEstimate, probe_error
 from fishergeo.symmetric_operator import fix_signs
 
-FIRST_SEGMENT = 8
-GROWTH = 3
+FIRST_SEGMENT = 16
+GROWTH = 4
 
 
 def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
-    """A Gaussian (size, columns) matrix in float64 that depends on seed and name only, whatever the device.
+    """A Gaussian (size, columns) matrix in float32 that depends on seed and name only, whatever the device.
 
     Args:
         size: rows.
@@ -30,7 +30,7 @@ def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
         name: of the layer, so that layers have independent matrices.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % (2**63))
-    return torch.randn(size, columns, generator=generator, dtype=torch.float64)
+    return torch.randn(size, columns, generator=generator)
 
 
 def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
 
     Args:
         product: Y = F Ω, (size, columns), of a positive semi-definite F.
-        omega: Ω, the same shape, orthonormal columns.
+        omega: Ω, the same shape, its columns orthonormal or nearly so.
 
     Returns:
         (size, columns), the dtype of ``product``; computed in float64.
@@ -88,12 +88,23 @@ def factor_eigh(factor: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def compress(factor: Tensor, columns: int) -> Tensor:
-    """The best factor of ``columns`` columns for V Vᵀ; what is dropped only lowers it."""
+    """The best factor of ``columns`` columns for V Vᵀ; what is dropped only lowers it.
+
+    In the factor's own dtype: a rotation that is inexact by rounding mistakes directions only where they differ by
+    rounding of the largest.
+    """
     if factor.shape[1] <= columns:
         return factor
-    wide = factor.double()
-    _, rotation = torch.linalg.eigh(wide.T @ wide)
-    return (wide @ rotation[:, -columns:].flip(1)).to(factor.dtype).contiguous()
+    _, rotation = torch.linalg.eigh(factor.T @ factor)
+    return factor @ rotation[:, -columns:].flip(1)
+
+
+def probe_matrix(size: int, probes: int, seed: int, name: str) -> Tensor:
+    """The Gaussian columns Z, (size, probes) in float32, that a layer's sketch is measured with.
+
+    They depend on the arguments only, so that only the products with them have to be kept.
+    """
+    return gaussian(size, probes, seed, f"{name}/probes")
 
 
 class PsdSketch:
@@ -110,7 +121,8 @@ class PsdSketch:
         dtype: of the sums.
         device: of the sums.
         factor: to continue from.
-        probes: columns held back to measure the error with; products then have ``columns + probes`` columns.
+        probed: (size, probes), the sum of products with :func:`probe_matrix` to go on with, changed in place; products
+            then have ``columns + probes`` columns.
     """
 
     def __init__(
@@ -122,7 +134,7 @@ class PsdSketch:
         dtype: torch.dtype,
         device: torch.device,
         factor: Tensor | None = None,
-        probes: int = 0,
+        probed: Tensor | None = None,
     ) -> None:
         self.columns = min(columns, size)
         self.seed = seed
@@ -133,45 +145,40 @@ class PsdSketch:
         self._product: Tensor | None = None
         self._omega: Tensor | None = None
         self._last: Tensor | None = None
-        held = gaussian(size, probes, seed, f"{name}/probes")
-        self._probes = held.to(self.factor.device, self.factor.dtype)
-        self._probed = torch.zeros_like(self._probes)
+        self.probed = probed
+        self._probes: Tensor | None = None
 
     @property
     def omega(self) -> Tensor:
-        """(size, columns + probes): the present test matrix, orthonormal, and the probes, Gaussian."""
+        """(size, columns + probes): the present test matrix, orthonormal or nearly so, and the probes, Gaussian."""
         basis = self._basis()
-        return torch.cat([basis, self._probes], 1) if self._probes.shape[1] else basis
+        if self.probed is None:
+            return basis
+        if self._probes is None:
+            held = probe_matrix(*self.probed.shape, self.seed, self.name)  # type: ignore[call-arg]
+            self._probes = held.to(self.probed.device, self.probed.dtype)
+        return torch.cat([basis, self._probes], 1)
 
     def _basis(self) -> Tensor:
         if self._omega is None:
-            if self._last is None:
-                random = gaussian(len(self.factor), self.columns, self.seed, self.name)
-                start = random.to(self.factor.device, self.factor.dtype)
-            else:
-                start = self._last
+            start, self._last = self._last, None
+            if start is None:
+                start = gaussian(len(self.factor), self.columns, self.seed, self.name).to(self.factor)
+                start = start / len(start) ** 0.5
             if self.factor.shape[1]:
                 # A step of power iteration with F̂ + a little of the identity: what the data have not shown yet keeps
                 # its random direction and is not filled with rounding errors.
                 known = self.factor @ (self.factor.T @ start)
                 start = known / torch.linalg.matrix_norm(known).clamp_min(torch.finfo(known.dtype).tiny) + 1e-6 * start
-            self._omega = torch.linalg.qr(start)[0]
-            self._last = None
+            # A tall Gaussian matrix is as good as orthonormal: its singular values lie between 1/2 and 3/2.
+            tall = self.factor.shape[1] == 0 and 4 * self.columns <= len(start)
+            self._omega = start if tall else torch.linalg.qr(start)[0]
         return self._omega
 
     @property
     def room(self) -> int:
         """How many more examples the present segment takes."""
         return self._end - self._seen
-
-    def segments(self, examples: int) -> tuple[int, bool]:
-        """How many segments so many examples close, and whether they leave one open."""
-        if self.columns == len(self.factor):  # a complete basis never closes before the end
-            return 0, examples > 0
-        closed, last, end = 0, 0, FIRST_SEGMENT
-        while end <= examples:
-            closed, last, end = closed + 1, end, end * GROWTH
-        return closed, examples > last
 
     def widths(self, examples: int) -> tuple[int, int]:
         """Columns held by a new sketch after so many examples, for planning.
@@ -182,13 +189,12 @@ class PsdSketch:
         Returns:
             (before the last segment is closed: factor and, if a segment is open, Ω and product; the factor after it).
         """
-        closed, still_open = self.segments(examples)
-        held = min(closed, 3) + 2 * still_open
-        return held * self.columns, min(closed + still_open, 3) * self.columns
-
-    def folds(self, examples: int) -> bool:
-        """Whether so many examples make the factor be compressed."""
-        return sum(self.segments(examples)) > 3
+        last, end = 0, FIRST_SEGMENT
+        if self.columns < len(self.factor):  # a complete basis never closes before the end
+            while end <= examples:
+                last, end = end, end * GROWTH
+        held = (last > 0) + 2 * (examples > last)
+        return held * self.columns, (examples > 0) * self.columns
 
     def add(self, product: Tensor, examples: int) -> None:
         """Adds F_part Ω of so many examples.
@@ -198,8 +204,8 @@ class PsdSketch:
         """
         if examples > self.room:
             raise ValueError(f"examples={examples} exceed the room of {self.room} in this segment")
-        if self._probes.shape[1]:
-            self._probed = self._probed + product[:, self.columns :]
+        if self.probed is not None:
+            self.probed += product[:, self.columns :]
             product = product[:, : self.columns]
         self._product = product if self._product is None else self._product.add_(product)
         self._seen += examples
@@ -212,51 +218,27 @@ class PsdSketch:
         """Ends the segment; :attr:`factor` then stands for everything added. Returns the factor."""
         if self._product is not None:
             latest = nystrom_factor(self._product, self._basis())
-            if self.factor.shape[1] + self.columns > 3 * self.columns:
-                self.factor = compress(self.factor, 2 * self.columns)
-            self.factor = torch.cat([self.factor, latest], 1)
+            known = torch.cat([self.factor, latest], 1) if self.factor.shape[1] else latest
+            self.factor = compress(known, self.columns)
             self._last, self._omega, self._product = self._omega, None, None
         return self.factor
 
     def scale_(self, weight: float) -> None:
         """Everything added so far counts ``weight`` times as much."""
         self.factor = self.factor * weight**0.5
-        if self._product is not None:
-            self._product.mul_(weight)
+        for total in (self._product, self.probed):
+            if total is not None:
+                total.mul_(weight)
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`restore` needs beside the factor to go on in the middle of a segment."""
+        """What :meth:`restore` needs beside factor and probed products to go on in the middle of a segment."""
         place = torch.tensor([self._seen, self._end])
         open_segment = {"sketch product": self._product, "sketch omega": self._omega, "sketch last": self._last}
         return {"sketch place": place, **{key: t for key, t in open_segment.items() if t is not None}}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes on from :meth:`state`; the factor is the one this sketch was made with."""
+        """Goes on from :meth:`state`; factor and probed products are those this sketch was made with."""
         self._seen, self._end = (int(x) for x in state["sketch place"])
         self._product = state.get("sketch product")
         self._omega = state.get("sketch omega")
         self._last = state.get("sketch last")
-
-    def error(self, trace: float | None = None, k: int | None = None, level: float = 0.95) -> ErrorEstimate:
-        """How far the factor, cut to its k leading pairs, is from everything added; after :meth:`close`.
-
-        A sketch that continues from an older factor has probed only what came since, so it has no estimate.
-
-        Args:
-            trace: of everything added, where it is known.
-            k: leading pairs, all if left out.
-            level: probability of the bounds.
-
-        Returns:
-            ErrorEstimate.
-
-        Raises:
-            ValueError: if no probes were held back.
-        """
-        if not self._probes.shape[1]:
-            raise ValueError("probes=0: no columns were held back to measure the error with")
-        values, vectors = factor_eigh(self.factor, min(self.factor.shape) if k is None else k)
-        z = self._probes.double()
-        return probe_error(
-            self._probed.double() - vectors @ (values[:, None] * (vectors.T @ z)), z, float(values.sum()), trace, level
-        )

@@ -8,24 +8,30 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.operators import SpectralOperator
 from fishergeo.records import Record
-from fishergeo.sketch import PsdSketch, compress, factor_eigh
+from fishergeo.sketch import PsdSketch, compress, factor_eigh, probe_matrix
+from fishergeo.sketch_operator import SketchOperator
 from fishergeo.symmetric_operator import SymmetricOperator
 
 
 class SketchAccumulator(Accumulator):
-    """A factor V with V Vᵀ ≤ Σ G Gᵀ (or Σ Gᵀ G) and the exact trace: O((p + q)·rank) memory, no (p, p) matrix."""
+    """A factor V with V Vᵀ ≤ Σ G Gᵀ (or Σ Gᵀ G) and the exact trace: O((p + q)·rank) memory, no (p, p) matrix.
+
+    With ``layout.probes`` also the products of the whole sum with so many Gaussian columns, which measure the error.
+    """
 
     def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
         super().__init__(layout, sums)
         factor = sums["factor"]
-        self.sketch = PsdSketch(layout.size, layout.rank, layout.seed, layout.name, factor.dtype, factor.device, factor)
+        self.sketch = PsdSketch(
+            layout.size, layout.rank, layout.seed, layout.name, factor.dtype, factor.device, factor, sums.get("probed")
+        )
 
     @classmethod
     def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
-        """The factor and the trace."""
-        return {"factor": (layout.size, None), "trace": (1,)}
+        """The factor, the trace and the products with the probes."""
+        probed: dict[str, tuple[int | None, ...]] = {"probed": (layout.size, layout.probes)} if layout.probes else {}
+        return {"factor": (layout.size, None), "trace": (1,), **probed}
 
     def add(self, record: Record, shared: Shared) -> None:
         """Adds one batch of one layer."""
@@ -58,19 +64,19 @@ class SketchAccumulator(Accumulator):
         self.sums["factor"] = self.sketch.close()
 
     def decay_(self, factor: float, done: set[int]) -> None:
-        """Multiplies the closed factor, the open segment and the trace."""
+        """Multiplies the closed factor, the open segment, the trace and the products with the probes."""
         self.sketch.scale_(factor)
         self.sums["factor"] = self.sketch.factor
         self.sums["trace"] *= factor
 
     def state(self) -> dict[str, Tensor]:
         """The sums and the open segment."""
-        return {"factor": self.sketch.factor, "trace": self.sums["trace"], **self.sketch.state()}
+        return {**self.sums, "factor": self.sketch.factor, **self.sketch.state()}
 
     @classmethod
     def restored(cls, layout: Layout, state: dict[str, Tensor]) -> SketchAccumulator:
         """Goes on in the middle of a segment."""
-        accumulator = cls(layout, {"factor": state["factor"], "trace": state["trace"]})
+        accumulator = cls(layout, {key: state[key] for key in cls.expected(layout)})
         accumulator.sketch.restore(state)
         return accumulator
 
@@ -78,20 +84,38 @@ class SketchAccumulator(Accumulator):
         """The leading ``rank`` pairs of F; ``full_trace`` is exact."""
         values, vectors = factor_eigh(self.sums["factor"], self.layout.rank)
         trace = self.sums["trace"][0] / count
-        return SpectralOperator(
-            (values / count).to(self.dtype), vectors.to(self.dtype), trace.to(self.dtype), self.layout.side
+        images = self.sums.get("probed", vectors[:, :0]) / count
+        probes = probe_matrix(self.layout.size, self.layout.probes, self.layout.seed, self.layout.name)
+        return SketchOperator(
+            (values / count).to(self.dtype),
+            vectors.to(self.dtype),
+            trace.to(self.dtype),
+            self.layout.side,
+            probes.to(images),
+            images,
         )
 
     def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Sums of both: the factors side by side, cut back to three times the rank."""
-        both = torch.cat([self.sums["factor"], other.sums["factor"].to(self.sums["factor"].device)], 1)
-        width = 3 * min(self.layout.rank, len(both))
-        trace = self.sums["trace"] + other.sums["trace"].to(both.device)
-        return {"factor": compress(both, width), "trace": trace}
+        """Sums of both: the factors side by side, cut back to the rank.
+
+        Raises:
+            ValueError: if the products with the probes are of different probes.
+        """
+        if self.layout.probes and self.layout.seed != other.layout.seed:
+            raise ValueError(
+                f"the probes of the two are of seeds {self.layout.seed} and {other.layout.seed}, so their products do "
+                "not add up; estimate the parts with one seed, or with probes=0"
+            )
+        factor = self.sums["factor"]
+        both = torch.cat([factor, other.sums["factor"].to(factor.device)], 1)
+        others = {
+            key: tensor + other.sums[key].to(factor.device) for key, tensor in self.sums.items() if key != "factor"
+        }
+        return {"factor": compress(both, min(self.layout.rank, len(both))), **others}
 
     def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
         """Sums that count ``weight`` times as much."""
-        return {"factor": self.sums["factor"] * weight**0.5, "trace": self.sums["trace"] * weight}
+        return {key: t * (weight**0.5 if key == "factor" else weight) for key, t in self.sums.items()}
 
 
 def rows_product(near: Tensor, inner: Tensor) -> Tensor:

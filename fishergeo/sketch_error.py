@@ -8,6 +8,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from fishergeo._arguments import check_number
+
 
 @dataclass(frozen=True)
 class ErrorEstimate:
@@ -74,3 +76,29 @@ def probe_error(
         energy=known / whole if whole > 0 else 1.0,
         level=level,
     )
+
+
+def factor_error(
+    values: Tensor, vectors: Tensor, probes: Tensor, images: Tensor, trace: float | None = None, level: float = 0.95
+) -> ErrorEstimate:
+    """The error of F̂ = U diag(λ) Uᵀ, known by its eigenpairs, from F·Z.
+
+    Args:
+        values: λ, (k,).
+        vectors: U, (size, k).
+        probes: Z, (size, s), standard Gaussian and independent of F̂.
+        images: F·Z, (size, s).
+        trace: tr(F), where it is known exactly.
+        level: probability of the bounds, in [0.5, 1).
+
+    Returns:
+        ErrorEstimate.
+
+    Raises:
+        ValueError: if there are no probes, or level is out of range.
+    """
+    check_number("level", level, low=0.5, high=1 - 1e-9)
+    if not probes.shape[1]:
+        raise ValueError("probes=0: no columns were held back to measure the error with")
+    u, z, known = vectors.double(), probes.double(), values.double()
+    return probe_error(images.double() - u @ (known[:, None] * (u.T @ z)), z, float(known.sum()), trace, level)

@@ -37,6 +37,8 @@ class Structure:
         basis_examples: for ekfac: None takes two passes, the first of which finds the eigenbases on all data. A
             number takes one sweep: the bases are fixed by the first batches that hold so many examples, and the
             moments are those of the examples after them.
+        probes: for sketch: Gaussian columns held back to measure its error with, at least 0;
+            ``fisher[layer].error()`` then bounds what the sketch lacks. 8 cost an eighth of a sketch of rank 64.
 
     Raises:
         ValueError: for unknown choices or numbers out of range.
@@ -51,6 +53,7 @@ class Structure:
     rank: int = 64
     sharing: str = "expand"
     basis_examples: int | None = None
+    probes: int = 0
 
     def __post_init__(self) -> None:
         check_choice("structure", self.name, STRUCTURES)
@@ -63,17 +66,31 @@ class Structure:
                 f"basis_examples={self.basis_examples}: the number of examples, at least 1, that fix the eigenbases "
                 "of structure='ekfac'"
             )
+        if self.probes < 0 or (self.probes and self.name != "sketch"):
+            raise ValueError(f"probes={self.probes}: the columns, at least 0, that structure='sketch' is measured with")
 
 
 Structures = str | Structure | Sequence[str | Structure] | Mapping[str, str | Structure]
 
 
-def named_structures(structure: Structures, defaults: Structure) -> dict[str, Structure]:
+def named_structures(
+    structure: Structures,
+    *,
+    side: str = "output",
+    rank: int = 64,
+    sharing: str = "expand",
+    basis_examples: int | None = None,
+    probes: int = 0,
+) -> dict[str, Structure]:
     """What was asked for, under the names that the result will have.
 
     Args:
         structure: one name or :class:`Structure`, several, or several under names of one's own.
-        defaults: gives the options of structures that are only named.
+        side: of structures that are only named; so are all options that follow.
+        rank: of sketches.
+        sharing: of kfac and ekfac.
+        basis_examples: of ekfac.
+        probes: of sketches.
 
     Raises:
         ValueError: if nothing is asked for, or the same name twice.
@@ -91,8 +108,8 @@ def named_structures(structure: Structures, defaults: Structure) -> dict[str, St
         if key in named:
             raise ValueError(f"structure {key!r} is asked for twice; pass a mapping with names of your own")
         if isinstance(one, str):
-            basis = defaults.basis_examples if one == "ekfac" else None
-            one = Structure(one, defaults.side, defaults.rank, defaults.sharing, basis)
+            of_ekfac = basis_examples if one == "ekfac" else None
+            one = Structure(one, side, rank, sharing, of_ekfac, probes if one == "sketch" else 0)
         named[key] = one
     return named
 

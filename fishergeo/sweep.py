@@ -137,7 +137,7 @@ class Sweep:
         groups: dict[tuple[str, int], KfacAccumulator] = {}
         while draw < draws:
             shared = Shared(number, draw)
-            finite: dict[str, Tensor] = {}
+            totals: dict[str, Tensor] = {}
 
             def objective(draw: int = draw, shared: Shared = shared) -> Objective:
                 nonlocal draws, weights
@@ -157,10 +157,10 @@ class Sweep:
                     factor = factor * tokens.to(factor.dtype)
                 return factor if weights is None else factor * weights.sqrt().to(factor.dtype)
 
-            def read(record: Record, shared: Shared = shared, finite: dict[str, Tensor] = finite) -> None:
+            def read(record: Record, shared: Shared = shared, totals: dict[str, Tensor] = totals) -> None:
                 self.seen.add(record.name)
                 inputs = shared.get(record.source, "total", lambda: _total(record.inputs))
-                finite[record.name] = torch.isfinite(inputs + _total(record.gradients))
+                totals[record.name] = inputs + _total(record.gradients)
                 for key, group in self.accumulators.items():
                     accumulator = group.get(record.name)
                     if accumulator is None:
@@ -172,8 +172,8 @@ class Sweep:
                     accumulator.add(record, shared)
 
             capture.pass_over(objective, read, mask, scale)
-            if finite and not bool(torch.stack(list(finite.values())).all()):
-                name = next(name for name, good in finite.items() if not bool(good))
+            if totals and not bool(torch.isfinite(torch.stack(list(totals.values()))).all()):
+                name = next(name for name, total in totals.items() if not bool(torch.isfinite(total)))
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")
             draw += 1
 

@@ -3,10 +3,11 @@
     python -m pip install mutmut==3.8.1
     OMP_NUM_THREADS=1 nice -n 19 python scripts/mutation_sample.py --seed 1 --size 400 --work /tmp/mutation
 
-Draws the mutants in random order and tries them in batches, so that what is done when it is stopped is a random sample
-too. Works on a copy of HEAD under --work, because mutmut writes its mutants beside the sources. The copy keeps the tests of
-the geometry alone and lets hypothesis draw 8 derandomized examples. Writes sample.json there after each batch: the
-counts, the share killed with its 95 % Wilson interval, and the survivors; `mutmut show NAME` in the copy prints one.
+Works on a copy of HEAD under --work: mutmut writes the mutants there, and this script tries them, in random order, so
+that what is done when it is stopped is a random sample too. The tests are collected once; each mutant gets a fork of
+that process, which runs the tests of its module until one fails. Hypothesis draws 8 derandomized examples. Tests of
+other modules might kill more, so the share is a lower bound. Writes sample.json there after each mutant: the counts,
+the share killed with its 95 % Wilson interval, and the survivors; `mutmut show NAME` in the copy prints one.
 """
 
 import argparse
@@ -14,39 +15,35 @@ import json
 import math
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [
-    "_arguments",
-    "_overlap",
-    "_tiles",
-    "angles",
-    "collision",
-    "grassmann",
-    "kronecker_projector",
-    "lowrank",
-    "projector",
-    "rank",
-    "spd",
-    "stability",
-]
-TESTS = [
-    "angles",
-    "collision",
-    "geometry_bad_input",
-    "grassmann",
-    "kronecker_projector",
-    "lowrank",
-    "projector",
-    "rank",
-]
-TESTS += ["spd", "stability", "triton"]
+# module -> the tests it is to be killed by, quickest to notice first
+TESTS = {
+    "_arguments": ["geometry_bad_input", "lowrank", "projector", "rank", "angles", "spd", "stability", "grassmann"],
+    "_overlap": ["triton", "collision"],
+    "_tiles": ["collision"],
+    "angles": ["angles", "geometry_bad_input", "grassmann"],
+    "collision": ["collision", "geometry_bad_input"],
+    "grassmann": ["grassmann", "geometry_bad_input"],
+    "kronecker_projector": ["kronecker_projector", "geometry_bad_input"],
+    "lowrank": ["lowrank", "geometry_bad_input", "projector"],
+    "projector": ["projector", "geometry_bad_input"],
+    "rank": ["rank", "geometry_bad_input"],
+    "spd": ["spd", "geometry_bad_input"],
+    "stability": ["stability", "geometry_bad_input"],
+}
+# Seconds of it would be spent on every mutant that survives.
 SLOW = "test_at_4096_all_that_value_and_gradient_of_factors_ever_allocate_is_below_64_megabytes"
-BATCH = 60
+CPU_SECONDS = 120
 CONFTEST = """import hypothesis
 import torch
 
@@ -54,9 +51,6 @@ hypothesis.settings.register_profile("mutation", deadline=None, max_examples=8, 
 hypothesis.settings.load_profile("mutation")
 torch.set_num_threads(1)
 """
-# mutmut 3.8: exit codes of the test run of a mutant.
-STATUS = {0: "survived", 1: "killed", 3: "killed", 5: "no tests", 33: "no tests", -9: "crashed", -11: "crashed"}
-STATUS |= dict.fromkeys((36, 255, -24, 24, 152), "timeout")
 
 
 def copy_head(work: Path) -> None:
@@ -68,40 +62,26 @@ def copy_head(work: Path) -> None:
         capture_output=True,
     ).stdout
     subprocess.run(["tar", "x", "-C", str(work)], input=archive, check=True)
-    kept = {"geometry_cases.py", *(f"test_{name}.py" for name in TESTS)}
+    kept = {"geometry_cases.py", *(f"test_{name}.py" for names in TESTS.values() for name in names)}
     for path in (work / "tests").glob("*.py"):
         if path.name not in kept:
             path.unlink()
     (work / "tests" / "conftest.py").write_text(CONFTEST)
     config = {
         "source_paths": ["fishergeo"],
-        "only_mutate": [f"fishergeo/{name}.py" for name in MODULES],
+        "only_mutate": [f"fishergeo/{name}.py" for name in TESTS],
         "also_copy": ["README.md", "LICENSE", "NOTICE"],
-        # The test at 4096 takes seconds, which every surviving mutant would spend.
-        "pytest_add_cli_args": ["-q", "-x", "-p", "no:cacheprovider", f"--deselect=tests/test_collision.py::{SLOW}"],
-        # A busy machine must not pass for a mutant that loops.
-        "timeout_multiplier": 300.0,
+        # mutmut would now time the tests; with nothing to run it stops once the mutants are written.
+        "pytest_add_cli_args": ["--collect-only", "-q"],
     }
     with (work / "pyproject.toml").open("a") as file:
         file.write("\n[tool.mutmut]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    subprocess.run([sys.executable, "-m", "mutmut", "run", "--max-children", "1"], cwd=work, capture_output=True)
 
 
-def mutmut(work: Path, *arguments: str, check: bool = True) -> str:
-    # The copy must win over an installed package of the same name.
-    environment = {**os.environ, "PYTHONPATH": str(work / "mutants")}
-    result = subprocess.run(
-        [sys.executable, "-m", "mutmut", *arguments], cwd=work, env=environment, capture_output=True, text=True
-    )
-    if check and result.returncode:
-        raise SystemExit(f"mutmut {arguments[0]} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
-    return result.stdout
-
-
-def exit_codes(work: Path) -> dict[str, int | None]:
-    found: dict[str, int | None] = {}
-    for path in sorted((work / "mutants" / "fishergeo").glob("*.meta")):
-        found |= json.loads(path.read_text())["exit_code_by_key"]
-    return found
+def every_mutant(work: Path) -> list[str]:
+    files = sorted((work / "mutants" / "fishergeo").glob("*.meta"))
+    return sorted(name for path in files for name in json.loads(path.read_text())["exit_code_by_key"])
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
@@ -110,43 +90,86 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
     return (middle - spread) / (1 + z * z / of), (middle + spread) / (1 + z * z / of)
 
 
+class Loop:
+    """A pytest plugin that, in place of one run of the tests, makes one for each mutant."""
+
+    def __init__(self, names: list[str], report, trust: bool) -> None:
+        self.names, self.report, self.trust = names, report, trust
+
+    def pytest_runtestloop(self, session):
+        by_file: dict[str, list] = {}
+        for item in session.items:
+            if not item.name.startswith(SLOW):
+                by_file.setdefault(item.path.stem, []).append(item)
+        if not self.trust and self.fork("", [item for items in by_file.values() for item in items]) != "survived":
+            raise SystemExit("the tests fail without a mutant")
+        for name in self.names:
+            files = TESTS[name.split(".")[1]]
+            self.report(name, self.fork(name, [item for file in files for item in by_file[f"test_{file}"]]))
+        return True
+
+    @staticmethod
+    def fork(mutant: str, items: list) -> str:
+        child = os.fork()
+        if child == 0:
+            from _pytest.runner import runtestprotocol
+            from mutmut.mutation.trampoline import set_mutant_under_test
+
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            set_mutant_under_test(mutant)
+            failed = False
+            try:
+                for item in items:
+                    if any(r.failed for r in runtestprotocol(item, nextitem=None, log=False)):
+                        failed = True
+                        break
+            except BaseException:
+                failed = True
+            os._exit(int(failed))
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            return "timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "crashed"
+        return "killed" if os.WEXITSTATUS(status) else "survived"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--size", type=int, required=True, help="mutants to draw")
-    parser.add_argument("--work", type=Path, required=True, help="directory for the copy; must not exist")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the copy, made if it does not exist")
+    parser.add_argument("--trust", action="store_true", help="the tests are known to pass in the copy: do not try")
     options = parser.parse_args()
-    copy_head(options.work)
-    # Makes the mutants and times the tests; then finds that no mutant has this name.
-    mutmut(options.work, "run", "--max-children", "1", "none_of_them", check=False)
-    every = sorted(exit_codes(options.work))
+    if not options.work.exists():
+        copy_head(options.work)
+    every = every_mutant(options.work)
     if not every:
         raise SystemExit("mutmut made no mutants; run it by hand in the copy to see why")
     drawn = random.Random(options.seed).sample(every, min(options.size, len(every)))
-    print(f"{len(every)} mutants, {len(drawn)} drawn with seed {options.seed}", flush=True)
-    (options.work / "drawn.txt").write_text("\n".join(drawn) + "\n")
-    for start in range(0, len(drawn), BATCH):
-        mutmut(options.work, "run", "--max-children", "1", *drawn[start : start + BATCH])
-        report = summary(options.work, drawn[: start + BATCH], options.seed, len(every))
-        (options.work / "sample.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        print({k: v for k, v in report.items() if k != "survivors"}, flush=True)
+    status: dict[str, str] = {}
 
+    def report(name: str, result: str) -> None:
+        status[name] = result
+        counts = Counter(status.values())
+        killed = len(status) - counts["survived"]
+        summary = {
+            "seed": options.seed,
+            "mutants": len(every),
+            "tried": len(status),
+            "counts": dict(counts),
+            "killed": killed / len(status),
+            "interval": wilson(killed, len(status)),
+            "survivors": [name for name, result in status.items() if result == "survived"],
+        }
+        (options.work / "sample.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} {len(status):4} {result:8} {name}", flush=True)
 
-def summary(work: Path, names: list[str], seed: int, mutants: int) -> dict:
-    codes = exit_codes(work)
-    status = {name: STATUS.get(codes[name], f"exit code {codes[name]}") for name in names}
-    counts = Counter(status.values())
-    killed = counts["killed"] + counts["timeout"] + counts["crashed"]
-    low, high = wilson(killed, len(names))
-    return {
-        "seed": seed,
-        "mutants": mutants,
-        "drawn": len(names),
-        "counts": dict(counts),
-        "killed": killed / len(names),
-        "interval": [low, high],
-        "survivors": sorted(name for name in names if status[name] in ("survived", "no tests")),
-    }
+    os.chdir(options.work / "mutants")
+    sys.path.insert(0, os.getcwd())
+    raise SystemExit(
+        pytest.main(["-q", "-p", "no:cacheprovider", "tests"], plugins=[Loop(drawn, report, options.trust)])
+    )
 
 
 if __name__ == "__main__":

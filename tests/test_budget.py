@@ -132,6 +132,8 @@ def test_adaptive_refreshes_happen_in_a_loop_and_are_logged():
     guard = Guard(model, ROWS, config)
     for step in range(8):
         guard.begin_step(step, task_examples=8)
+        if step == 0:
+            assert "angle" not in guard.numbers(), "nothing to compare the first estimate with"
         move(model, 0.05, seed=step)
     assert 1 < guard.refreshes < 8
     numbers = guard.numbers()

@@ -394,3 +394,11 @@ def test_the_mean_keeps_the_dtype_and_half_precision_is_averaged_in_float32():
     assert mean.dtype == torch.bfloat16 and mean.shape == (6, 2)
     assert torch.allclose((mean @ mean.mT).float(), (points_[0] @ points_[0].mT).float(), atol=0.05)
     assert fg.karcher_mean(torch.zeros(3, 4, 0)).shape == (4, 0)
+
+
+def test_batches_of_two_dimensions_move_like_each_of_their_points():
+    x = torch.stack([orthonormal(i, 6, 3) for i in range(4)]).reshape(2, 2, 6, 3)
+    u = M.proju(x, gaussian(9, 2, 2, 6, 3))
+    for i, j in ((0, 1), (1, 0)):
+        assert_close(M.expmap(x, u)[i, j], M.expmap(x[i, j], u[i, j]))
+        assert_close(M.transp_follow_expmap(x, u, u)[i, j], M.transp_follow_expmap(x[i, j], u[i, j], u[i, j]))

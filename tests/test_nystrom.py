@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from spectrum_cases import matrices, spectrum, with_spectrum
 
 import fishergeo as fg
-from fishergeo.sketch import PsdSketch
-from fishergeo.sketch_error import probe_error
+from fishergeo.sketch import PsdSketch, factor_eigh, probe_matrix
+from fishergeo.sketch_error import factor_error, probe_error
 
 PSD = ("power law", "slow", "clustered", "repeated", "rank deficient", "condition 1e12", "tiny", "identity", "zero")
 
@@ -90,22 +90,24 @@ def test_the_streaming_sketch_measures_itself_too():
     terms = [x @ x.T for x in (basis @ gaussian(i, 24, 2) for i in range(30))]
     whole, trials, covered = sum(terms), 60, 0
     for seed in range(trials):
-        sketch = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"), probes=6)
+        images = torch.zeros(24, 6, dtype=torch.float64)
+        sketch = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"), probed=images)
         bare = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"))
         for term in terms:
             sketch.add(term @ sketch.omega, 1)
             bare.add(term @ bare.omega, 1)
         assert torch.allclose(sketch.close(), bare.close(), atol=1e-9)  # holding back changes nothing
-        found = sketch.error()
+        probes = probe_matrix(24, 6, seed, "layer")
+        found = factor_error(*factor_eigh(sketch.factor, 5), probes, images)
         norm = float(torch.linalg.matrix_norm(whole - sketch.factor @ sketch.factor.T, 2))
         covered += norm <= found.spectral
-        exact = sketch.error(trace=float(whole.trace()), k=5)
+        exact = factor_error(*factor_eigh(sketch.factor, 3), probes, images, trace=float(whole.trace()))
         assert exact.trace == pytest.approx(
-            float(whole.trace() - torch.linalg.svdvals(sketch.factor)[:5].square().sum())
+            float(whole.trace() - torch.linalg.svdvals(sketch.factor)[:3].square().sum())
         )
     assert covered >= 0.95 * trials - 3 * (trials * 0.95 * 0.05) ** 0.5
     with pytest.raises(ValueError, match="probes=0"):
-        bare.error()
+        factor_error(*factor_eigh(bare.factor, 5), probes[:, :0], images[:, :0])
 
 
 def test_the_frobenius_estimate_is_unbiased_by_its_square():

@@ -269,3 +269,8 @@ def test_counts_in_messages_are_those_of_the_arguments():
         fg.Projector(basis.mT)
     with pytest.raises(ValueError, match=r"delta has shape \(4, 5\), but the basis has 4 rows and acts on the input"):
         fg.Projector(basis, "input")(torch.ones(4, 5))
+
+
+def test_experts_may_have_nothing_to_protect():
+    empty = fg.SoftProjector(torch.zeros(3, 5, 0), torch.zeros(3, 0))
+    assert float(empty(torch.ones(3, 5, 2)).abs().max()) == 0

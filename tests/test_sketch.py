@@ -8,7 +8,7 @@ from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny
 
 import fishergeo as fg
 from fishergeo.gram import add_gram_, mirrored
-from fishergeo.sketch import PsdSketch, compress, factor_eigh, nystrom_factor
+from fishergeo.sketch import PsdSketch, compress, factor_eigh, nystrom_factor, probe_matrix
 
 
 def stream(size, count, decay, seed, rank=2):
@@ -36,7 +36,7 @@ def test_the_sketch_never_exceeds_the_sum(columns, count, decay, seed):
     whole = sum(terms)
     smallest = torch.linalg.eigvalsh(whole - factor @ factor.T)[0]
     assert smallest >= -1e-12 * torch.linalg.matrix_norm(whole, 2)
-    assert factor.shape[1] <= 3 * columns
+    assert factor.shape[1] <= columns
 
 
 @settings(deadline=None, max_examples=25)
@@ -104,6 +104,78 @@ def test_the_trace_is_exact_and_bounds_the_error():
         error = torch.linalg.matrix_norm(exact[name].to_dense() - sketch[name].to_dense(), 2)
         assert_close(sketch[name].full_trace, exact[name].trace(), 1e-12)
         assert error <= (sketch[name].full_trace - sketch[name].trace()) * (1 + 1e-9)
+
+
+def probed(model, examples, **options):
+    batches = [collate(examples[i : i + 3]) for i in range(0, len(examples), 3)]
+    return fg.estimate_fisher(model, batches, structure="sketch", rank=3, probes=5, layers=list(NAMES), **options)
+
+
+def test_the_error_of_a_sketch_covers_the_truth_in_95_percent_of_trials():
+    model, examples = tiny_llama(), make_examples([5, 9, 7, 9, 4, 6])
+    batches = [collate(examples[:3]), collate(examples[3:])]
+    exact = fg.estimate_fisher(model, batches, structure="gram", layers=list(NAMES))
+    whole = {name: exact[name].to_dense() for name in NAMES}
+    covered, tight = [], []
+    for seed in range(20):
+        sketch = probed(model, examples, seed=seed)
+        for name in NAMES:
+            for k in (1, 3):
+                values, vectors = sketch[name].eigh(k)
+                found = sketch[name].error(k)
+                norm = float(torch.linalg.matrix_norm(whole[name] - (vectors * values) @ vectors.T, 2))
+                assert found.trace == pytest.approx(float(whole[name].trace() - values.sum()), rel=1e-9)
+                covered.append(norm <= found.spectral * (1 + 1e-9))
+                tight.append(found.spectral / norm)
+    trials = len(covered)
+    assert sum(covered) >= 0.95 * trials - 3 * (trials * 0.95 * 0.05) ** 0.5
+    assert sorted(tight)[trials // 2] < 8  # and the bound says something
+
+
+def test_products_with_the_probes_are_those_of_the_whole_fisher_however_it_came_about(tmp_path):
+    model, examples = tiny_llama(), make_examples([5, 9, 7, 9, 4, 6, 8, 5])
+    exact = fg.estimate_fisher(model, [collate(examples)], structure="gram", layers=list(NAMES))
+    parts = [probed(model, examples[:3], seed=4), probed(model, examples[3:], seed=4)]
+    whole = probed(model, examples, seed=4)
+    whole.save(tmp_path / "fisher.safetensors")
+    for fisher in (whole, parts[0].merge(parts[1]), parts[1].merge(parts[0]), whole.scaled(0.5),
+                   fg.Fisher.load(tmp_path / "fisher.safetensors")):  # fmt: skip
+        for name in NAMES:
+            truth, operator = exact[name].to_dense(), fisher[name]
+            probes = probe_matrix(len(truth), 5, 4, name).double()
+            assert_close(fisher.accumulators[name].sums["probed"] / fisher.header.count, truth @ probes, 1e-10)
+            differences = (truth - operator.to_dense()) @ probes
+            found = operator.error(level=0.9)
+            assert found.frobenius == pytest.approx(float(differences.square().sum(0).mean().sqrt()), rel=1e-6)
+            assert found.level == 0.9
+
+
+def test_decay_reaches_the_products_with_the_probes():
+    model, examples = tiny_llama(), make_examples([5, 9, 7, 9])
+    options = {"layers": list(NAMES), "decay": 0.5}
+    exact = fg.estimate_fisher(model, [collate(examples[:3]), collate(examples[3:])], structure="gram", **options)
+    sketch = probed(model, examples, decay=0.5)
+    for name in NAMES:
+        truth = exact[name].to_dense()
+        product = truth @ probe_matrix(len(truth), 5, 0, name).double()
+        assert_close(sketch.accumulators[name].sums["probed"] / sketch.header.count, product, 1e-10)
+
+
+def test_probes_are_refused_where_they_mean_nothing():
+    model, examples = tiny_llama(), make_examples([5, 9])
+    bare = fg.estimate_fisher(model, [collate(examples)], structure="sketch", rank=3, layers=list(NAMES))
+    with pytest.raises(ValueError, match="probes=8"):
+        bare[NAMES[0]].error()
+    with pytest.raises(ValueError, match="k=4"):
+        probed(model, examples)[NAMES[0]].error(4)
+    with pytest.raises(ValueError, match="seeds 0 and 1"):
+        probed(model, examples).merge(probed(model, examples, seed=1))
+    with pytest.raises(ValueError, match="probes=-1"):
+        fg.Structure("sketch", probes=-1)
+    with pytest.raises(ValueError, match="probes"):
+        fg.Structure("gram", probes=2)
+    with pytest.raises(ValueError, match="sketch' only"):
+        fg.estimate_fisher(model, [collate(examples)], structure="gram", probes=2)
 
 
 def test_long_sequences_take_the_other_order_of_products_to_the_same_end():
