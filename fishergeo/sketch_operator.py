@@ -20,6 +20,16 @@ class SketchOperator(SpectralOperator):
         probes: Z, (size, s), standard Gaussian and independent of ``vectors``; no columns if the error is not asked
             for.
         images: F·Z, (size, s).
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> batches = [(torch.eye(3), torch.zeros(3, 2))]
+        >>> def loss(model, batch):
+        ...     return (model(batch[0]) - batch[1]).square().sum(1)
+        ...
+        >>> sketch = fg.estimate_fisher(model, batches, rank=2, loss=loss)[""]
+        >>> torch.allclose(sketch.full_trace, sketch.trace())  # the whole of a (2, 2) F is known
+        True
     """
 
     full_trace: Tensor
