@@ -73,7 +73,7 @@ def test_lean_sketches_merge_below_the_exact_matrix_and_near_it(folder):
         assert_close(found.full_trace, matrix.trace(), 1e-12)
         assert torch.linalg.eigvalsh(matrix - found.to_dense())[0] >= -1e-12 * matrix.norm()
         best = torch.linalg.eigvalsh(matrix).flip(0)[:6].sum()
-        assert found.trace() >= 0.9 * best
+        assert found.eigh(6)[0].sum() >= 0.9 * best  # two columns more than pairs asked for
 
 
 def test_float32_sums_agree_to_a_millionth(folder):
