@@ -49,7 +49,9 @@ def main() -> None:
     head = {"command": "python benchmarks/forgetting.py", "versions": versions(), "training": TRAINING}
     sweep(jobs, shared, head, args.out, args.processes)
     result = json.loads(args.out.read_text())
-    args.out.write_text(json.dumps({**result, "prompts_of_each_category": ASKED, "base": measure_base(shared)}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({**result, "prompts_of_each_category": ASKED, "base": measure_base(shared)}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

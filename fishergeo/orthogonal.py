@@ -23,7 +23,7 @@ def directions(size: int, columns: int, seed: int, name: str, first: int = 0) ->
     Returns:
         (size, columns), float64, on the CPU.
     """
-    drawn = [gaussian(size, 1, seed, f"{name}#{first + j}") for j in range(columns)]
+    drawn = [gaussian(size, 1, seed, f"{name}#{first + j}").double() for j in range(columns)]
     return torch.cat(drawn, 1) / size**0.5 if drawn else torch.zeros(size, 0, dtype=torch.float64)
 
 

@@ -83,7 +83,7 @@ def test_one_sided_penalty_and_gradient_equal_the_dense_formula(tiny_llama, toke
     rows = encoded(tokenizer, alignment_rows)
     config = GuardConfig(
         structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, metric=metric,
-        energy=0.6, refresh_examples=4, batch_size=3,
+        energy=0.6, refresh_examples=4, batch_size=3, whole_update=False,
     )  # fmt: skip
     guard = Guard.from_alignment(model, rows, config)
     penalty = guard.penalty()
@@ -119,11 +119,11 @@ def test_one_sided_penalty_and_gradient_equal_the_dense_formula(tiny_llama, toke
             assert (ours[name] - p.grad).norm() <= 1e-10 * scale, name
 
 
-def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer, alignment_rows):
+@pytest.mark.parametrize("whole", [True, False], ids=["whole update", "aligned part"])
+def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer, alignment_rows, whole):
     model = adapted(tiny_llama)
-    guard = Guard.from_alignment(
-        model, encoded(tokenizer, alignment_rows), GuardConfig(lambda_alignment=2.0, energy=0.7, refresh_examples=4)
-    )
+    config = GuardConfig(lambda_alignment=2.0, energy=0.7, refresh_examples=4, whole_update=whole)
+    guard = Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config)
     penalty = guard.penalty()
     penalty.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -132,7 +132,7 @@ def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer
     for name, delta in dense_updates(model).items():
         layer = guard.layers[name]
         u = layer.projector.basis
-        part = (u @ (u.T @ delta)).flatten()
+        part = (delta if whole else u @ (u.T @ delta)).flatten()
         dense = torch.kron(layer.operator.output_factor, layer.operator.input_factor)
         total = total + 2.0 * part @ dense @ part
     total.backward()

@@ -15,7 +15,13 @@ from alignguard.updates import WeightUpdates
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 CONFIG = GuardConfig(
-    structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, energy=0.6
+    structure="gram",
+    lambda_alignment=0.7,
+    lambda_task=0.3,
+    lambda_collision=0.2,
+    alpha=0.4,
+    energy=0.6,
+    whole_update=False,
 )
 ROWS = {
     "t5": [{"input_ids": [5, 6, 7, 8], "labels": [9, 10]}, {"input_ids": [11, 12], "labels": [13, 14, 2]}],
@@ -139,7 +145,13 @@ def test_curvature_is_estimated_for_every_kind_of_model_and_read_right(name):
 
 def test_kfac_and_the_soft_projector_on_dense_and_factored_updates():
     config = GuardConfig(
-        lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, energy=0.6, projection="soft"
+        lambda_alignment=0.7,
+        lambda_task=0.3,
+        lambda_collision=0.2,
+        alpha=0.4,
+        energy=0.6,
+        projection="soft",
+        whole_update=False,
     )
     model = make("llama", "saved")
     guard = Guard(model, ROWS[None], config)
