@@ -14,13 +14,11 @@ import statistics
 from pathlib import Path
 
 import torch
+from sketch import subject
 
 import fishergeo as fg
-from alignguard.data import collate, encode_example, read_jsonl
 from alignguard.demo import versions
-from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
-from alignguard.fit import load_model
 
 
 def main() -> None:
@@ -31,12 +29,7 @@ def main() -> None:
     cli.add_argument("--k", type=int, default=32)
     args = cli.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_model(model_path())
-    model.eval()
-    rows = [encode_example(tokenizer, r["prompt"], r["response"]) for r in read_jsonl(data_path("task_train"))]
-    rows = sorted(rows[: args.examples], key=lambda r: len(r["input_ids"]))
-    batches = [collate(rows[i : i + 16], 0) for i in range(0, len(rows), 16)]
-    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    model, batches, layers = subject(args.examples)
     sketch = fg.estimate_fisher(model, batches, structure="sketch", rank=args.columns, layers=layers)
     exact = fg.estimate_fisher(model, batches, structure="gram", layers=layers)
     stream = fg.StreamingFisher(model, batches, layers=layers)
@@ -69,7 +62,7 @@ def main() -> None:
         for column in ("one_pass", "two_passes", "lanczos")
     }  # fmt: skip
     result = {
-        "command": "python benchmarks/second_pass.py", "versions": versions(), "examples": len(rows),
+        "command": "python benchmarks/second_pass.py", "versions": versions(), "examples": args.examples,
         "columns": args.columns, "k": args.k, "passes_of_second": passes_of_second,
         "lanczos_passes": stream.passes - passes_of_second, "summary": summary, "layers": table,
         "certificates_hold": all(r["certificates_hold"] for r in table.values()),

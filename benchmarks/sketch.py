@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,16 @@ from alignguard.files import write_text
 from alignguard.fit import load_model
 
 
+def subject(examples: int) -> tuple[Any, list[dict[str, torch.Tensor]], list[str]]:
+    """The embedded model, task rows in batches of like length, and its decoder matrices."""
+    model, tokenizer = load_model(model_path())
+    rows = [encode_example(tokenizer, r["prompt"], r["response"]) for r in read_jsonl(data_path("task_train"))]
+    rows = sorted(rows[:examples], key=lambda r: len(r["input_ids"]))
+    batches = [collate(rows[i : i + 16], 0) for i in range(0, len(rows), 16)]
+    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    return model.eval(), batches, layers
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--out", type=Path, required=True)
@@ -33,12 +44,7 @@ def main() -> None:
     cli.add_argument("--repeats", type=int, default=5)
     args = cli.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_model(model_path())
-    model.eval()
-    rows = [encode_example(tokenizer, r["prompt"], r["response"]) for r in read_jsonl(data_path("task_train"))]
-    rows = sorted(rows[: args.examples], key=lambda r: len(r["input_ids"]))
-    batches = [collate(rows[i : i + 16], 0) for i in range(0, len(rows), 16)]
-    layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    model, batches, layers = subject(args.examples)
 
     def plain() -> None:
         for batch in batches:
@@ -64,7 +70,7 @@ def main() -> None:
         basis = sketched[name].eigh()[1][:, :32].double()
         energies[name] = float(((matrix @ basis) * basis).sum() / best)
     result = {
-        "command": "python benchmarks/sketch.py", "versions": versions(), "threads": 1, "examples": len(rows),
+        "command": "python benchmarks/sketch.py", "versions": versions(), "threads": 1, "examples": args.examples,
         "columns": args.columns, "energy": energies, "worst": min(energies.values()),
         "mean": statistics.mean(energies.values()), "time_ratios": ratios, "time_ratio": statistics.median(ratios),
     }  # fmt: skip

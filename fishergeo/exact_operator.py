@@ -10,10 +10,7 @@ from torch import Tensor
 
 from fishergeo.layer_operators import check_layer_shape
 from fishergeo.operators import SpectralOperator
-from fishergeo.symmetric_operator import SymmetricOperator, checked_rank, fix_signs
-
-DENSE_LIMIT = 8192
-"""The largest pq that is ever made dense without being asked for by name."""
+from fishergeo.symmetric_operator import DENSE_LIMIT, SymmetricOperator, checked_rank, fix_signs
 
 
 class ExactOperator(SymmetricOperator):

@@ -17,12 +17,10 @@ from fishergeo.moment_accumulators import DiagonalAccumulator
 from fishergeo.products import ProductAccumulator
 from fishergeo.structures import UNITS
 from fishergeo.sweep import DataOptions, Sweep
-from fishergeo.symmetric_operator import SymmetricOperator, checked_rank
+from fishergeo.symmetric_operator import DENSE_LIMIT, SymmetricOperator, checked_rank
 from fishergeo.weights import WeightSource
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-DENSE_LIMIT = 8192
-"""The largest operator whose eigenpairs are found by making it dense."""
 
 
 class StreamingFisher:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fishergeo.gram import leading_pairs
 
+DENSE_LIMIT = 8192
+"""The largest operator, of those known by products alone, whose eigenpairs are found by making it dense."""
+
 
 class SymmetricOperator(abc.ABC):
     """A real symmetric operator, known by its action.
