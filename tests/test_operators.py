@@ -153,6 +153,22 @@ def test_quadratic_forms_of_dense_and_factored_updates_and_their_gradients(opera
             assert_close(one, other, 1e-12)
 
 
+@pytest.mark.parametrize("factors_train", [False, True], ids=["fixed factors", "trained factors"])
+def test_second_derivatives_of_a_kronecker_quadratic(factors_train):
+    s, a = psd(P), psd(Q, 1)
+    left, right = random(P, 2).requires_grad_(), random(2, Q).requires_grad_()
+    if factors_train:
+        s.requires_grad_()
+
+    def value(left, right):
+        return fg.KroneckerOperator(s, a).quadratic(fg.LowRank(left, right))
+
+    assert torch.autograd.gradcheck(value, (left, right)) and torch.autograd.gradgradcheck(value, (left, right))
+    if factors_train:
+        (gradient,) = torch.autograd.grad(value(left, right), s)
+        assert_close(gradient, (left @ right) @ a @ (left @ right).T, 1e-12)
+
+
 def test_quadratic_forms_refuse_what_does_not_fit(operator):
     with pytest.raises(ValueError, match="does not fit"):
         operator.quadratic(random(P + 1, Q + 1))
