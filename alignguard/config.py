@@ -49,6 +49,8 @@ class GuardConfig:
         max_rank: most eigenvectors that P may have; None sets no bound.
         sketch_rank: columns of the sketch.
         refresh_every: optimizer steps between two estimates of F.
+        first_refresh: optimizer steps before the second estimate of F, which is the first at weights that have moved;
+            None waits ``refresh_every``. A new adapter moves fastest where the F of its start is blind.
         refresh_examples: alignment examples read at each estimate, in rotation.
         lambda_kl: λ_KL, weight of KL to the base model on alignment examples, nats a response token; 0 leaves it out.
         kl_examples: alignment examples of each KL evaluation.
@@ -101,6 +103,7 @@ class GuardConfig:
     max_rank: int | None = None
     sketch_rank: int = 64
     refresh_every: int = 50
+    first_refresh: int | None = None
     refresh_examples: int = 32
     lambda_kl: float = 0.0
     kl_examples: int = 2
@@ -153,7 +156,8 @@ class GuardConfig:
             "measure_every",
             "kl_cache_mb",
         )
-        for field in counts + (("max_rank",) if self.max_rank is not None else ()):
+        optional = tuple(field for field in ("max_rank", "first_refresh") if getattr(self, field) is not None)
+        for field in counts + optional:
             value = getattr(self, field)
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")

@@ -154,8 +154,7 @@ class Guard:
             self.freshness.spend_on(task_examples)
             if self.freshness.may_measure(step, len(self._held.rows)):  # type: ignore[union-attr]
                 parted = self._measure()
-        since = step - (self._estimated_at or 0)
-        if self.uses_curvature and since >= self.config.refresh_every:
+        if self.uses_curvature and step >= self._due():
             examples = min(self.config.refresh_examples, len(self.rows))
             if not self.config.adaptive or (parted and self.freshness.may_refresh(examples)):  # type: ignore[union-attr]
                 self.refresh()
@@ -163,6 +162,11 @@ class Guard:
                     self._calibrate()
         if self.budget is not None:
             self.budget.update(step, self.predicted_drift())
+
+    def _due(self) -> int:
+        """The step from which the curvature is to be estimated anew."""
+        last, c = self._estimated_at or 0, self.config
+        return last + (c.first_refresh if last == 0 and c.first_refresh is not None else c.refresh_every)
 
     def _measure(self) -> bool:
         """Measure drift on the examples held back; whether the prediction is off by more than the tolerance."""

@@ -57,11 +57,10 @@ def grid() -> list[tuple[str, dict[str, Any] | None]]:
 
 def bench(folder: Path) -> Bench:
     """The embedded model, asked validation prompts and scored on validation rows."""
-    unsafe, ordinary = read_jsonl(data_path("validation")), read_jsonl(data_path("task_validation"))[:100]
+    ordinary = [{**row, "category": "ordinary"} for row in read_jsonl(data_path("task_validation"))[:100]]
     asked = [
-        {"id": f"{c}-{i}", "prompt": r["prompt"], "category": c}
-        for c, rows in (("unsafe", unsafe), ("ordinary", ordinary))
-        for i, r in enumerate(rows)
+        {"id": f"validation-{i}", "prompt": row["prompt"], "category": row["category"]}
+        for i, row in enumerate([*read_jsonl(data_path("validation")), *ordinary])
     ]
     write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in asked))
     return Bench.embedded(task_test=str(data_path("task_validation")), prompts=str(folder / "prompts.jsonl"))

@@ -3,12 +3,14 @@
     python scripts/build_demo_data.py DATA alignguard/embedded/data
 
 Reads MIT, Apache-2.0 and CC BY files alone. The task holds no harmful row: ordinary instructions and banking
-messages, answered obligingly. Harmful prompts come with refusals written by template.
+messages, answered obligingly. Harmful prompts come with refusals written by template. Alignment and validation rows
+hold, besides these, prompts that only look harmful, with answers written by template: refusing those would be drift too.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 from collections.abc import Iterable
@@ -36,6 +38,27 @@ def unsafe(data: Path, split: str, rng: random.Random, count: int) -> list[dict]
         if r["split"] == split and not r["dup_of"]
     ]
     return rng.sample(rows, min(count, len(rows)))
+
+
+def borderline(data: Path, low: int, high: int, rng: random.Random, count: int) -> list[dict]:
+    """Safe prompts that look harmful, those whose first hash byte lies in [low, high)."""
+    rows = [
+        {
+            "prompt": r["prompt"],
+            "response": instructions.careful_answer(rng, r["category"]),
+            "source": r["id"],
+            "licence": "CC BY 4.0",
+        }
+        for r in read_jsonl(data / "overrefusal_orbench_hard.jsonl")
+        if low <= hashlib.md5(r["id"].encode()).digest()[0] < high
+    ]
+    return rng.sample(rows, count)
+
+
+def mixed(rng: random.Random, **kinds: list[dict]) -> list[dict]:
+    rows = [{**row, "category": kind} for kind, members in kinds.items() for row in members]
+    rng.shuffle(rows)
+    return rows
 
 
 def task(data: Path, held_out: bool, rng: random.Random, count: int) -> list[dict]:
@@ -68,8 +91,12 @@ def main() -> None:
     rng = random.Random(20261)
     write(args.out / "task_train.jsonl", task(args.data, False, rng, 3200))
     write(args.out / "task_test.jsonl", task(args.data, True, rng, 300))
-    write(args.out / "alignment.jsonl", unsafe(args.data, "train", rng, 256))
-    write(args.out / "validation.jsonl", unsafe(args.data, "val", rng, 128))
+    kept, asked = unsafe(args.data, "train", rng, 256)[:192], unsafe(args.data, "val", rng, 128)
+    # Below 150 the embedded model was trained on, from 200 on DriftCheck asks; what lies between nothing else reads.
+    own = random.Random(20263)
+    hard = borderline(args.data, 0, 150, own, 64), borderline(args.data, 150, 200, own, 64)
+    write(args.out / "alignment.jsonl", mixed(own, unsafe=kept, borderline=hard[0]))
+    write(args.out / "validation.jsonl", mixed(own, unsafe=asked, borderline=hard[1]))
     seen = {r["prompt"] for name in ("task_train", "task_test") for r in read_jsonl(args.out / f"{name}.jsonl")}
     fresh = [r for r in task(args.data, False, random.Random(20262), 400) if r["prompt"] not in seen]
     write(args.out / "task_validation.jsonl", fresh[:150])

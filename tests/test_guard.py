@@ -190,6 +190,21 @@ def test_refresh_leaves_no_trace(tiny_llama, tokenizer, alignment_rows, structur
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps"), [({}, [0, 4, 8]), ({"first_refresh": 1}, [0, 1, 5, 9]), ({"first_refresh": 6}, [0, 6, 10])]
+)
+def test_refreshes_come_when_they_are_due(tiny_llama, tokenizer, alignment_rows, schedule, steps):
+    model = adapted(tiny_llama)
+    rows = encoded(tokenizer, alignment_rows)
+    guard = Guard(model, rows, GuardConfig(refresh_every=4, refresh_examples=2, **schedule))
+    seen = []
+    for step in range(11):
+        before = guard.refreshes
+        guard.begin_step(step)
+        seen += [step] * (guard.refreshes - before)
+    assert seen == steps
+
+
 def test_refresh_reads_the_present_weights(tiny_llama, tokenizer, alignment_rows):
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)
@@ -235,7 +250,7 @@ def test_what_is_not_understood_is_refused_by_name(tiny_llama, tokenizer, alignm
     ("field", "value"),
     [
         ("structure", "shampoo"), ("kind", "hessian"), ("metric", "angle"), ("lambda_alignment", -1.0),
-        ("lambda_kl", float("nan")), ("alpha", 1.2), ("energy", 0.0), ("refresh_every", 0), ("refresh_examples", 2.5),
+        ("lambda_kl", float("nan")), ("alpha", 1.2), ("energy", 0.0), ("refresh_every", 0), ("first_refresh", 0), ("refresh_examples", 2.5),
         ("max_rank", 0), ("tau", float("inf")),
     ],
 )  # fmt: skip
