@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ KNOBS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "refresh_every": ((10, 25, 50, 100, NEVER), {}),
     "refresh_examples": ((4, 16, 32, 64, 256), {}),
 }
+
+
+# what a tuning sweep tries of each: 12 settings, as of every rival
+SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "guard": {"lambda_alignment": (1.0, 3.0, 10.0, 30.0), "refresh_every": (25, 50, 100)},
+    "kl": {"lambda_kl": (0.3, 1.0, 3.0, 10.0), "kl_every": (1, 4, 8)},
+    "plain": {"learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "max_steps": (100, 200)},
+}
+ANCHOR = {"lambda_alignment": 0.0, "lambda_task": 0.0, "lambda_collision": 0.0}  # KL to the base alone
 
 
 def terms_plan(
@@ -105,33 +115,31 @@ def rivals_plan(
     Args:
         base: GuardConfig fields of the guard.
         seeds: one run each.
-        settings: of single rivals, by name; the rest take their defaults.
-        whole_grid: every setting of each rival's sweep instead, and as many strengths of the guard and of KL.
+        settings: of single methods, by name; the rest take their defaults.
+        whole_grid: every setting of each method's sweep instead, 12 of each, and plain LoRA as the bench has it.
         unaligned: the model before alignment training, which SafeLoRA needs; without it SafeLoRA is left out.
     """
-    chosen: list[tuple[str, str, dict[str, Any]]] = []
-    strengths = (0.1, 0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 50.0, 100.0, 200.0, 300.0, 1000.0)
-    weights = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
-    anchor = {"lambda_alignment": 0.0, "lambda_task": 0.0, "lambda_collision": 0.0}
-    if whole_grid:
-        chosen += [("guard", GUARD, {**base, "lambda_alignment": s}) for s in strengths]
-        chosen += [("kl", GUARD, {**anchor, "lambda_kl": w}) for w in weights]
-    else:
-        chosen += [("guard", GUARD, dict(base)), ("kl", GUARD, {**anchor, "lambda_kl": 1.0})]
-    for name in RIVALS:
-        extra: dict[str, Any] = {"unaligned": unaligned} if name == "safelora" else {}
+    jobs = [make_job("plain", "plain", {}, seed, "sweep") for seed in seeds] if whole_grid else []
+    for name in ("guard", "kl", *RIVALS):
         if name == "safelora" and unaligned is None:
             continue
-        for entry in sweep(name) if whole_grid else [dict((settings or {}).get(name, {}))]:
-            chosen.append((name, name, {**extra, **entry}))
-    group = "sweep" if whole_grid else "rivals"
-    jobs = []
-    for name, method, entry in chosen:
-        shown = ", ".join(f"{k}={label(k, v)}" for k, v in entry.items() if k not in (*anchor, "unaligned"))
-        strength = f"lambda_alignment={entry['lambda_alignment']:g}" if name == "guard" and whole_grid else shown
-        title = f"{name} ({strength})" if whole_grid and strength else name
-        jobs += [make_job(title, method, entry, seed, group) for seed in seeds]
+        fixed = {"guard": dict(base), "kl": ANCHOR, "safelora": {"unaligned": unaligned}}.get(name, {})
+        chosen = dict((settings or {}).get(name, {"lambda_kl": 1.0} if name == "kl" else {}))
+        for entry in settings_of(name) if whole_grid else [chosen]:
+            shown = ", ".join(f"{k}={label(k, v)}" for k, v in entry.items())
+            title, group = (f"{name} ({shown})", "sweep") if whole_grid else (name, "rivals")
+            method, training = (GUARD, {}) if name in ("guard", "kl") else (name, entry if name == "plain" else {})
+            own = {**fixed, **({} if name == "plain" else entry)}
+            jobs += [make_job(title, method, own, seed, group, training) for seed in seeds]
     return jobs
+
+
+def settings_of(name: str) -> list[dict[str, Any]]:
+    """What a tuning sweep tries of a method; for plain LoRA fields of ``TrainingArguments``, otherwise its own."""
+    if name not in SWEEPS:
+        return sweep(name)
+    grid = SWEEPS[name]
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +167,7 @@ class Summary:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[Summary]:
-    """Runs gathered by setting, in the order they stand, each beside plain LoRA of its own seed.
+    """Runs gathered by setting, in the order they stand, each beside plain LoRA of its own seed and the bench's own schedule.
 
     Args:
         rows: ``{"job", "result"}`` as a ledger holds them.
@@ -168,7 +176,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
     plain = {
         row["job"]["seed"]: row["result"]["refusal"]
         for row in rows
-        if row["job"]["method"] == "plain" and "error" not in row["result"]
+        if row["job"]["method"] == "plain" and "training" not in row["job"] and "error" not in row["result"]
     }
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:

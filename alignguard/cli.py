@@ -50,7 +50,9 @@ def _add_guard_fields(parser: argparse.ArgumentParser, only: Sequence[str] | Non
         elif isinstance(default, tuple):
             options |= {"nargs": "*", "default": list(default)}
         else:
-            options["type"] = {"max_rank": int, "first_refresh": int, "max_drift": float}.get(field.name) or type(default)
+            options["type"] = {"max_rank": int, "first_refresh": int, "max_drift": float}.get(field.name) or type(
+                default
+            )
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 

@@ -99,6 +99,7 @@ def _bench(args: argparse.Namespace) -> Any:
         raise ValueError(f"with --model also give {', '.join(lacking)}")
     changes: dict[str, Any] = {**given, **({"model": args.model} if args.model else {})}
     changes |= {"prompts": args.prompts, "limit": args.limit, "alignment_limit": args.alignment_limit}
+    changes["adapters"] = str(args.output_dir / "adapters")
     if args.parts:
         changes["parts"] = str(args.output_dir / "parts")
     if args.rank is not None:

@@ -46,6 +46,8 @@ class Bench:
         lora: fields of ``peft.LoraConfig``.
         alignment_limit: how many alignment examples any method may see; None gives all.
         parts: folder that receives ΔW_A of every guarded run, for its stability over seeds; None keeps nothing.
+        adapters: folder of plain LoRA's adapters, one a seed; rivals that act after training alone go on from them in
+            place of training it again. None keeps none.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Bench:
     lora: dict[str, Any] = field(default_factory=dict)
     alignment_limit: int | None = None
     parts: str | None = None
+    adapters: str | None = None
 
     @classmethod
     def embedded(cls, **changes: Any) -> Bench:
@@ -77,7 +80,7 @@ class Bench:
 
     def describe(self) -> dict[str, Any]:
         """What results depend on, for the head of a ledger: all fields, and the contents of the files by hash."""
-        told = {k: v for k, v in dataclasses.asdict(self).items() if k != "parts"}
+        told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
         for name in ("task_train", "task_test", "alignment", "drift", "prompts"):
             path = told[name]
             if path is not None:
@@ -105,7 +108,14 @@ def _check(job: Mapping[str, Any]) -> None:
         make_rival(job["method"], job["settings"])
 
 
-def make_job(name: str, method: str, settings: Mapping[str, Any], seed: int, group: str = "") -> dict[str, Any]:
+def make_job(
+    name: str,
+    method: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    group: str = "",
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """One run as a plain object: what a ledger's line is found by.
 
     Args:
@@ -115,6 +125,7 @@ def make_job(name: str, method: str, settings: Mapping[str, Any], seed: int, gro
         settings: of the method.
         seed: of everything drawn.
         group: the study that the run belongs to.
+        training: fields of ``transformers.TrainingArguments`` that replace the bench's for this run.
 
     Raises:
         ValueError: an unknown method or setting, or a value out of range; before anything runs.
@@ -122,6 +133,8 @@ def make_job(name: str, method: str, settings: Mapping[str, Any], seed: int, gro
     if method != GUARD and method not in RIVALS:
         raise ValueError(f"unknown method {method!r}; there are {GUARD}, {', '.join(RIVALS)}")
     job = {"name": name, "method": method, "settings": dict(settings), "seed": seed, "group": group}
+    if training:
+        job["training"] = dict(training)
     _check(job)
     return job
 
@@ -161,7 +174,8 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
         if bench.alignment_limit is not None:
             chats = load_conversations(alignment, "alignment")[: bench.alignment_limit]
             alignment = [{"messages": messages} for messages in chats]
-        shared: dict[str, Any] = {"lora": bench.lora, "training": bench.training, "seed": job["seed"]}
+        training = {**bench.training, **job.get("training", {})}
+        shared: dict[str, Any] = {"lora": bench.lora, "training": training, "seed": job["seed"]}
         output = Path(folder) / "run"
         result: Any
         if job["method"] == GUARD:
@@ -171,6 +185,8 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             read = result.guard.examples_read
         else:
             rival = make_rival(job["method"], job["settings"])
+            if bench.adapters is not None and rival.after_training():
+                shared["trained"] = _plain_adapter(bench, shared)
             result = train_rival(rival, bench.model, bench.task_train, alignment, output, **shared)
             read = result.examples_read
         _, tokenizer = load_model(bench.model)
@@ -178,6 +194,22 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             energy = job["settings"].get("energy", GuardConfig().energy)
             save_parts(alignment_parts(result.model, tokenizer, alignment, energy), part_file(bench.parts, job))
         return {**measure(result.model, tokenizer, bench), "step_time": result.step_time, "alignment_examples": read}
+
+
+def _plain_adapter(bench: Bench, shared: Mapping[str, Any]) -> Path:
+    """The adapter that plain LoRA leaves, trained where the folder does not hold it yet."""
+    name = hashlib.sha256(json.dumps([bench.describe(), shared], sort_keys=True).encode()).hexdigest()[:16]
+    kept = Path(bench.adapters or "") / name
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = train_rival(make_rival("plain"), bench.model, bench.task_train, None, Path(folder) / "run", **shared)
+            try:
+                made.adapter_dir.rename(kept)
+            except OSError:
+                if not kept.is_dir():  # another process may have been first
+                    raise
+    return kept
 
 
 def part_file(folder: str | Path, job: Mapping[str, Any]) -> Path:

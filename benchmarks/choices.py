@@ -55,7 +55,7 @@ def grid() -> list[tuple[str, dict[str, Any] | None]]:
     return tried
 
 
-def bench(folder: Path) -> Bench:
+def bench(folder: Path, **changes: Any) -> Bench:
     """The embedded model, asked validation prompts and scored on validation rows."""
     ordinary = [{**row, "category": "ordinary"} for row in read_jsonl(data_path("task_validation"))[:100]]
     asked = [
@@ -63,7 +63,8 @@ def bench(folder: Path) -> Bench:
         for i, row in enumerate([*read_jsonl(data_path("validation")), *ordinary])
     ]
     write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in asked))
-    return Bench.embedded(task_test=str(data_path("task_validation")), prompts=str(folder / "prompts.jsonl"))
+    asked_of = {"task_test": str(data_path("task_validation")), "prompts": str(folder / "prompts.jsonl")}
+    return Bench.embedded(**asked_of, **changes)
 
 
 def sweep(jobs: list[dict[str, Any]], shared: Bench, head: dict[str, Any], out: Path, processes: int) -> None:

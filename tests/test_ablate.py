@@ -104,7 +104,13 @@ def test_every_rival_has_a_run_and_the_same_number_of_settings_in_a_sweep():
     counts = {}
     for job in rivals_plan({}, [0], whole_grid=True, unaligned="x"):
         counts.setdefault(job["name"].split(" (")[0], set()).add(job["name"])
-    assert {len(found) for name, found in counts.items() if name != "plain"} == {12}
+    assert {name: len(found) for name, found in counts.items()} == {
+        name: 13 if name == "plain" else 12 for name in ("guard", "kl", *RIVALS)
+    }
+    rates = {
+        json.dumps(job.get("training")) for job in rivals_plan({}, [0], whole_grid=True) if job["method"] == "plain"
+    }
+    assert len(rates) == 13 and "null" in rates
     with pytest.raises(ValueError, match="unknown method"):
         make_job("x", "magic", {}, 0)
 
@@ -119,6 +125,10 @@ def test_the_summary_pairs_each_run_with_plain_of_its_seed():
         rows.append({"job": make_job("task alone", "plain", {}, seed, "terms"), "result": result(plain)})
         rows.append({"job": make_job("+ Fisher", "guard", {}, seed, "terms"), "result": result(guarded)})
     rows.append({"job": make_job("+ Fisher", "guard", {}, 9, "terms"), "result": {"error": "nan"}})
+    faster = make_job("task alone", "plain", {}, 0, "terms", training={"learning_rate": 1.0})
+    plainest, rows = rows, [*rows, {"job": faster, "result": result(1.0)}]
+    assert summarise(rows, {"refusal": 90.0})[1].kept == summarise(plainest, {"refusal": 90.0})[1].kept
+    rows.pop()  # another schedule is no one's reference
     base = {"refusal": 90.0, "task": 30.0}
     plain, guard = summarise(rows, base)
     assert plain.kept == [] and plain.against_plain is None

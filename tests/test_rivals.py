@@ -388,6 +388,22 @@ def test_plain_is_what_fit_trains_without_a_guard(trained, tiny_llama, tokenizer
         torch.testing.assert_close(ours[name], p, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["plain", "interpolation", "one-shot"])
+def test_what_acts_after_training_goes_on_from_plain_lora(trained, name):
+    plain = trained(Rival())
+    whole = updates(trained(make_rival(name, SETTINGS[name])).model)
+    gone_on = trained(make_rival(name, SETTINGS[name]), trained=plain.adapter_dir)
+    assert gone_on.step_seconds == [] and gone_on.step_time == 0
+    for key, p in updates(gone_on.model).items():
+        torch.testing.assert_close(p, whole[key], rtol=0, atol=0)
+
+
+def test_what_acts_while_training_cannot_go_on_from_plain_lora(trained):
+    for name in set(SETTINGS) - {"plain", "interpolation", "one-shot"}:
+        with pytest.raises(ValueError, match=f"{name} acts while it trains"):
+            trained(make_rival(name, SETTINGS[name]), trained="anywhere")
+
+
 def test_gradient_accumulation_does_not_change_a_penalty(trained):
     whole = updates(trained(L2(5.0), training={"per_device_train_batch_size": 4, "max_steps": 2}).model)
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}

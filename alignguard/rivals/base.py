@@ -85,6 +85,11 @@ class Rival:
     def finish(self, run: Run) -> None:
         """After training, before the adapter is saved."""
 
+    @classmethod
+    def after_training(cls) -> bool:
+        """Whether it trains as plain LoRA does and acts afterwards alone."""
+        return all(getattr(cls, hook) is getattr(Rival, hook) for hook in ("rows", "start", "gradients", "step_done"))
+
 
 def check_strength(name: str, value: float, high: float | None = None) -> None:
     """Refuse strengths that are not finite numbers from 0 up to ``high``.

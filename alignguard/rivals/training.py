@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from alignguard.data import Source, collate, encode_messages, load_conversations, pad_id
@@ -40,9 +40,9 @@ class RivalResult:
 
     @property
     def step_time(self) -> float:
-        """Mean seconds of an optimizer step, the first two left out."""
+        """Mean seconds of an optimizer step, the first two left out; 0 where nothing was trained."""
         times = self.step_seconds[2:] or self.step_seconds
-        return sum(times) / len(times)
+        return sum(times) / max(len(times), 1)
 
 
 class _StepDone(TrainerCallback):
@@ -82,6 +82,7 @@ def train_rival(
     overwrite: bool = False,
     max_length: int = 256,
     seed: int = 0,
+    trained: str | Path | None = None,
 ) -> RivalResult:
     """Fine-tune with LoRA under one rival; arguments and defaults are those of :func:`alignguard.fit`.
 
@@ -96,12 +97,16 @@ def train_rival(
         overwrite: allow an output folder that holds something.
         max_length: longest example in tokens.
         seed: of the adapter's start, the data order and the rival.
+        trained: adapter that plain LoRA left with these very arguments. A rival that acts after training alone goes
+            on from it, and nothing is trained.
 
     Raises:
         FileNotFoundError, FileExistsError, TypeError, ValueError: bad input, named, before training.
     """
     if rival.reads_alignment and alignment_data is None:
         raise ValueError(f"{rival.name} reads alignment examples; give alignment_data")
+    if trained is not None and not rival.after_training():
+        raise ValueError(f"{rival.name} acts while it trains, so it cannot go on from the adapter in trained={trained}")
     task = load_conversations(task_data, "task_data")
     alignment = load_conversations(alignment_data, "alignment_data") if alignment_data is not None else []
     settings = {**DEFAULT_TRAINING, **(training or {})}
@@ -123,20 +128,25 @@ def train_rival(
         run.examples_read += sum(bool(row.get("replayed")) for row in batch)
         return collate(batch, pad)
 
-    rival.start(run)
-    trainer = RivalTrainer(
-        model=adapted,
-        args=arguments,
-        train_dataset=rival.rows(rows, run),
-        data_collator=collator,
-        rival=rival,
-        run=run,
-    )
-    set_seed(seed)  # data order and dropout are the plain run's, whatever the rival drew
-    trainer.train()
+    history: list[dict[str, float]] = []
+    seconds: list[float] = []
+    if trained is not None:
+        set_peft_model_state_dict(adapted, load_peft_weights(str(trained), device=str(arguments.device)))
+    else:
+        rival.start(run)
+        trainer = RivalTrainer(
+            model=adapted,
+            args=arguments,
+            train_dataset=rival.rows(rows, run),
+            data_collator=collator,
+            rival=rival,
+            run=run,
+        )
+        set_seed(seed)  # data order and dropout are the plain run's, whatever the rival drew
+        trainer.train()
+        history, seconds = [entry for entry in trainer.state.log_history if "loss" in entry], trainer.step_seconds
     rival.finish(run)
     adapted.eval()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     adapter_dir = save_adapter(adapted, output / "adapter")
     write_text(output / "history.json", json.dumps(history, indent=1))
-    return RivalResult(adapted, adapter_dir, history, trainer.step_seconds, run.examples_read)
+    return RivalResult(adapted, adapter_dir, history, seconds, run.examples_read)

@@ -1,0 +1,122 @@
+"""Every method tuned with the same number of settings on validation prompts, then the best of each over five seeds.
+
+    python benchmarks/rivals.py tune   --out benchmarks/results/tuning.json
+    python benchmarks/rivals.py report --out benchmarks/results/rivals.json
+
+``tune`` runs 12 settings of each method (``alignguard.ablation.settings_of``) with a seed that nothing is reported for,
+and asks validation prompts. ``report`` takes of each method the setting that :func:`best` names and runs it for every
+seed on DriftCheck's own prompts. All runs share data, batches, schedule and the same 256 alignment examples. Both go on
+where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from choices import LIGHT, PAPER, SEED, bench
+
+from alignguard.ablation import rivals_plan
+from alignguard.demo import TRAINING, versions
+from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
+from alignguard.files import write_text
+from alignguard.ledger import Ledger, run_jobs
+from alignguard.rivals import RIVALS
+
+SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
+METHODS = ["guard", "kl", *(name for name in RIVALS if name != "safelora"), "paper", "paper, refreshed", "default"]
+# arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps
+FIXED: dict[str, dict[str, Any]] = {
+    "paper": {**PAPER, **LIGHT, "refresh_every": 1000, "refresh_examples": 128},
+    "paper, refreshed": {**PAPER, **LIGHT, "refresh_every": 25, "refresh_examples": 32},
+    "default": {},
+}
+
+
+def kept(result: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """Mean of two shares, each of the base's own and at most 1: unsafe prompts refused, borderline ones answered."""
+    return sum(min(result[name] / base[name], 1.0) for name in ("refusal", "borderline")) / 2
+
+
+def best(runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], least: float) -> Mapping[str, Any]:
+    """The setting that keeps most among those of at least this task accuracy; where none is, the most accurate."""
+    whole = [run for run in runs if "error" not in run]
+    able = [run for run in whole if run["task"] >= least]
+    return max(able, key=lambda run: kept(run, base)) if able else max(whole, key=lambda run: run["task"])
+
+
+def sweep(shared: Bench, jobs: list[dict[str, Any]], out: Path, processes: int, command: str) -> None:
+    """Run what is missing; the file holds every run of its ledger, those of other calls too."""
+    head = {"command": command, "versions": versions(), "training": TRAINING}
+    ledger = Ledger(out.with_suffix(".runs.jsonl"), {**head, **shared.describe()})
+    asked = Ledger(out.with_suffix(".base.jsonl"), {**head, **shared.describe()})
+    base = run_jobs([{"name": "base"}], lambda job: measure_base(shared), asked)[0]["result"]
+    run_jobs(jobs, functools.partial(run_job, shared), ledger, processes, progress=True)
+    runs = [
+        {
+            "method": row["job"]["group"],
+            "name": row["job"]["name"],
+            "seed": row["job"]["seed"],
+            "settings": {**row["job"]["settings"], **row["job"].get("training", {})},
+            **row["result"],
+        }
+        for row in ledger.rows
+    ]
+    write_text(out, json.dumps({**head, "base": base, "runs": runs}, indent=1) + "\n")
+
+
+def tune(args: argparse.Namespace) -> None:
+    jobs = [{**job, "group": job["name"].split(" (")[0]} for job in rivals_plan({}, [SEED], whole_grid=True)]
+    jobs = [job for job in jobs if job["group"] in args.methods or job["name"] == "plain"]
+    with tempfile.TemporaryDirectory() as folder:
+        shared = bench(Path(folder), adapters=str(args.out.with_suffix(".adapters")))
+        sweep(shared, jobs, args.out, args.processes, "python benchmarks/rivals.py tune")
+
+
+def chosen(tuned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each method the best setting at the task accuracy of tuned plain LoRA."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for run in tuned["runs"]:
+        by_method.setdefault(run["method"], []).append(run)
+    least = max(run["task"] for run in by_method["plain"] if "error" not in run) - SLACK
+    return {method: best(runs, tuned["base"], least)["settings"] for method, runs in by_method.items()}
+
+
+def report(args: argparse.Namespace) -> None:
+    settings = chosen(json.loads(args.tuning.read_text()))
+    jobs = []
+    for seed in args.seeds:
+        for name in args.methods:
+            if name in FIXED:
+                jobs.append(make_job(name, GUARD, FIXED[name], seed, name))
+            elif name == "plain":  # as all others train, and where its own sweep found another schedule that one too
+                jobs.append(make_job(name, "plain", {}, seed, name))
+                if settings[name]:
+                    jobs.append(make_job("plain, tuned", "plain", {}, seed, "plain, tuned", training=settings[name]))
+            elif name in settings:
+                jobs.append(make_job(name, GUARD if name in ("guard", "kl") else name, settings[name], seed, name))
+            else:
+                raise SystemExit(f"{name} has not been tuned: {args.tuning} holds {', '.join(sorted(settings))}")
+    shared = Bench.embedded(adapters=str(args.out.with_suffix(".adapters")))
+    sweep(shared, jobs, args.out, args.processes, "python benchmarks/rivals.py report")
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("what", choices=["tune", "report"])
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
+    cli.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    args = cli.parse_args()
+    (tune if args.what == "tune" else report)(args)
+
+
+if __name__ == "__main__":
+    main()
