@@ -469,8 +469,33 @@ def test_low_ranks_whose_batches_do_not_broadcast_are_refused(combine):
     two, three = (fg.LowRank(gaussian(0, n, P, 2), gaussian(1, n, 2, Q)) for n in (2, 3))
     with pytest.raises(ValueError, match=r"this LowRank has batch shape .* do not broadcast"):
         combine(two, three)
-    with pytest.raises(ValueError, match=r"the left operand has batch shape .* do not broadcast"):
+    with pytest.raises(ValueError, match=r"the left operand has batch shape .* this LowRank .*do not broadcast"):
         gaussian(0, 3, P, P) @ two
+
+
+def test_matrices_of_two_sizes_are_refused_with_both_sizes_even_in_batches():
+    first, second = (torch.eye(n, dtype=torch.float64).expand(2, 7, n, n) for n in (3, 4))
+    with pytest.raises(ValueError, match="a is 3×3 but b is 4×4"):
+        fg.affine_invariant_distance(first, second)
+
+
+def test_weights_without_a_batch_serve_every_basis_of_one():
+    bases = torch.stack([orthonormal(i, P, 2) for i in range(3)])
+    weights = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    delta = gaussian(0, 3, P, Q)
+    part = fg.SoftProjector(bases, weights).apply(delta)
+    for i in range(3):
+        torch.testing.assert_close(part[i], bases[i] @ torch.diag(weights) @ bases[i].T @ delta[i])
+
+
+@pytest.mark.parametrize("batched", ["output_basis", "input_basis"])
+def test_the_basis_whose_batch_does_not_fit_the_update_is_named(batched):
+    bases = {"output_basis": orthonormal(0, P, 2), "input_basis": orthonormal(1, Q, 2)}
+    bases[batched] = bases[batched].expand(3, *bases[batched].shape)
+    projector = fg.KroneckerProjector(**bases)
+    with pytest.raises(ValueError, match="do not broadcast") as caught:
+        projector.split(gaussian(0, 2, P, Q))
+    assert names("delta", caught.value) and names(batched, caught.value)
 
 
 @given(st.data())

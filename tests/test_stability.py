@@ -221,6 +221,8 @@ def test_split_half_agreement_is_its_definition_written_out():
 def test_levels_outside_the_open_interval_are_refused(agree, level):
     with pytest.raises(ValueError, match="level must be"):
         agree(gaussian(0, 8, 4), 1, seeded(), level=level)
+    with pytest.raises(ValueError, match="level must be"):
+        fg.shard_agreement([fg.DenseOperator(torch.eye(4))] * 2, 1, level=level)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1])
