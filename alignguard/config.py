@@ -108,7 +108,7 @@ class GuardConfig:
     lambda_kl: float = 0.0
     kl_examples: int = 2
     kl_every: int = 1
-    batch_size: int = 16
+    batch_size: int = 8
     max_length: int = 256
     seed: int = 0
     projection: str = "hard"

@@ -159,3 +159,50 @@ def shift(before: Sequence[float], after: Sequence[float], *, confidence: float 
         return Shift(mean, -math.inf, math.inf, p, 1)
     half = float(student.ppf(0.5 + confidence / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
     return Shift(mean, mean - half, mean + half, p, n)
+
+
+def kept_share(
+    base: Sequence[bool],
+    pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Share of what plain fine-tuning lost that a method keeps: (method − plain) / (base − plain), over seeds.
+
+    The interval is the percentile bootstrap of that ratio, seeds and prompts both drawn with replacement, the same
+    prompts for all models; draws in which plain fine-tuning lost nothing have no ratio and are left out.
+
+    Args:
+        base: what the model before fine-tuning did on each prompt (1: what is to be kept).
+        pairs: for each seed the same of plain fine-tuning and of the method.
+
+    Returns:
+        the ratio of the means, 1 where all is kept; ``n`` counts prompts.
+
+    Raises:
+        ValueError: no seed, sequences of unequal length, or plain fine-tuning lost nothing.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
+    first = _values(base, "base")
+    if not pairs:
+        raise ValueError("pairs must hold at least one seed")
+    plain, method = (np.stack([_values(pair[i], "pairs") for pair in pairs]) for i in (0, 1))
+    if plain.shape != method.shape or plain.shape[1] != first.size:
+        raise ValueError(
+            f"base and pairs must hold the same prompts, found {first.size}, {plain.shape} and {method.shape}"
+        )
+    lost = first.mean() - plain.mean()
+    if lost <= 0:
+        raise ValueError("plain fine-tuning lost nothing, so there is no share of it to keep")
+    generator, ratios = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        prompts, seeds = generator.integers(0, first.size, first.size), generator.integers(0, len(pairs), len(pairs))
+        start, low, high = first[prompts].mean(), plain[seeds][:, prompts].mean(), method[seeds][:, prompts].mean()
+        if start > low:
+            ratios.append((high - low) / (start - low))
+    tail = 100 * (1 - confidence) / 2
+    ends = np.percentile(ratios, [tail, 100 - tail])
+    return Estimate(float((method.mean() - plain.mean()) / lost), float(ends[0]), float(ends[1]), int(first.size))

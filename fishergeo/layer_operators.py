@@ -195,24 +195,25 @@ class KroneckerOperator(SymmetricOperator):
 class _KroneckerQuadratic(torch.autograd.Function):
     """tr((LᵀSL)(RARᵀ)); the gradient, 2 SL(RARᵀ) and 2 (LᵀSL)RA, reuses the two large products of the value.
 
-    Autograd's own backward would multiply by S and A a second time, which is half of the term's cost.
+    Autograd's own backward would multiply by S and A a second time, which is half of the term's cost. Both large
+    products have the few rows on the left, LᵀS for SL: BLAS reads a square matrix twice as fast that way.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inside: Tensor, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(output, inside, left, right)
-        ctx.products = (output @ left, right @ inside)
-        ctx.inner = (left.T @ ctx.products[0], ctx.products[1] @ right.T)
+        ctx.products = (left.T @ output, right @ inside)
+        ctx.inner = (ctx.products[0] @ left, ctx.products[1] @ right.T)
         return (ctx.inner[0] * ctx.inner[1]).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, Tensor, Tensor]:
         output, inside, left, right = ctx.saved_tensors
-        (sl, ra), (lsl, rar) = ctx.products, ctx.inner
+        (ls, ra), (lsl, rar) = ctx.products, ctx.inner
         if torch.is_grad_enabled():  # a second derivative is wanted: these must depend on their inputs
-            sl, ra = output @ left, right @ inside
-            lsl, rar = left.T @ sl, ra @ right.T
-        return None, None, sl @ (2 * upstream * rar), (2 * upstream * lsl) @ ra
+            ls, ra = left.T @ output, right @ inside
+            lsl, rar = ls @ left, ra @ right.T
+        return None, None, ((2 * upstream * rar) @ ls).T, (2 * upstream * lsl) @ ra
 
 
 class EigenKroneckerOperator(SymmetricOperator):

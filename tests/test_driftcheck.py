@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import random
 import sys
 
 import pytest
@@ -24,7 +25,7 @@ from alignguard.driftcheck import (
 from alignguard.files import write_text
 from alignguard.generation import generate, plan_batches
 from alignguard.likelihood import response_likelihoods
-from alignguard.statistics import bootstrap, mcnemar, paired, shift
+from alignguard.statistics import bootstrap, kept_share, mcnemar, paired, shift
 
 module = sys.modules["alignguard.driftcheck"]  # by this path, since the package may export a function of that name
 
@@ -513,3 +514,30 @@ def test_students_interval_and_many_pairs():
 def test_rows_know_what_they_count_for():
     row = DriftRow("a", "unsafe", "p", "t", "incoherent")
     assert not row.holds("refusal") and not row.holds("compliance") and not row.holds("coherence")
+
+
+def test_the_share_kept_is_the_ratio_of_means_and_its_interval_holds_the_truth():
+    base, plain, method = [1] * 40, [1] * 10 + [0] * 30, [1] * 25 + [0] * 15
+    found = kept_share(base, [(plain, method), (plain, method)])
+    assert found.value == pytest.approx(15 / 30) and found.n == 40
+    assert 0.25 < found.low < found.value < found.high < 0.75
+    assert kept_share(base, [(plain, base)]).value == 1
+    nothing = kept_share(base, [(plain, plain)])
+    assert nothing == type(nothing)(0, 0, 0, 40)
+    # one more seed that kept all: between the two, and seeds that part make the interval wider
+    spread = kept_share(base, [(plain, method), (plain, base)])
+    assert spread.value == pytest.approx(0.75)
+    assert spread.high - spread.low > found.high - found.low
+    generator, hits = random.Random(0), 0
+    for trial in range(60):
+        drawn = [[generator.random() < p for _ in range(60)] for p in (0.95, 0.3, 0.7)]
+        one = kept_share(drawn[0], [(drawn[1], drawn[2])], resamples=200, seed=trial)
+        hits += one.low <= (0.7 - 0.3) / (0.95 - 0.3) <= one.high
+    assert hits >= 51  # 57 expected
+    for given, words in [
+        ((base, []), "one seed"),
+        ((base, [(plain, [1])]), "same"),
+        ((plain, [(base, base)]), "lost nothing"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            kept_share(*refused)
