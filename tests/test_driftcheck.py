@@ -534,7 +534,7 @@ def test_the_share_kept_is_the_ratio_of_means_and_its_interval_holds_the_truth()
         one = kept_share(drawn[0], [(drawn[1], drawn[2])], resamples=200, seed=trial)
         hits += one.low <= (0.7 - 0.3) / (0.95 - 0.3) <= one.high
     assert hits >= 51  # 57 expected
-    for given, words in [
+    for refused, words in [
         ((base, []), "one seed"),
         ((base, [(plain, [1])]), "same"),
         ((plain, [(base, base)]), "lost nothing"),
