@@ -6,12 +6,17 @@
 ``tune`` runs 12 settings of each method (``alignguard.ablation.settings_of``) with a seed that nothing is reported for,
 and asks validation prompts. ``report`` takes of each method the setting that :func:`best` names and runs it for every
 seed on DriftCheck's own prompts. All runs share data, batches, schedule and the same 256 alignment examples. Both go on
-where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays.
+where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays. ``report --task NAME``
+learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the settings tuned there:
+
+    python benchmarks/tasks.py DATA runs/tasks
+    python benchmarks/rivals.py report --task sst2 --seeds 0 1 2 --out benchmarks/results/rivals_sst2.json
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import tempfile
@@ -103,7 +108,11 @@ def report(args: argparse.Namespace) -> None:
             else:
                 raise SystemExit(f"{name} has not been tuned: {args.tuning} holds {', '.join(sorted(settings))}")
     shared = Bench.embedded(adapters=str(args.out.with_suffix(".adapters")))
-    sweep(shared, jobs, args.out, args.processes, "python benchmarks/rivals.py report")
+    command = "python benchmarks/rivals.py report"
+    if args.task is not None:
+        files = {f"task_{part}": str(args.tasks / f"{args.task}_{part}.jsonl") for part in ("train", "test")}
+        shared, command = dataclasses.replace(shared, **files), f"{command} --task {args.task}"
+    sweep(shared, jobs, args.out, args.processes, command)
 
 
 def main() -> None:
@@ -111,6 +120,8 @@ def main() -> None:
     cli.add_argument("what", choices=["tune", "report"])
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
+    cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
+    cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
     cli.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
