@@ -167,7 +167,9 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
     """Train one job's method and measure it.
 
     Returns:
-        what :func:`measure` gives, ``step_time`` in seconds and ``alignment_examples``, how often one was read.
+        what :func:`measure` gives, ``step_time`` in seconds and ``alignment_examples``, how often one was read; of a
+        guarded run ``drift`` too, KL(base ‖ present) in nats a response on alignment examples, those held back where
+        there are any.
     """
     with tempfile.TemporaryDirectory() as folder:
         alignment: Any = bench.alignment
@@ -178,11 +180,12 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
         shared: dict[str, Any] = {"lora": bench.lora, "training": training, "seed": job["seed"]}
         output = Path(folder) / "run"
         result: Any
+        drift = None
         if job["method"] == GUARD:
             config = GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
             result = fit(bench.model, bench.task_train, alignment, config, output, **shared)
             assert result.guard is not None
-            read = result.guard.examples_read
+            read, drift = result.guard.examples_read, result.guard.measured_drift()
         else:
             rival = make_rival(job["method"], job["settings"])
             if bench.adapters is not None and rival.after_training():
@@ -193,7 +196,8 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
         if bench.parts is not None and job["method"] == GUARD:
             energy = job["settings"].get("energy", GuardConfig().energy)
             save_parts(alignment_parts(result.model, tokenizer, alignment, energy), part_file(bench.parts, job))
-        return {**measure(result.model, tokenizer, bench), "step_time": result.step_time, "alignment_examples": read}
+        told = {"step_time": result.step_time, "alignment_examples": read}
+        return {**measure(result.model, tokenizer, bench), **told, **({} if drift is None else {"drift": drift})}
 
 
 def _plain_adapter(bench: Bench, shared: Mapping[str, Any]) -> Path:
