@@ -50,7 +50,8 @@ class GuardConfig:
         sketch_rank: columns of the sketch.
         refresh_every: optimizer steps between two estimates of F.
         first_refresh: optimizer steps before the second estimate of F, which is the first at weights that have moved;
-            None waits ``refresh_every``. A new adapter moves fastest where the F of its start is blind.
+            None, or more than ``refresh_every``, waits for that. A new adapter moves fastest where the F of its start
+            is blind.
         refresh_examples: alignment examples read at each estimate, in rotation.
         lambda_kl: λ_KL, weight of KL to the base model on alignment examples, nats a response token; 0 leaves it out.
         kl_examples: alignment examples of each KL evaluation.
@@ -102,9 +103,9 @@ class GuardConfig:
     energy: float = 0.8
     max_rank: int | None = None
     sketch_rank: int = 64
-    refresh_every: int = 50
-    first_refresh: int | None = None
-    refresh_examples: int = 32
+    refresh_every: int = 100
+    first_refresh: int | None = 10
+    refresh_examples: int = 16
     lambda_kl: float = 0.0
     kl_examples: int = 2
     kl_every: int = 1

@@ -166,7 +166,7 @@ class Guard:
     def _due(self) -> int:
         """The step from which the curvature is to be estimated anew."""
         last, c = self._estimated_at or 0, self.config
-        return last + (c.first_refresh if last == 0 and c.first_refresh is not None else c.refresh_every)
+        return last + (c.refresh_every if last else min(c.first_refresh or c.refresh_every, c.refresh_every))
 
     def _measure(self) -> bool:
         """Measure drift on the examples held back; whether the prediction is off by more than the tolerance."""

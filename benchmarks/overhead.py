@@ -1,15 +1,18 @@
-"""Time of a guarded optimizer step over a plain one, refreshes included, and peak memory.
+"""Time of a guarded optimizer step over a plain one, refreshes included, and peak memory of the process.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json [--large]
 
 Two copies of a model are trained on the same batches in one process, a plain step and a guarded one by turns, so that
-whatever else the machine does meets both. ``--large`` adds a random LLaMA of 100 million parameters.
+whatever else the machine does meets both. Peak memory is the largest resident set of a process that trains alone, with
+Python and torch in it. ``--large`` adds a random LLaMA of 100 million parameters.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -29,7 +32,8 @@ from alignguard.guard import Guard
 TERMS = {"lambda_task": 0.01, "lambda_collision": 0.01, "whole_update": False}
 GUARDS: dict[str, dict[str, Any]] = {
     "default": {},
-    "kfac, refreshed every 25": {"refresh_every": 25},
+    "default, refreshed every 25 from 32": {"refresh_every": 25, "refresh_examples": 32},
+    "one-pass sketch, whole update": {"structure": "sketch"},
     "kl to the base, every step": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
     "kl to the base, every 8th": {"lambda_alignment": 0.0, "lambda_kl": 1.0, "kl_every": 8},
     "all terms but the coordinate-wise": {**TERMS, "alpha": 0.0},
@@ -76,6 +80,44 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, steps: int, batch: i
     }  # fmt: skip
 
 
+def _train(arguments: tuple[Any, dict[str, Any] | None, int, int, int], send: Any) -> None:
+    make, settings, steps, batch, threads = arguments
+    torch.set_num_threads(threads)
+    _, tokenizer = load_model(model_path())
+    task = rows(tokenizer, "task_train", steps * batch)
+    model = adapt(make())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    guard = None
+    if settings is not None:
+        guard = Guard(model, rows(tokenizer, "alignment", 256), GuardConfig.from_dict(settings))
+    for step in range(steps):
+        data = collate(task[step * batch : (step + 1) * batch], 0)
+        if guard is not None:
+            guard.begin_step(step)
+        loss = model(**data).loss
+        if guard is not None:
+            loss = loss + guard.penalty()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak_bytes(make: Any, settings: dict[str, Any] | None, batch: int) -> int:
+    """Largest resident set of a process that takes 12 steps, with refreshes at the usual places; None trains plainly."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_train, args=((make, settings, 12, batch, torch.get_num_threads()), send))
+    process.start()
+    peak: int = receive.recv()
+    process.join()
+    return peak
+
+
+def embedded() -> Any:
+    return load_model(model_path())[0]
+
+
 def large() -> LlamaForCausalLM:
     """100M parameters."""
     torch.manual_seed(0)
@@ -95,7 +137,7 @@ def main() -> None:
     cli.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
     args = cli.parse_args()
     _, tokenizer = load_model(model_path())
-    subjects = {"embedded": (lambda: load_model(model_path())[0], args.steps, 16)}
+    subjects: dict[str, tuple[Any, int, int]] = {"embedded": (embedded, args.steps, 16)}
     if args.large:
         subjects["random LLaMA, 100M"] = (large, args.steps // 2, 8)
     result: dict[str, Any] = {
@@ -103,8 +145,10 @@ def main() -> None:
     }  # fmt: skip
     for subject, (make, steps, batch) in subjects.items():
         result[subject] = {}
+        plain_peak = peak_bytes(make, None, batch)
         for name in args.guards:
             row = compare(make, tokenizer, GuardConfig.from_dict(GUARDS[name]), steps, batch)
+            row["plain_peak_bytes"], row["peak_bytes"] = plain_peak, peak_bytes(make, GUARDS[name], batch)
             result[subject][name] = row
             print(
                 f"{subject:<20} {name:<36} {row['overhead']:.3f}, between refreshes {row['median_step_without_refresh']:.3f}",

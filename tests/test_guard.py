@@ -191,7 +191,8 @@ def test_refresh_leaves_no_trace(tiny_llama, tokenizer, alignment_rows, structur
 
 
 @pytest.mark.parametrize(
-    ("schedule", "steps"), [({}, [0, 4, 8]), ({"first_refresh": 1}, [0, 1, 5, 9]), ({"first_refresh": 6}, [0, 6, 10])]
+    ("schedule", "steps"),
+    [({"first_refresh": None}, [0, 4, 8]), ({"first_refresh": 1}, [0, 1, 5, 9]), ({"first_refresh": 6}, [0, 4, 8])],
 )
 def test_refreshes_come_when_they_are_due(tiny_llama, tokenizer, alignment_rows, schedule, steps):
     model = adapted(tiny_llama)
