@@ -183,8 +183,11 @@ class GuardConfig:
     def from_dict(cls, values: dict[str, Any]) -> GuardConfig:
         """The inverse of :meth:`to_dict`.
 
+        Args:
+            values: fields by name; those left out take their defaults.
+
         Raises:
-            ValueError: an unknown field, named.
+            ValueError: an unknown field, named, or a value out of its range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
