@@ -30,7 +30,7 @@ class Guard:
     The split and its terms are those of AlignGuard-LoRA (arXiv 2508.02079, section 4), see :class:`GuardConfig`; that
     ½ tr(ΔWᵀFΔW) is a drift in nats is the second-order expansion of KL (Martens 2020, arXiv 1412.1193).
 
-    In a loop of one's own::
+    In a loop of one's own:
 
         guard = Guard.from_alignment(model, rows, config, pad_token_id=tokenizer.pad_token_id)
         for step, batch in enumerate(batches):
