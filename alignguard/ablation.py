@@ -172,6 +172,9 @@ def summarise(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
     Args:
         rows: ``{"job", "result"}`` as a ledger holds them.
         base: :func:`alignguard.experiment.measure_base`.
+
+    Returns:
+        A Summary a setting; what plain LoRA lost, and so ``kept``, is counted in percent.
     """
     plain = {
         row["job"]["seed"]: row["result"]["refusal"]

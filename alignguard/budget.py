@@ -28,6 +28,12 @@ class DriftBudget:
         length: smoothed x.
         slope: smoothed ẋ.
         step: of the last update, −1 before the first.
+        gain: growth of log μ a step where e = 1.
+        horizon: steps that the slope looks ahead.
+        smooth: updates over which x and its slope are smoothed.
+        trust: weight of each new measurement in the correction, in [0, 1].
+        low: least μ.
+        high: largest μ.
     """
 
     max_drift: float
@@ -44,13 +50,18 @@ class DriftBudget:
     high: float = 1e4
 
     def measured(self, drift: float, predicted: float) -> None:
-        """Correct the prediction by a measurement; one that is zero or less, as at the start, says nothing."""
+        """Correct the prediction by a measurement; one that is zero or less, as at the start, says nothing.
+
+        Args:
+            drift: measured, nats a response.
+            predicted: ½ Σ tr(ΔWᵀFΔW) at the same weights, uncorrected, nats a response.
+        """
         if drift > 0 and predicted > 0:
             ratio = min(max(drift / predicted, 1e-2), 1e2)
             self.correction = math.exp((1 - self.trust) * math.log(self.correction) + self.trust * math.log(ratio))
 
     def update(self, step: int, predicted: float) -> float:
-        """Read the predicted drift before an optimizer step; returns μ for that step."""
+        """Read the predicted drift, uncorrected, in nats a response, before optimizer step ``step``; μ for that step."""
         passed = 1 if self.step < 0 else step - self.step
         if passed <= 0:
             return self.multiplier

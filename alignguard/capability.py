@@ -37,6 +37,9 @@ def is_right(row: Mapping[str, Any], text: str) -> bool:
         row: holds ``answer``, and ``match``: ``"words"`` (the default: the answer stands in the text as whole words),
             ``"number"`` (the text's last number equals it) or ``"choice"`` (the option letter that the text names).
         text: the model's answer.
+
+    Returns:
+        Whether it does.
     """
     answer, match = str(row["answer"]).strip(), row.get("match", "words")
     if match == "number":

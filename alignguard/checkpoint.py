@@ -36,6 +36,7 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
 
     Raises:
         OSError: the folder cannot be written.
+        TypeError: a curvature of a kind that has no file form, such as one passed to :meth:`Guard.use_fisher`.
     """
     counters: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
     if guard is not None:
@@ -84,8 +85,12 @@ def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
 def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
     """Put a guard back where :func:`save_guard` found it; for None only check that there was none.
 
+    Args:
+        folder: that was written.
+        guard: a new one on the same model, with the same configuration; or None.
+
     Returns:
-        what was passed as ``extra``.
+        What was passed as ``extra``.
 
     Raises:
         ValueError: files damaged or missing, of another configuration, or of another model.
@@ -168,6 +173,9 @@ def seal(written: Path, place: Path) -> None:
 def check_complete(folder: Path) -> None:
     """Refuse a checkpoint that is not whole.
 
+    Args:
+        folder: of the checkpoint.
+
     Raises:
         ValueError: no marker, or a file that it lists is missing or of another size.
     """
@@ -182,7 +190,14 @@ def check_complete(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint of a run, or None; what is incomplete is passed over."""
+    """The last complete checkpoint of a run; what is incomplete is passed over.
+
+    Args:
+        folder: that holds ``checkpoint-N`` folders; it need not exist.
+
+    Returns:
+        The one with the largest N, or None.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         if match := re.fullmatch(r"checkpoint-(\d+)", path.name):

@@ -1,4 +1,4 @@
-"""The command line: ``alignguard demo | fit | fisher | driftcheck | prompts | report | compare | ablate``.
+"""The command line: ``alignguard demo | fit | fisher | driftcheck | compare | prompts | ablate``.
 
 Exit codes: 0 done, 1 the run failed (the loss diverged, the disk is full), 2 bad input, 130 interrupted.
 """

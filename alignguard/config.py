@@ -35,8 +35,11 @@ class GuardConfig:
     Attributes:
         structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"gram"`` (the paper's one-sided F, exact)
             or ``"sketch"`` (the same F through one pass of O((p+q)·rank) memory).
-        kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see :func:`fishergeo.estimate_fisher`).
-        lambda_alignment: λ_A, per nat: F is the Fisher of a whole response, so ½ tr(ΔWᵀFΔW) is a drift in nats.
+        kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see ``fishergeo.estimate_fisher``). The
+            first differentiates whole responses; the others the mean over a response's tokens, so that λ_A is a price
+            per nat with the first alone.
+        lambda_alignment: λ_A, per nat: F is the Fisher of a whole response (with the default ``kind``), so
+            ½ tr(ΔWᵀFΔW) is a drift in nats.
         whole_update: charge λ_A ‖F^½ ΔW‖² for the whole update in place of ΔW_A alone: the part outside the leading
             directions is charged too, and no eigenvectors are needed until a report asks for them.
         lambda_task: λ_T.
@@ -184,8 +187,11 @@ class GuardConfig:
     def from_dict(cls, values: dict[str, Any]) -> GuardConfig:
         """The inverse of :meth:`to_dict`.
 
+        Args:
+            values: fields by name; those left out take their defaults.
+
         Raises:
-            ValueError: an unknown field, named.
+            ValueError: an unknown field, named, or a value out of its range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):

@@ -37,7 +37,14 @@ def coverage(updates: WeightUpdates) -> list[Covered]:
 
 
 def coverage_table(lines: list[Covered]) -> str:
-    """The lines as aligned text."""
+    """The lines as aligned text.
+
+    Args:
+        lines: :meth:`alignguard.Guard.coverage`.
+
+    Returns:
+        A head, a line for each matrix or parameter, and a line of counts.
+    """
     cells = [("matrix", "shape", "rank", "ΔW")]
     for line in lines:
         shape = "" if line.shape is None else "{}×{}".format(*line.shape)

@@ -21,6 +21,10 @@ WIDEST = 16384  # most outputs of a matrix whose output side is held whole
 class LayerCurvature:
     """Fisher of one matrix; the leading directions of its output side are found when first asked for.
 
+    Split and terms are those of AlignGuard-LoRA (arXiv 2508.02079, section 4), the KFAC form of the alignment term that of
+    Chen and Garner (2024, arXiv 2402.12220). ``delta`` is everywhere an update ΔW, a ``LowRank`` or a tensor (p, q),
+    float32 or wider; terms are scalar tensors of its dtype.
+
     Attributes:
         operator: the estimate, (p, p) or (pq, pq), its tensors contiguous.
         config: energy, rank, projection and strengths.
@@ -58,7 +62,7 @@ class LayerCurvature:
 
     @property
     def values(self) -> Tensor:
-        """(m,) the eigenvalues of the projector's directions, descending."""
+        """The eigenvalues of the projector's directions, (m,), descending, in the operator's dtype."""
         return self._leading[0]
 
     @property
@@ -69,7 +73,7 @@ class LayerCurvature:
     def alignment(self, delta: Update) -> Tensor:
         """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
 
-        C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) on
+        A scalar. C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) on
         factors, O(p·q·m + m·q²) and O(p·q·m) on a dense update. The whole update takes p in the place of m and needs no
         eigenvectors.
         """
@@ -93,6 +97,9 @@ class LayerCurvature:
             delta: ΔW.
             scale: root mean square of W0, read only with ``scale_free``.
             layers: number of guarded matrices, the same.
+
+        Returns:
+            Scalar tensors by name: ``alignment``, ``task``, ``overlap``, ``separation``, those with a strength above 0.
         """
         config, terms = self.config, dict[str, Tensor]()
         if config.lambda_alignment:
@@ -118,12 +125,19 @@ class LayerCurvature:
         return terms
 
     def cosine(self, delta: Update) -> Tensor:
-        """How alike the inputs of the two parts are, in [0, 1]."""
+        """How alike the inputs of the two parts are, a scalar in [0, 1]; see :func:`fishergeo.geodesic_separation`."""
         part, rest = self.projector.split(delta)
         return fg.geodesic_separation(part, rest, metric="input-gram")
 
     def turned_from(self, old: Tensor) -> float:
-        """Mean principal angle to the span of an earlier estimate's leading directions, in degrees; 0 where one is empty."""
+        """Mean principal angle to the span of an earlier estimate's leading directions, in degrees.
+
+        Args:
+            old: orthonormal columns, (p, m') of the same p, any floating dtype.
+
+        Returns:
+            Over the first min(m, m') of both; 0 where one is empty.
+        """
         new = self.projector.basis
         m = min(new.shape[1], old.shape[1])
         if m == 0:

@@ -142,6 +142,9 @@ def driftcheck(
 ) -> DriftReport:
     """Ask a model every prompt greedily and judge its answers; the model is left as it was.
 
+    The check that arXiv 2508.02079, section 2, calls DriftCheck (its abstract says DriftCaps), with prompts, rules and
+    measures that are this project's own, since the paper's files are not public.
+
     Args:
         model: a Hugging Face causal language model, wrapped by peft or not.
         tokenizer: its tokenizer; a chat template is used where there is one.
@@ -157,11 +160,14 @@ def driftcheck(
             kept beside its own.
         limit: keep only the first so many prompts of each category.
         batch_size: prompts answered together.
-        max_new_tokens: longest answer; a refusal shows in its first words.
-        capability_tokens: longest answer to a capability prompt, which may need to reason first.
+        max_new_tokens: longest answer in tokens; a refusal shows in its first words.
+        capability_tokens: longest answer in tokens to a capability prompt, which may need to reason first.
         progress: show a bar.
         resume: a JSONL file that takes every answer as it comes; a run that was interrupted goes on from it and ends
             with the same report.
+
+    Returns:
+        DriftReport: a row for each prompt, and what was measured beside them.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), a resume file of

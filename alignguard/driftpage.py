@@ -118,6 +118,9 @@ def render_drift(
         title: the heading.
         samples: answers shown in each category.
 
+    Returns:
+        A whole page.
+
     Raises:
         ValueError: the reports are of different prompts.
     """

@@ -42,7 +42,7 @@ class DriftRow:
         verdict: refusal, compliance or incoherent.
         correct: for capability rows, whether the answer holds the right one.
         margin_first: first-token margin of refusing over obliging, in nats, where it was measured.
-        margin_whole: the same for whole responses.
+        margin_whole: the same for whole responses, in nats.
         base_nll: mean negative log-likelihood of the answer's tokens under the base, in nats, where it was measured.
         rules: the rules' verdict, where another judge gave ``verdict``.
         harm: which kind of harm the prompt is about, where the set says so.
@@ -93,7 +93,7 @@ class DriftReport:
         return [row for row in self.rows if category in (None, row.category)]
 
     def summary(self, seed: int = 0) -> dict[str, Estimate]:
-        """Every measure that has rows: its share (0 to 1) with the 95 % bootstrap interval over prompts.
+        """Every measure that has rows: its share (0 to 1) with the 95 % bootstrap interval over prompts, by ``seed``.
 
         Besides the shares of :data:`MEASURES`, ``over_refusal`` is the share of borderline and ordinary prompts that
         are refused, ``safe_over_refusal`` and ``borderline_over_refusal`` the same for each alone, ``refusal_rules``
@@ -121,6 +121,10 @@ class DriftReport:
     def compare(self, after: DriftReport, seed: int = 0) -> dict[str, Comparison]:
         """The change of every share from this report to another on the same prompts, paired by id.
 
+        Args:
+            after: the other report.
+            seed: of the bootstrap.
+
         Raises:
             ValueError: the two reports are not of the same prompts.
         """
@@ -139,7 +143,7 @@ class DriftReport:
         }
 
     def by_harm(self, seed: int = 0) -> dict[str, Estimate]:
-        """Unsafe prompts refused, for each kind of harm that the prompts name."""
+        """Unsafe prompts refused, for each kind of harm that the prompts name; ``seed`` is the bootstrap's."""
         found: dict[str, list[bool]] = {}
         for row in self.rows:
             if row.category == "unsafe" and row.harm:
@@ -183,7 +187,7 @@ class DriftReport:
 
     @classmethod
     def from_json(cls, text: str) -> DriftReport:
-        """Read a report back; the summary is computed anew from the rows.
+        """Read a report back from the ``text`` of :meth:`to_json`; the summary is computed anew from the rows.
 
         Raises:
             ValueError: not the JSON of a report.
@@ -199,7 +203,7 @@ class DriftReport:
             raise ValueError(f"not a DriftCheck report: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON; an existing file is replaced only once the new one is whole.
+        """Write the report as JSON to ``path``; an existing file is replaced only once the new one is whole.
 
         Raises:
             OSError: the folder is missing or full; nothing half-written stays behind.
@@ -208,7 +212,7 @@ class DriftReport:
 
     @classmethod
     def load(cls, path: str | Path) -> DriftReport:
-        """Read a report that :meth:`save` wrote.
+        """Read a report that :meth:`save` wrote to ``path``.
 
         Raises:
             FileNotFoundError: no such file.

@@ -16,6 +16,11 @@ Encoded = Mapping[str, Any]
 def pad_rows(rows: Sequence[Encoded], pad_token_id: int, kind: str = "causal") -> dict[str, Tensor]:
     """A batch of encoded rows.
 
+    Args:
+        rows: of :func:`encode_source`.
+        pad_token_id: fills padded positions of ``input_ids``.
+        kind: see :func:`alignguard.objective.model_kind`.
+
     Returns:
         ``input_ids`` and ``attention_mask`` (n, longest input), ``labels`` (n, longest input) for a decoder,
         (n, longest response) for an encoder-decoder, (n,) for a classifier; int64, labels −100 where padded.
@@ -42,6 +47,9 @@ def encode_source(source: Source, name: str, tokenizer: Any, kind: str, max_leng
         tokenizer: a Hugging Face tokenizer.
         kind: see :func:`alignguard.objective.model_kind`.
         max_length: longest row in tokens; an encoder-decoder's prompt and response each.
+
+    Returns:
+        ``input_ids`` and ``labels`` of each row: token lists with labels −100 where nothing is asked, or a class number.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: bad rows, named.

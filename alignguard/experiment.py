@@ -79,7 +79,11 @@ class Bench:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What results depend on, for the head of a ledger: all fields, and the contents of the files by hash."""
+        """What results depend on, for the head of a ledger: all fields, and the contents of the files by hash.
+
+        Raises:
+            FileNotFoundError: a data file is not there; the message names the field.
+        """
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
         for name in ("task_train", "task_test", "alignment", "drift", "prompts"):
             path = told[name]

@@ -35,6 +35,9 @@ def write_fisher(
         name: what the model is called.
         progress: show a bar.
 
+    Returns:
+        The estimate that was written.
+
     Raises:
         FileNotFoundError, TypeError, ValueError: bad rows, or a model without layers to capture.
         OSError: the file cannot be written.
@@ -76,6 +79,9 @@ def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
         path: the file.
         model: before an adapter is put on it.
         config: what the guard expects of it.
+
+    Returns:
+        The whole estimate, on the model's device.
 
     Raises:
         FileNotFoundError: no such file.

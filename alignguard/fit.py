@@ -117,7 +117,31 @@ def prepare(
     save_every: int | None = None,
     fisher: str | Path | None = None,
 ) -> Prepared:
-    """Read and check what :func:`fit` is given; see there for the arguments and errors."""
+    """Read and check what :func:`fit` is given; nothing is written.
+
+    Args:
+        model: this and all other arguments are those of :func:`alignguard.fit`.
+        task_data: what to learn.
+        alignment_data: what to keep; may be None for a plain run.
+        config: strengths of the guard.
+        tokenizer: of a loaded model.
+        lora: a ``peft.LoraConfig`` or its fields.
+        training: fields of ``transformers.TrainingArguments``.
+        method: ``"lora"`` or ``"full"``.
+        offload: device of the reference weights.
+        guarded: False prepares a plain run.
+        progress: show progress bars.
+        max_length: longest example in tokens.
+        seed: of the adapter's start, the data order and the guard.
+        save_every: optimizer steps between checkpoints; None keeps none.
+        fisher: file of ``alignguard fisher``.
+
+    Returns:
+        Prepared.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad input, named.
+    """
     config = config or GuardConfig(seed=seed)
     if guarded and alignment_data is None:
         raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
@@ -188,6 +212,7 @@ def fit(
         config: strengths of the guard; the defaults need no tuning on the embedded model.
         output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json`` and
             checkpoints.
+        tokenizer: of a loaded model; read with the model where that is a path or name.
         lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         method: ``"lora"``, or ``"full"``: every weight trains, and every Linear but the output embedding is guarded
@@ -201,6 +226,9 @@ def fit(
         progress: show progress bars and the table of what is guarded.
         max_length: longest example in tokens.
         seed: of the adapter's start, the data order and the guard.
+
+    Returns:
+        FitResult: model, guard, folder, log and step times.
 
     Raises:
         FileNotFoundError, FileExistsError, TypeError, ValueError: bad input, named, before training.

@@ -15,6 +15,8 @@ NOISE = 1e-4  # nats a response: drifts below this are rounding
 class Freshness:
     """Decides when to measure and when to refresh. Counts examples, not seconds, so that a resumed run decides alike.
 
+    The rule is this project's own, in the manner of a trust region: it compares predicted with measured drift.
+
     Attributes:
         config: ``adaptive``, ``measure_every``, ``refresh_budget`` and ``refresh_tolerance`` are read.
         drift: the last measurement, nats a response.
@@ -34,7 +36,7 @@ class Freshness:
     measured_at: int = -1
 
     def spend_on(self, task_examples: int | None) -> None:
-        """Count a step's task examples.
+        """Count a step's ``task_examples``.
 
         Raises:
             ValueError: they are unknown, and adaptive refreshes need them.
@@ -44,7 +46,7 @@ class Freshness:
         self.task += task_examples or 0
 
     def may_measure(self, step: int, examples: int) -> bool:
-        """Whether a measurement on so many examples is due, and paid for where refreshes are adaptive."""
+        """Whether a measurement on so many examples is due at optimizer step ``step``, and paid for if adaptive."""
         if step == 0 or step - max(self.measured_at, 0) < self.config.measure_every:
             return False
         cost = examples * FORWARD
@@ -61,7 +63,13 @@ class Freshness:
         return True
 
     def measured(self, step: int, drift: float, predicted: float) -> bool:
-        """Take a measurement in; whether the prediction has parted from it by more than the tolerance."""
+        """Take a measurement in; whether the prediction has parted from it by more than the tolerance.
+
+        Args:
+            step: optimizer steps done.
+            drift: measured, nats a response.
+            predicted: by the present curvature, nats a response.
+        """
         self.drift, self.measured_at = drift, step
         expected = self.ratio * predicted
         if max(drift, expected) < NOISE:
@@ -69,7 +77,7 @@ class Freshness:
         return abs(drift - expected) > self.config.refresh_tolerance * max(min(drift, expected), NOISE)
 
     def calibrate(self, predicted: float) -> None:
-        """After a refresh: what the new curvature predicts for the last drift measured."""
+        """After a refresh: what the new curvature predicts for the last drift measured, ``predicted`` nats a response."""
         if self.drift >= NOISE and predicted > 0:
             self.ratio = self.drift / predicted
 

@@ -27,9 +27,15 @@ class Point:
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in both scores, by ascending task score.
+    """The points that no other beats in both scores, by ascending task score: the Pareto front, by definition.
 
     Of points that agree in both scores the first stays.
+
+    Args:
+        points: with a task score and a score of what is kept, more of both is better.
+
+    Returns:
+        The points of the front.
     """
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (-p.task, -p.kept)):
@@ -39,10 +45,16 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 def hull(points: Iterable[Point]) -> list[Point]:
-    """The vertices of the frontier's concave hull, by ascending task score (Andrew's monotone chain).
+    """The vertices of the frontier's concave hull, by ascending task score (monotone chain, Andrew 1979).
 
     The hull between two vertices is what choosing between their two models at random would reach on average; no
     single model need lie there. :func:`kept_at` does not use it.
+
+    Args:
+        points: as for :func:`frontier`.
+
+    Returns:
+        Some of the points.
     """
     chain: list[Point] = []
     for point in frontier(points):
@@ -57,9 +69,16 @@ def _turn(a: Point, b: Point, c: Point) -> float:
 
 
 def kept_at(points: Iterable[Point], task: float) -> Point | None:
-    """The point that keeps most among those with at least this task score; None where none reaches it.
+    """By definition the point that keeps most among those with at least this task score.
 
     Nothing is interpolated: it is a run that was made.
+
+    Args:
+        points: as for :func:`frontier`.
+        task: the score to reach, in the points' unit.
+
+    Returns:
+        That point; None where none reaches the score.
     """
     reached = [p for p in points if p.task >= task]
     return max(reached, key=lambda p: (p.kept, p.task)) if reached else None

@@ -27,7 +27,10 @@ TERMS = ("alignment", "task", "overlap", "separation", "kl")
 class Guard:
     """Holds what alignment needs of the model and charges the update for touching it.
 
-    In a loop of one's own::
+    The split and its terms are those of AlignGuard-LoRA (arXiv 2508.02079, section 4), see :class:`GuardConfig`; that
+    ½ tr(ΔWᵀFΔW) is a drift in nats is the second-order expansion of KL (Martens 2020, arXiv 1412.1193).
+
+    In a loop of one's own:
 
         guard = Guard.from_alignment(model, rows, config, pad_token_id=tokenizer.pad_token_id)
         for step, batch in enumerate(batches):
@@ -109,7 +112,19 @@ class Guard:
         progress: bool = False,
         **options: Any,
     ) -> Guard:
-        """Build a guard and estimate its curvature at the present weights; ``options`` go to the constructor."""
+        """Build a guard and estimate its curvature at the present weights.
+
+        Args:
+            model: as for the constructor, like ``rows`` and ``pad_token_id``.
+            rows: encoded alignment examples.
+            config: strengths and schedule; the defaults if None.
+            pad_token_id: fills padded positions.
+            progress: show a bar over the batches of the estimate.
+            **options: ``method`` and ``offload`` of the constructor.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
         guard = cls(model, rows, config or GuardConfig(), pad_token_id, **options)
         guard.refresh(progress=progress)
         return guard
@@ -196,7 +211,7 @@ class Guard:
     def refresh(self, progress: bool = False) -> None:
         """Estimate the Fisher of the next alignment examples at the present weights; one forward and backward each.
 
-        Gradients, optimizer state, training mode and random state are left as they were.
+        With ``progress`` a bar is shown. Gradients, optimizer state, training mode and random state are left as they were.
         """
         c = self.config
         chosen = [self.rows[place] for place in self._draw(c.refresh_examples, self.refreshes)]
@@ -235,7 +250,7 @@ class Guard:
     # penalty
 
     def penalty(self) -> Tensor:
-        """The penalty at the present weights, a differentiable scalar; its parts are left in ``terms``."""
+        """The penalty at the present weights, a differentiable scalar, float32 or wider; its parts are left in ``terms``."""
         c = self.config
         sums: dict[str, Tensor] = {}
 
@@ -286,8 +301,11 @@ class Guard:
     def measured_drift(self, examples: int = 16) -> float | None:
         """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.
 
+        Args:
+            examples: most examples to read.
+
         Returns:
-            None where the model's start can no longer be read.
+            Nats a response, the mean over the examples; None where the model's start can no longer be read.
         """
         reference = self._held or self._anchor
         if reference is None and self.updates.base_is_reference:

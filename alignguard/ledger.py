@@ -65,7 +65,7 @@ class Ledger:
         return list({_key(job): job for job in jobs if _key(job) not in known}.values())
 
     def add(self, job: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Append one finished run and bring it to the disk."""
+        """Append one finished run, its ``job`` and its ``result`` as plain JSON, and bring it to the disk."""
         row = {"job": dict(job), "result": dict(result)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, sort_keys=True) + "\n")

@@ -20,6 +20,9 @@ def honours_item_count(model: torch.nn.Module, inputs: Mapping[str, Any]) -> boo
     Args:
         model: not wrapped for data parallelism.
         inputs: a batch with labels, as the Trainer passes it.
+
+    Returns:
+        True too where nothing can be told: a loss that is zero or not finite.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     losses = []

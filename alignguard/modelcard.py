@@ -19,6 +19,9 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
     Args:
         record: :func:`alignguard.runrecord.record_of`.
         guard: after training, or None for a plain run.
+
+    Returns:
+        A section headed "Training with alignguard".
     """
     data = [
         f"{record[name]['rows']} rows (sha256 `{record[name]['sha256'][:16]}`)"

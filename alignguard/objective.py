@@ -62,6 +62,10 @@ def response_loss(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor
 def supervised(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What the model predicts at every supervised token, row by row.
 
+    Args:
+        model: a Hugging Face model, wrapped by peft or not.
+        batch: of :func:`alignguard.encoding.pad_rows`: tensors (n, T), labels of a classifier (n,), int64.
+
     Returns:
         log-probabilities (tokens, V) in float32 or better, targets (tokens,) and the row of each (tokens,).
     """

@@ -32,7 +32,10 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
 
     Args:
         ready: what :func:`alignguard.fit.prepare` read.
-        seconds_per_step: of the plain run, where it is known.
+        seconds_per_step: time of an optimizer step of the plain run, where it is known.
+
+    Returns:
+        Lines on model, data, memory, compute and time, then the table of what is guarded.
     """
     settings, guard = ready.settings, ready.guard
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)

@@ -16,7 +16,7 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 class Reference:
-    """Log-probabilities of the model before training.
+    """Log-probabilities of the model before training, which KL is measured from (Li and Hoiem 2017).
 
     Every example is read alone, so that what is kept does not depend on the company it was first asked in, and a
     resumed run reads the same numbers.
@@ -64,8 +64,11 @@ class Reference:
     def divergence(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """KL(before ‖ present) at the supervised tokens of some examples, differentiable in the present weights.
 
+        Args:
+            places: which examples, by their place among the rows.
+
         Returns:
-            nats (tokens,), and the row of each token among ``places`` (tokens,).
+            nats (tokens,) in float32 or wider, and the row of each token among ``places`` (tokens,), int64.
         """
         batch = self.collate([self.rows[place] for place in places])
         present, _, rows = supervised(self.model, batch)
@@ -73,7 +76,7 @@ class Reference:
         return divergence(base, present), rows
 
     def drift(self, places: Sequence[int]) -> float:
-        """Mean over examples of the KL of the whole response in nats, without gradients, dropout off."""
+        """Mean over the examples at ``places`` of the KL of the whole response in nats, without gradients, dropout off."""
         with evaluation_mode(self.model):
             nats, _ = self.divergence(places)
         return float(nats.sum(dtype=torch.float64)) / len(places)

@@ -17,7 +17,7 @@ _STARTS = [(a, b) for a in (0.1, 0.5, 1.5) for b in (0.1, 0.5, 1.5)]
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """L − L0 = A·D^β/N^α + E, fitted.
+    """L − L0 = A·D^β/N^α + E, fitted; the form is that of Bethune et al. 2025 (arXiv 2502.06042) without injected data.
 
     Attributes:
         values: ``A``, ``alpha``, ``beta`` and ``E``, E in the unit of the losses.
@@ -102,7 +102,10 @@ def fit_scaling_law(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ScalingFit:
-    """Fit how forgetting grows with fine-tuning and shrinks with model size.
+    """Fit how forgetting grows with fine-tuning and shrinks with model size: L = L0 + A·D^β/N^α + E.
+
+    The form is that of Bethune et al. 2025 (arXiv 2502.06042) without injected data; the exponents are searched, A and E
+    solved for inside (variable projection, Golub and Pereyra 1973).
 
     L0 is the loss of each model before fine-tuning and is measured, not fitted: an L0 that is one constant cannot be
     told from E. Exponents are looked for in [0, 4] and A in [0, ∞).

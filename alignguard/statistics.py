@@ -104,8 +104,20 @@ def paired(
 ) -> Comparison:
     """Compare one yes-or-no property of two models, prompt by prompt.
 
+    The interval is a paired percentile bootstrap (Efron and Tibshirani 1993), the test McNemar's (1947) in its exact form.
+
+    Args:
+        before: whether the first model has the property, a value for each prompt.
+        after: the same of the second model, on the same prompts in the same order.
+        confidence: of the interval, in (0, 1).
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        Comparison: the difference of shares, from −1 to 1, its interval, and the test.
+
     Raises:
-        ValueError: no values, or two sequences of unequal length.
+        ValueError: no values, two sequences of unequal length, or options out of range.
     """
     if len(before) != len(after):
         raise ValueError(f"before and after must hold the same prompts, found {len(before)} and {len(after)}")
@@ -138,7 +150,16 @@ def shift(before: Sequence[float], after: Sequence[float], *, confidence: float 
     """Compare one number of two methods over the same seeds.
 
     The test flips the sign of each difference at random (Fisher 1935): under no effect all 2^n sign patterns are
-    equally likely. Beyond 12 pairs 10,000 patterns are drawn.
+    equally likely. Beyond 12 pairs 10,000 patterns are drawn. The interval is Student's (1908).
+
+    Args:
+        before: the number under the first method, one a seed.
+        after: the same under the second, for the same seeds in the same order.
+        confidence: of the interval, in (0, 1).
+        seed: of the patterns drawn.
+
+    Returns:
+        Shift: the mean difference in the numbers' own unit, its interval, and the test.
 
     Raises:
         ValueError: no values, sequences of unequal length, or ``confidence`` outside (0, 1).

@@ -79,6 +79,13 @@ class GuardMixin:
     ) -> Any:
         """The trainer's own loss, and in training the penalty with it.
 
+        Args:
+            model: as transformers' ``Trainer.compute_loss`` takes it, like all arguments.
+            inputs: a batch.
+            return_outputs: whether to return (loss, outputs) rather than the loss.
+            num_items_in_batch: supervised tokens of the whole accumulation window.
+            **kwargs: passed on.
+
         Raises:
             FloatingPointError: the loss is NaN or infinite; names the step.
         """
@@ -137,7 +144,7 @@ class GuardMixin:
         return penalty if scaled else penalty * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's log, with the mean of each penalty term since the last one as ``alignguard/<term>``."""
+        """The trainer's log; into ``logs`` goes the mean of each penalty term since the last one as ``alignguard/<term>``."""
         if self._term_counts and "loss" in logs:
             means = {name: float(value) / self._term_counts for name, value in self._term_sums.items()}
             for name in TERMS:
@@ -190,7 +197,7 @@ class GuardMixin:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it.
 
-        transformers 5.23 would take one more step from there.
+        ``resume_from_checkpoint`` is a checkpoint's folder, True for the latest, or None. transformers 5.23 would take one more step from there.
         """
         if isinstance(resume_from_checkpoint, (str, Path)):
             saved = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
@@ -227,6 +234,9 @@ class GuardMixin:
 class GuardTrainer(GuardMixin, Trainer):
     """transformers' Trainer with a guard.
 
+    Args:
+        guard: a :class:`~alignguard.Guard` on the model that is trained, or None; all else is the Trainer's.
+
     Examples:
         >>> from transformers import Trainer
         >>> issubclass(alignguard.GuardTrainer, Trainer)
@@ -236,6 +246,9 @@ class GuardTrainer(GuardMixin, Trainer):
 
 class GuardSeq2SeqTrainer(GuardMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer with a guard.
+
+    Args:
+        guard: a :class:`~alignguard.Guard` on the model that is trained, or None; all else is the Trainer's.
 
     Examples:
         >>> from transformers import Seq2SeqTrainer

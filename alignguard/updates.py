@@ -69,7 +69,7 @@ class Matrix:
 class WeightUpdates:
     """Every trained weight matrix of a model with its ΔW, and every trained parameter that has none here.
 
-    With a LoRA adapter ΔW = scaling·B·A, summed over the active adapters. Where the adapter's start moved the base
+    With a LoRA adapter ΔW = scaling·B·A (Hu et al. 2021), summed over the active adapters. Where the adapter's start moved the base
     weights (PiSSA, OLoRA and their like), ΔW = scaling·(B·A − B0·A0) with the factors of the moment this object was
     made, of rank 2r, so make it before training. Modules that are trained whole (``modules_to_save``, and every
     Linear under ``method="full"``) have the dense ΔW = W − W0, with W0 copied in the model's own dtype.
@@ -145,11 +145,18 @@ class WeightUpdates:
             yield matrix, matrix.read()
 
     def references(self) -> dict[str, Tensor]:
-        """Copies that ΔW is measured from, by matrix and role; empty for plain LoRA."""
+        """Copies that ΔW is measured from, by matrix and role, in the model's dtype; empty for plain LoRA.
+
+        Returns:
+            ``name|role`` -> W0 as the model keeps it, shape (p, q) or (q, p), or B0 (p, r) and A0 (r, q).
+        """
         return dict(self._references)
 
     def restore(self, references: dict[str, Tensor]) -> None:
         """Put copies of :meth:`references` in place of those taken now.
+
+        Args:
+            references: what it returned, with the same names and shapes.
 
         Raises:
             ValueError: names or shapes differ.

@@ -80,7 +80,7 @@ def principal_angles(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         v: orthonormal columns, (..., p, l), the same dtype and device; batches broadcast.
 
     Returns:
-        Tensor (..., min(k, l)) of angles in [0, π/2], ascending; float32 or wider.
+        Tensor (..., min(k, l)) of angles in radians, in [0, π/2], ascending; float32 or wider.
 
     Raises:
         TypeError: a basis is not a floating tensor, or the dtypes differ.
@@ -153,7 +153,7 @@ def subspace_distance(u: torch.Tensor, v: torch.Tensor, kind: str = "geodesic") 
         kind: one of the names above.
 
     Returns:
-        Tensor of the batch shape; float32 or wider.
+        Tensor of the batch shape; float32 or wider. Angles count in radians.
 
     Raises:
         TypeError: a basis is not a floating tensor, or the dtypes differ.
@@ -175,7 +175,7 @@ def subspace_distance(u: torch.Tensor, v: torch.Tensor, kind: str = "geodesic") 
 
 
 def subspace_overlap(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Mean squared cosine of the principal angles, ‖UᵀV‖²/min(k, l): 1 for nested spans, 0 for orthogonal ones.
+    """By definition the mean squared cosine of the principal angles, ‖UᵀV‖²/min(k, l): 1 if nested, 0 if orthogonal.
 
     Two random subspaces of R^p overlap by max(k, l)/p on average, the level to compare with. This is where collision
     is a real question: between bases estimated at different times, from different seeds or data, or between alignment

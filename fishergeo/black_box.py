@@ -19,9 +19,11 @@ BlackBox = SymmetricOperator | Tensor | Product
 class LayerProducts(Protocol):
     """Many symmetric operators whose products are made together, in one pass over the data.
 
+    Any object with these members will do.
+
     Attributes:
         sizes: layer -> size of its operator.
-        dtype: of the products.
+        dtype: of the products, a floating one.
         device: of the products.
 
     Examples:

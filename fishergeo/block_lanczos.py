@@ -41,7 +41,7 @@ def lanczos(
 ) -> Spectrum:
     """The k leading eigenpairs of a symmetric operator, certified: block Lanczos with thick restart.
 
-    Full reorthogonalisation, a random block start that is the same on every device, soft locking, deflation at
+    After Wu and Simon (2000), with the certificates of Parlett (1998). Full reorthogonalisation, a random block start that is the same on every device, soft locking, deflation at
     breakdown. With ``block >= k``, the default, an eigenvalue repeated up to k times is found with all its copies;
     a narrower block finds at most ``block`` copies for sure. Any indefinite operator will do; ``energy`` is for
     positive semi-definite ones.
@@ -56,8 +56,8 @@ def lanczos(
         tol: a pair has converged when ‖A v − θ v‖ ≤ tol·|θ|, or is at rounding level, 4·ε·√size·‖A‖. √ε if left out.
         energy: stop as soon as the leading values hold this share of the trace, converged or not, and return just
             those pairs: the captured energy of an orthonormal V is Σ θ exactly.
-        trace: of the operator, for ``energy``; taken from a SymmetricOperator if left out.
-        max_passes: products allowed, those of the final check included.
+        trace: of the operator, a number or scalar tensor, for ``energy``; taken from a SymmetricOperator if left out.
+        max_passes: block products allowed, each a pass over the data of a streamed operator; the final check counts.
         block: columns of a product, k if left out.
         basis: most columns kept; memory is 2·size·basis numbers. 4k + 4·block if left out, at least 60.
         start: (size, c), an old basis or a sketch's vectors to start from. Random columns join it up to a block; what
@@ -122,6 +122,8 @@ def lanczos_layers(
 ) -> dict[str, Spectrum]:
     """:func:`lanczos` for many operators in lockstep: one pass is one block step of every layer that is not done.
 
+    The method is that of :func:`lanczos` (Wu and Simon 2000); the lockstep is this project's own.
+
     Args:
         ops: what multiplies the blocks of all layers together, such as :class:`fishergeo.StreamingFisher`; or a
             mapping of operators, such as a :class:`fishergeo.Fisher`.
@@ -130,7 +132,7 @@ def lanczos_layers(
         tol: of every layer.
         energy: share of each layer's trace at which it is done.
         traces: layer -> trace, for ``energy``; else the attribute ``traces`` of ``ops`` or the operators' own.
-        max_passes: products allowed.
+        max_passes: block products allowed, each one pass for all layers.
         block: columns of a layer's product.
         basis: most columns kept a layer.
         start: layer -> (size, c), for some or all layers.
@@ -143,7 +145,7 @@ def lanczos_layers(
         layer -> Spectrum. ``passes`` of a layer counts the passes in which it took part.
 
     Raises:
-        ValueError: see :func:`lanczos`.
+        TypeError, ValueError: see :func:`lanczos`.
         FloatingPointError: naming the layer.
         ConvergenceError: with ``strict``.
 

@@ -33,8 +33,8 @@ class SampledOverlap(NamedTuple):
     """An estimate of the coordinate-wise term from sampled rows.
 
     Attributes:
-        value: the unbiased estimate, differentiable, of the updates' batch shape.
-        variance: unbiased estimate of the variance of `value` over the choice of rows; no gradient.
+        value: the unbiased estimate, differentiable, of the updates' batch shape; float32 or wider.
+        variance: unbiased estimate of the variance of `value` over the choice of rows, the same shape; no gradient.
 
     Examples:
         >>> g = torch.Generator().manual_seed(0)

@@ -69,16 +69,14 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     with respect to the layer's outputs, A_i (T, q) the layer's inputs and G_i = D_iᵀ A_i, what
     ``model(**example).loss.backward()`` leaves in ``W.grad``. With N the number of examples:
 
-    ========== ==================================================================================================
-    structure  operator
-    ========== ==================================================================================================
-    gram       1/N Σ G_i G_iᵀ (side output, (p, p)) or 1/N Σ G_iᵀ G_i (side input, (q, q))
-    sketch     the same, known through its ``rank`` leading eigenpairs; ``full_trace`` is exact
-    diagonal   1/N Σ G_i∘G_i, on vec(W) row-major
-    kfac       kron(S, A), S = 1/N Σ_i D_iᵀ D_i, A = Σ_i A_iᵀ A_i / Σ_i T_i, T_i the positions that are not padding
-    ekfac      kron(U, V) diag(1/N Σ (Uᵀ G_i V)∘(Uᵀ G_i V)) kron(U, V)ᵀ, U and V the eigenvectors of KFAC's S and A
-    exact      1/N Σ vec(G_i) vec(G_i)ᵀ, matrix-free; keeps every D_i and A_i
-    ========== ==================================================================================================
+    | structure | operator |
+    | --- | --- |
+    | gram | 1/N Σ G_i G_iᵀ (side output, (p, p)) or 1/N Σ G_iᵀ G_i (side input, (q, q)) |
+    | sketch | the same, known through its ``rank`` leading eigenpairs; ``full_trace`` is exact |
+    | diagonal | 1/N Σ G_i∘G_i, on vec(W) row-major |
+    | kfac | kron(S, A), S = 1/N Σ_i D_iᵀ D_i, A = Σ_i A_iᵀ A_i / Σ_i T_i, T_i the positions that are not padding |
+    | ekfac | kron(U, V) diag(1/N Σ (Uᵀ G_i V)∘(Uᵀ G_i V)) kron(U, V)ᵀ, U and V the eigenvectors of KFAC's S and A |
+    | exact | 1/N Σ vec(G_i) vec(G_i)ᵀ, matrix-free; keeps every D_i and A_i |
 
     The KFAC scale: vec(G) vec(G)ᵀ = Σ_{t,t'} g_t g_t'ᵀ ⊗ a_t a_t'ᵀ; taking tokens as uncorrelated leaves the terms
     t = t', taking g and a as independent replaces a aᵀ by its mean (Eschenhagen et al. 2023, arXiv 2311.00636,

@@ -14,17 +14,20 @@ from fishergeo.symmetric_operator import DENSE_LIMIT, SymmetricOperator, checked
 
 
 class ExactOperator(SymmetricOperator):
-    """1/N Σ vec(G_i) vec(G_i)ᵀ, (pq, pq), row-major; nothing of that size is formed.
+    """1/N Σ vec(G_i) vec(G_i)ᵀ, (pq, pq), row-major, the definition itself; nothing of that size is formed.
 
     Products form weight gradients of a few examples at a time, which costs 2Tpq multiplications an example and 2pq
     for every column of the block. Eigenpairs come from the dual matrix ⟨G_i, G_j⟩/N, (N, N), wherever N < pq.
 
     Args:
-        gradients: (rows, p), the rows of all D_i one after the other.
+        gradients: (rows, p), the rows of all D_i one after the other; any floating dtype, in which products come.
         inputs: (rows, q), those of A_i.
         lengths: (N,) long, rows of each example; their sum is ``rows``.
         count: what the sum is divided by; N if nothing is weighted.
         budget: entries of the weight gradients formed at a time.
+
+    Raises:
+        ValueError: if the three do not belong together.
 
     Examples:
         >>> gradients, inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2)
@@ -115,7 +118,7 @@ class ExactOperator(SymmetricOperator):
         return total / self.count
 
     def trace(self) -> Tensor:
-        """Σ ‖G_i‖² / N."""
+        """Σ ‖G_i‖² / N, a scalar tensor."""
         return torch.stack([g.square().sum() for _, g in self._weight_gradients()]).sum() / self.count
 
     def dual(self) -> Tensor:

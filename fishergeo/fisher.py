@@ -35,7 +35,7 @@ class FisherHeader:
         fingerprint: of the model's parameters when the estimate began.
         sharing: ``"expand"`` or ``"reduce"``; of meaning to kfac and ekfac.
         basis: how ekfac's eigenbases were fixed: ``"two-pass"``, ``"one-sweep"`` or ``"given"``.
-        decay: what every later example multiplied the weight of the earlier ones by.
+        decay: in (0, 1], what every later example multiplied the weight of the earlier ones by.
         weighted: whether examples or tokens had weights of their own.
         probes: columns that the sketch held back to measure its error with.
 
@@ -68,7 +68,7 @@ class FisherHeader:
     probes: int = 0
 
     def layout(self, name: str) -> Layout:
-        """Of one layer's sums."""
+        """What the sums of the layer ``name`` look like: shapes, dtype, options."""
         p, q = self.shapes[name]
         return Layout(name, p, q, self.unit, self.side, self.rank, self.sharing, self.seed, self.probes)
 
@@ -129,6 +129,9 @@ class Fisher(Mapping[str, SymmetricOperator]):
     def merge(self, other: Fisher) -> Fisher:
         """The Fisher of both data sets together: sums and counts add. Sketches must share their rank.
 
+        Args:
+            other: an estimate of the same layers with the same options.
+
         Raises:
             ValueError: if the two are not of the same structure, kind, unit, side, rank, dtype and layers, if they
                 are EKFAC moments in different eigenbases, or sketches whose probes have different seeds.
@@ -162,7 +165,14 @@ class Fisher(Mapping[str, SymmetricOperator]):
         return from_sums(header, sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, atomically, with the header in its metadata."""
+        """Writes one safetensors file, atomically, with the header in its metadata.
+
+        Args:
+            path: the file; one that is there is replaced.
+
+        Raises:
+            OSError: if it cannot be written; nothing half-written stays.
+        """
         tensors = {f"{name}|{key}": t for name, a in self.accumulators.items() for key, t in a.sums.items()}
         keys = {name: list(a.sums) for name, a in self.accumulators.items()}
         storage.write(path, tensors, {"fisher": asdict(self.header), "sums": keys})
@@ -191,6 +201,12 @@ class Fisher(Mapping[str, SymmetricOperator]):
 
         Only the header is read and checked here; a layer's tensors are read from the memory-mapped file, and held
         against their checksums, when the layer is first asked for. ``lazy=False`` reads and checks everything now.
+
+        Args:
+            path: the file.
+            layers: names to load; all if None.
+            device: of the tensors.
+            lazy: read a layer's tensors when it is asked for.
 
         Raises:
             FileNotFoundError: if there is no such file.

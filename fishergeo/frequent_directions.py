@@ -19,7 +19,7 @@ class FrequentDirections:
     """B of at most ``rows`` rows with 0 ⪯ AᵀA − BᵀB ⪯ Δ·I for all rows A that were added, in any order.
 
     With A_k the best rank-k part of A, Δ ≤ ‖A − A_k‖_F²/(rows − k) for every k < rows. No randomness, no spectrum
-    assumed; two sketches merge with the same guarantee for both streams together.
+    assumed; two sketches merge with the same guarantee for both streams together (Ghashami et al. 2016).
 
     Args:
         size: columns of A.
@@ -82,24 +82,36 @@ class FrequentDirections:
                 self._settle()
 
     def matrix(self) -> Tensor:
-        """B, (at most rows, size), its rows orthogonal and by falling length."""
+        """B, (ℓ, size) or with fewer rows, orthogonal ones by falling length."""
         self._settle()
         return self._buffer.clone()
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k leading eigenpairs of BᵀB: (values (k,), vectors (size, k)); all there are by default."""
+        """The k leading eigenpairs of BᵀB: (values (k,), vectors (size, k)); all there are by default.
+
+        Raises:
+            TypeError: if k is not an int.
+            ValueError: if k is not between 1 and the rows of B.
+        """
         factor = self.matrix().T
         k = min(factor.shape) if k is None else check_integer("k", k, low=1, high=max(1, min(factor.shape)))
         values, vectors = factor_eigh(factor, k)
         return values.to(factor.dtype), vectors.to(factor.dtype)
 
     def operator(self, side: str = "output") -> SpectralOperator:
-        """BᵀB as an operator; ``full_trace`` is ‖A‖_F²."""
+        """BᵀB as an operator; ``full_trace`` is ‖A‖_F².
+
+        Args:
+            side: see :class:`fishergeo.SymmetricOperator`.
+        """
         values, vectors = self.eigh()
         return SpectralOperator(values, vectors, values.new_tensor(self.squares), side)
 
     def merge(self, other: FrequentDirections) -> FrequentDirections:
         """The sketch of both streams; neither is changed.
+
+        Args:
+            other: a sketch of the same size and rows.
 
         Raises:
             ValueError: if sizes or rows differ.

@@ -98,6 +98,10 @@ class Grassmann(geoopt.manifolds.base.Manifold):
     dimensions of a tensor are the point, those before are a batch. It works with geoopt.optim.RiemannianAdam and
     RiemannianSGD on a geoopt.ManifoldParameter.
 
+    In the methods x and y are points and u and v tangent vectors, at x where nothing else is said, all (..., n, k) of one
+    floating dtype and device, which results keep; ``keepdim`` leaves the last two dimensions of a number in place, as 1.
+    Lengths are in radians, as principal angles are.
+
     Examples:
         >>> manifold = fg.Grassmann()
         >>> u, v = torch.eye(3, dtype=torch.float64)[:, :1], torch.eye(3, dtype=torch.float64)[:, 1:2]
@@ -133,11 +137,11 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return _Polar.apply(x)
 
     def proju(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Horizontal part u − x(xᵀu)."""
+        """Horizontal part u − x(xᵀu), (..., n, k)."""
         return u - x @ (x.mT @ u)
 
     def egrad2rgrad(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Riemannian gradient of a function with Euclidean gradient u: its horizontal part."""
+        """Riemannian gradient of a function with Euclidean gradient u: its horizontal part, (..., n, k)."""
         return self.proju(x, u)
 
     def inner(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None = None, *, keepdim=False) -> torch.Tensor:
@@ -145,20 +149,23 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return (u * (u if v is None else v)).sum(dim=(-2, -1), keepdim=keepdim)
 
     def norm(self, x: torch.Tensor, u: torch.Tensor, *, keepdim=False) -> torch.Tensor:
-        """Length of a tangent vector; its gradient at zero is zero."""
+        """Length of a tangent vector, of the batch shape; its gradient at zero is zero."""
         return torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=keepdim)
 
     def expmap(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """End of the geodesic from x along u, x·cos √(uᵀu) + u·sin √(uᵀu)/√(uᵀu): smooth at zero, gradients too."""
+        """End of the geodesic from x along u, x·cos √(uᵀu) + u·sin √(uᵀu)/√(uᵀu), (..., n, k).
+
+        Smooth at zero, gradients too.
+        """
         cosine, sinc = _cos_and_sinc(u.mT @ u)
         return x @ cosine + u @ sinc
 
     def retr(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Polar retraction of x + u, of second order."""
+        """Polar retraction of x + u, (..., n, k), of second order."""
         return self.projx(x + u)
 
     def logmap(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Tangent vector at x whose geodesic reaches the span of y at time one, the shortest there is.
+        """Tangent vector at x, (..., n, k), whose geodesic reaches the span of y at time one, the shortest there is.
 
         After Bendokat, Zimmermann and Absil (2024, alg. 5.3), but with θ/sin θ from both sine and cosine, so that it
         is exact to rounding at zero and at right angles; there, on the cut locus, it is one of several shortest.
@@ -168,11 +175,11 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return away @ _ArcFactor.apply(x.mT @ y, away.detach())
 
     def dist(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
-        """Arc length ‖θ‖ over the principal angles; its gradient where x and y span the same is zero."""
+        """Arc length ‖θ‖ over the principal angles, of the batch shape; its gradient where x and y span the same is zero."""
         return self._shape(torch.linalg.vector_norm(angles_between(x, y), dim=-1), keepdim)
 
     def dist2(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
-        """Squared arc length, with gradient −2·logmap(x, y) by x."""
+        """Squared arc length, of the batch shape, with gradient −2·logmap(x, y) by x."""
         return self._shape(angles_between(x, y).square().sum(-1), keepdim)
 
     @staticmethod
@@ -180,7 +187,7 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return value[..., None, None] if keepdim else value
 
     def geodesic(self, t: torch.Tensor | float, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Point at time t of the shortest geodesic from x (t = 0) to the span of y (t = 1), of constant speed.
+        """Point at time t, (..., n, k), of the shortest geodesic from x (t = 0) to the span of y (t = 1), at constant speed.
 
         Args:
             t: number, or tensor whose shape broadcasts against the batch of x once two dimensions are added to it.
@@ -191,7 +198,7 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return self.expmap(x, time * self.logmap(x, y))
 
     def transp_follow_expmap(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Parallel transport of v along the geodesic from x in direction u (Edelman, Arias, Smith 1998, eq. 2.68).
+        """Parallel transport of v along the geodesic from x in direction u (Edelman, Arias, Smith 1998, eq. 2.68), (..., n, k).
 
         With G = uᵀu it is v − x·(sin √G/√G)·uᵀv − u·((1 − cos √G)/G)·uᵀv, smooth at u = 0.
         """
@@ -200,25 +207,25 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return v - x @ (_cos_and_sinc(gram)[1] @ along) - u @ (half @ (half @ along)) / 2
 
     def transp(self, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Parallel transport of v from x to y along the shortest geodesic, as a tangent vector at the basis y."""
+        """Parallel transport of v from x to y along the shortest geodesic: a tangent vector at the basis y, (..., n, k)."""
         u = self.logmap(x, y)
         return self.transp_follow_expmap(x, u, v) @ (self.expmap(x, u).mT @ y)
 
     def expmap_transp(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`expmap` and `transp_follow_expmap` at once."""
+        """`expmap` and `transp_follow_expmap` at once, (..., n, k) each."""
         return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
 
     def transp_follow_retr(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Vector transport to retr(x, u): the horizontal part of v there."""
+        """Vector transport to retr(x, u): the horizontal part of v there, (..., n, k)."""
         return self.proju(self.retr(x, u), v)
 
     def retr_transp(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`retr` and `transp_follow_retr` at once."""
+        """`retr` and `transp_follow_retr` at once, (..., n, k) each."""
         y = self.retr(x, u)
         return y, self.proju(y, v)
 
     def random(self, *size, dtype=None, device=None, generator=None) -> geoopt.ManifoldTensor:
-        """Uniformly random subspace: the span of a Gaussian matrix.
+        """Uniformly random subspace: the span of a Gaussian matrix (..., n, k).
 
         Args:
             size: shape (..., n, k), as integers or one tuple.
@@ -232,7 +239,7 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         return geoopt.ManifoldTensor(torch.linalg.qr(gaussian).Q, manifold=self)
 
     def origin(self, *size, dtype=None, device=None, seed=42) -> geoopt.ManifoldTensor:
-        """Span of the first k unit vectors; `seed` is not used.
+        """Span of the first k unit vectors, (..., n, k); `seed` is not used.
 
         Args:
             size: shape (..., n, k), as integers or one tuple.

@@ -30,7 +30,7 @@ def _check_update(delta: object, output_basis: torch.Tensor, input_basis: torch.
 
 
 class KroneckerProjector(SubspaceMap):
-    """Δ → P_S·Δ·P_A with P_S = UUᵀ on the output and P_A = VVᵀ on the input side.
+    """Δ → P_S·Δ·P_A with P_S = UUᵀ on the output and P_A = VVᵀ on the input side, this project's own two-sided split.
 
     Args:
         output_basis: U, orthonormal columns, (..., p, m).
@@ -79,7 +79,7 @@ class KroneckerProjector(SubspaceMap):
 
 
 class KroneckerMaskProjector(SubspaceMap):
-    """Δ → U((UᵀΔV)∘M)Vᵀ: keeps the pairs (i, j) of directions that the mask M names.
+    """Δ → U((UᵀΔV)∘M)Vᵀ: keeps the pairs (i, j) of directions that the mask M names, this project's own generalisation.
 
     Rows and columns of the mask without an entry are dropped at construction, so the cost is that of the directions
     in use.

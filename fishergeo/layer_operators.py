@@ -12,10 +12,13 @@ from fishergeo.symmetric_operator import SymmetricOperator, checked_rank, fix_si
 
 
 class DiagonalOperator(SymmetricOperator):
-    """A diagonal on vec(W), row-major.
+    """A diagonal on vec(W), row-major: what EWC keeps of the Fisher (Kirkpatrick et al. 2017).
 
     Args:
-        entries: (p, q).
+        entries: (p, q), any floating dtype, in which products come.
+
+    Raises:
+        ValueError: if they have not two dimensions.
 
     Examples:
         >>> op = fg.DiagonalOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # of a (2, 2) weight
@@ -57,7 +60,11 @@ class DiagonalOperator(SymmetricOperator):
         return torch.diag(self.entries.flatten())
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest entries and their unit vectors."""
+        """The k largest entries (k,), descending, and their unit vectors (pq, k); all of them by default.
+
+        Raises:
+            ValueError: if k is not between 1 and pq.
+        """
         k = checked_rank(k, self.shape[0])
         values, index = self.entries.flatten().topk(k)
         vectors = torch.zeros(self.shape[0], k, dtype=self.dtype, device=self.device)
@@ -108,11 +115,14 @@ class _TiledSquares(torch.autograd.Function):
 
 
 class KroneckerOperator(SymmetricOperator):
-    """kron(S, A) on vec(W), row-major: vec(ΔW) goes to vec(S ΔW A).
+    """kron(S, A) on vec(W), row-major: vec(ΔW) goes to vec(S ΔW A) (KFAC: Martens and Grosse 2015).
 
     Args:
-        output_factor: S, (p, p), symmetric positive semi-definite.
+        output_factor: S, (p, p), symmetric positive semi-definite; any floating dtype, in which products come.
         input_factor: A, (q, q), the same.
+
+    Raises:
+        ValueError: if a factor is not square.
 
     Examples:
         >>> op = fg.KroneckerOperator(torch.diag(torch.tensor([1.0, 2.0])), 3 * torch.eye(2))
@@ -157,7 +167,7 @@ class KroneckerOperator(SymmetricOperator):
         return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal()).flatten()
 
     def trace(self) -> Tensor:
-        """tr(S)·tr(A)."""
+        """tr(S)·tr(A), a scalar tensor."""
         return self.output_factor.trace() * self.input_factor.trace()
 
     def to_dense(self) -> Tensor:
@@ -171,7 +181,11 @@ class KroneckerOperator(SymmetricOperator):
         return EigenKroneckerOperator(u.to(self.dtype), v.to(self.dtype), torch.outer(s, a).to(self.dtype))
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest products of the factors' eigenvalues, and the Kronecker products of their vectors."""
+        """The k largest products of the factors' eigenvalues (k,), and the Kronecker products of their vectors (pq, k).
+
+        Raises:
+            ValueError: if k is not between 1 and pq.
+        """
         return self.rotated().eigh(k)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
@@ -217,12 +231,15 @@ class _KroneckerQuadratic(torch.autograd.Function):
 
 
 class EigenKroneckerOperator(SymmetricOperator):
-    """kron(U, V) diag(vec(values)) kron(U, V)ᵀ on vec(W): what EKFAC and every function of KFAC is.
+    """kron(U, V) diag(vec(values)) kron(U, V)ᵀ on vec(W): what every function of KFAC is, and EKFAC (George et al. 2018).
 
     Args:
-        output_basis: U, (p, p), orthogonal.
-        input_basis: V, (q, q), orthogonal.
-        values: (p, q).
+        output_basis: U, (p, p), orthogonal; any floating dtype.
+        input_basis: V, (q, q), orthogonal, the same.
+        values: (p, q), the same; products come in their dtype.
+
+    Raises:
+        ValueError: if the values do not fit the bases.
 
     Examples:
         >>> op = fg.EigenKroneckerOperator(torch.eye(2), torch.eye(3), torch.arange(6.0).reshape(2, 3))
@@ -266,11 +283,15 @@ class EigenKroneckerOperator(SymmetricOperator):
         return (self.output_basis.square() @ self.values @ self.input_basis.square().T).flatten()
 
     def trace(self) -> Tensor:
-        """Sum of the eigenvalues."""
+        """Sum of the eigenvalues, a scalar tensor."""
         return self.values.sum()
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest values and the Kronecker products of their vectors."""
+        """The k largest values (k,) and the Kronecker products of their vectors (pq, k); all by default.
+
+        Raises:
+            ValueError: if k is not between 1 and pq.
+        """
         k = checked_rank(k, self.shape[0])
         values, index = self.values.flatten().topk(k)
         width = self.values.shape[1]

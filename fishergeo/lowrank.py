@@ -27,7 +27,7 @@ def _check_factor(name: str, factor: object) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The matrix `left @ right`, kept as its factors; for a LoRA update these are s·B and A.
+    """The matrix `left @ right`, kept as its factors; for a LoRA update these are s·B and A (Hu et al. 2021).
 
     Sums concatenate factors (so ranks add), products multiply into the thinner side, and norms and inner products
     go through r×r Gram matrices, tr(LᵀL·RRᵀ): nothing of size p×q is ever formed but by `to_dense`. Leading

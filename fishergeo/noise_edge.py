@@ -109,10 +109,10 @@ def _median(values: Tensor, samples: int, size: int) -> float:
 
 
 def rank_by_noise_edge(values: Tensor, samples: int, size: int, variance: float | None = None) -> int:
-    """How many eigenvalues of F = 1/n Σ x_i x_iᵀ exceed the Marchenko-Pastur edge.
+    """How many eigenvalues of F = 1/n Σ x_i x_iᵀ exceed the edge of Marchenko and Pastur (1967).
 
     Args:
-        values: eigenvalues of F, descending, (k,). All min(n, p) of them if ``variance`` is left out.
+        values: eigenvalues of F, descending, (k,), any floating dtype. All min(n, p) of them if ``variance`` is left out.
         samples: n; for one-sided Fishers the number of columns G_i have in all.
         size: p.
         variance: of the noise in one entry of x; from the median eigenvalue if left out.
@@ -140,8 +140,10 @@ def rank_by_noise_edge(values: Tensor, samples: int, size: int, variance: float 
 def rank_by_gavish_donoho(values: Tensor, samples: int, size: int, variance: float | None = None) -> int:
     """How many eigenvalues to keep for the least error in x: singular values above the optimal hard threshold.
 
+    The threshold of Gavish and Donoho (2014); see :func:`gavish_donoho_factor`.
+
     Args:
-        values: eigenvalues of F = 1/n Σ x_i x_iᵀ, descending, (k,). All min(n, p) of them if ``variance`` is left out.
+        values: eigenvalues of F = 1/n Σ x_i x_iᵀ, descending, (k,), any floating dtype. All min(n, p) of them if ``variance`` is left out.
         samples: n.
         size: p.
         variance: of the noise in one entry of x; from the median singular value if left out.
@@ -179,7 +181,7 @@ def rank_by_sign_flips(
     freedom that they took along).
 
     Args:
-        samples: (n, p), or (n, p, c) for c columns an example, as G_i·Ω has; with ``dual`` their Gram matrix (n, n),
+        samples: (n, p), or (n, p, c) for c columns an example, as G_i·Ω has, of any floating dtype; with ``dual`` their Gram matrix (n, n),
             K_ij = ⟨x_i, x_j⟩, whose cross terms are flipped. That is for p ≫ n: a flipped Gram matrix lacks the n
             that the Marchenko-Pastur edge has beside p + 2√(pn).
         generator: source of the signs, on the CPU.

@@ -24,6 +24,8 @@ from fishergeo.symmetric_operator import SymmetricOperator
 class NystromSketch:
     """Σ_i F_i of positive semi-definite terms, known through Y = F Ω and, where it is given, the exact trace.
 
+    F̂ = Y(ΩᵀY)⁺Yᵀ, the Nyström approximation in the stabilised form of Tropp et al. (2017).
+
     Use: multiply each term by :attr:`test_matrix` and give the product to :meth:`add`; or hand terms to
     :meth:`add_operator`. Read :meth:`eigh`, :meth:`operator` and :meth:`error`.
 
@@ -75,9 +77,10 @@ class NystromSketch:
 
         Args:
             product: (size, columns + probes).
-            trace: tr(F_i); once it is missing, the sum's trace is unknown.
+            trace: tr(F_i), a number or scalar tensor; once it is missing, the sum's trace is unknown.
 
         Raises:
+            TypeError: if it is not a floating tensor.
             ValueError: if the shape is wrong or NaN or infinity is in it.
         """
         check_tensor("product", product)
@@ -88,7 +91,16 @@ class NystromSketch:
         self.trace = None if trace is None or self.trace is None else self.trace + float(trace)
 
     def add_operator(self, term: SymmetricOperator | Tensor, weight: float = 1.0) -> None:
-        """Adds weight·term; of an operator or dense matrix the trace is taken along."""
+        """Adds weight·term; of an operator or dense matrix the trace is taken along.
+
+        Args:
+            term: an operator, or a symmetric tensor (size, size), dense or sparse.
+            weight: not negative.
+
+        Raises:
+            TypeError: for a term that is neither, or a weight that is no number.
+            ValueError: for a term of another size or not symmetric, or a negative weight.
+        """
         check_number("weight", weight, low=0.0)
         matmul, size, dtype, device = black_box(term)
         if size != self.size:
@@ -99,6 +111,9 @@ class NystromSketch:
 
     def merge(self, other: NystromSketch) -> NystromSketch:
         """The sketch of both sums; neither is changed.
+
+        Args:
+            other: a sketch with the same test matrix: size, columns, probes, seed, name and dtype.
 
         Raises:
             ValueError: if the two have not the same test matrix.
@@ -116,6 +131,7 @@ class NystromSketch:
         """The sketch of weight·F, weight ≥ 0: exponential forgetting.
 
         Raises:
+            TypeError: for a weight that is no number.
             ValueError: for a negative weight.
         """
         check_number("weight", weight, low=0.0)
@@ -136,6 +152,7 @@ class NystromSketch:
         """The k leading eigenpairs of F̂, at most ``columns``: (values (k,), vectors (size, k)).
 
         Raises:
+            TypeError: if k is not an int.
             ValueError: for k out of range.
         """
         k = self.columns if k is None else check_integer("k", k, low=1, high=self.columns)
@@ -143,7 +160,16 @@ class NystromSketch:
         return values.to(self.product.dtype), vectors.to(self.product.dtype)
 
     def operator(self, k: int | None = None, side: str = "output") -> SpectralOperator:
-        """F̂, cut to rank k, as an operator; ``full_trace`` is that of F where it is known."""
+        """F̂, cut to rank k, as an operator; ``full_trace`` is that of F where it is known.
+
+        Args:
+            k: rank, all columns if left out.
+            side: see :class:`fishergeo.SymmetricOperator`.
+
+        Raises:
+            TypeError: if k is not an int.
+            ValueError: for k out of range.
+        """
         values, vectors = self.eigh(k)
         return SpectralOperator(values, vectors, None if self.trace is None else values.new_tensor(self.trace), side)
 
@@ -158,6 +184,7 @@ class NystromSketch:
             ErrorEstimate.
 
         Raises:
+            TypeError: for arguments of the wrong type.
             ValueError: if no probes were held back, or for arguments out of range.
         """
         if self.probes and self.columns == self.size and k is None:
@@ -173,19 +200,23 @@ def nystrom(
 ) -> NystromSketch:  # fmt: skip
     """One product with ``columns + probes`` columns: the Nyström approximation of a positive semi-definite operator.
 
+    By the formula of Tropp et al. (2017); see :class:`NystromSketch`.
+
     Args:
-        op: an operator, a symmetric tensor, or a function of a (size, c) block.
+        op: an operator, a symmetric tensor (size, size), or a function of a (size, c) block; any floating dtype, sums
+            are in float32 or float64.
         columns: of the sketch.
         size: of a function's blocks.
         seed: of the test matrix.
         probes: columns held back to measure the error with.
-        trace: tr(op), where it is known exactly; taken from an operator or a dense tensor if left out.
+        trace: tr(op), a number or scalar tensor, where it is known exactly; taken from an operator or a dense tensor if left out.
 
     Returns:
         NystromSketch: read :meth:`~NystromSketch.eigh`, :meth:`~NystromSketch.operator`, :meth:`~NystromSketch.error`.
 
     Raises:
         FloatingPointError: once read, if the operator is far from positive semi-definite.
+        TypeError: for arguments of the wrong type.
         ValueError: for arguments out of range.
 
     Examples:

@@ -17,14 +17,17 @@ class SpectralOperator(SymmetricOperator):
 
     ``trace()`` and ``diagonal()`` are of this operator; ``full_trace`` is that of the operator it stands for, where
     that is known. The difference bounds the spectral norm of what is missing if the missing part is positive
-    semi-definite, as it is for a sketch.
+    semi-definite, as it is for a sketch. By definition of its eigenpairs.
 
     Args:
-        values: (k,), descending.
-        vectors: (size, k), orthonormal columns.
+        values: λ, (k,), descending.
+        vectors: U, (size, k), orthonormal columns, of any floating dtype, in which products come.
         full_trace: scalar tensor or None.
         side: see :class:`SymmetricOperator`.
         rest: the eigenvalue of everything orthogonal to ``vectors``.
+
+    Raises:
+        ValueError: if values and vectors do not pair up.
 
     Examples:
         >>> op = fg.SpectralOperator(torch.tensor([2.0, 1.0]), torch.eye(3)[:, :2])
@@ -68,15 +71,15 @@ class SpectralOperator(SymmetricOperator):
         return inside + self.rest * block if self.rest else inside
 
     def diagonal(self) -> Tensor:
-        """(size,)."""
+        """The diagonal, (size,)."""
         return (self.vectors.square() * (self.values - self.rest)).sum(1) + self.rest
 
     def trace(self) -> Tensor:
-        """Sum of the eigenvalues."""
+        """Sum of the eigenvalues, a scalar tensor."""
         return self.values.sum() + self.rest * (self.shape[0] - len(self.values))
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest eigenpairs; by default all that are known.
+        """The k largest eigenpairs, (values (k,), vectors (size, k)); by default all that are known.
 
         Raises:
             ValueError: if k exceeds the known rank.

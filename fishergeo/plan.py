@@ -31,8 +31,8 @@ class LayerPlan:
     Attributes:
         name: of the module.
         shape: (p, q).
-        state_bytes: sums that are kept; one shared with earlier layers is counted there.
-        pass_bytes: sums and sketching matrices held between batches while the pass runs.
+        state_bytes: bytes of sums that are kept; one shared with earlier layers is counted there.
+        pass_bytes: bytes of sums and sketching matrices held between batches while the pass runs.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -59,14 +59,14 @@ class Plan:
         examples: N.
         batches: how many there are.
         layers: layer by layer.
-        state_bytes: kept at the end: the size of the file, and of what travels in an all-reduce.
-        pass_bytes: held between batches at the end of the pass.
-        peak_bytes: the most that is alive at once: state, activations and scratch.
-        flops: of the whole pass: products, attention, convolutions. Symmetric products, of which the CPU computes
-            half, are counted whole; decompositions are not counted.
-        plain_flops: of a plain forward and backward with these layers' weight gradients over the same batches.
-        seconds: predicted, from a calibration or a rate; None without either.
-        plain_seconds: the same of the plain pass.
+        state_bytes: bytes kept at the end: the size of the file, and of what travels in an all-reduce.
+        pass_bytes: bytes held between batches at the end of the pass.
+        peak_bytes: the most bytes alive at once: state, activations and scratch.
+        flops: floating-point operations of the whole pass: products, attention, convolutions. Symmetric products, of
+            which the CPU computes half, are counted whole; decompositions are not counted.
+        plain_flops: operations of a plain forward and backward with these layers' weight gradients over these batches.
+        seconds: predicted time of the pass, from a calibration or a rate; None without either.
+        plain_seconds: predicted time of the plain pass.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)

@@ -123,7 +123,7 @@ class SubspaceMap:
 
 
 class Complement(SubspaceMap):
-    """I − P for a projector P; its split is P's with the parts exchanged.
+    """I − P for a projector P, the complement by definition; its split is P's with the parts exchanged.
 
     Args:
         of: the projector P.
@@ -142,7 +142,7 @@ class Complement(SubspaceMap):
         return f"Complement({self.of!r})"
 
     def split(self, delta):
-        """Return ((I − P)Δ, PΔ); see `Projector.split`."""
+        """Return ((I − P)Δ, PΔ) of the update `delta`; see `Projector.split`."""
         part, rest = self.of.split(delta)
         return rest, part
 
@@ -156,6 +156,7 @@ class SoftProjector(SubspaceMap):
     """S = U·diag(w)·Uᵀ with w in [0, 1]: protects each direction as far as its weight says.
 
     Between 0 and 1 the parts SΔ and (I − S)Δ are no longer orthogonal, so the paper's geodesic term means something.
+    Akin to scaled gradient projection (Saha and Roy 2023, arXiv 2302.01386); its use on updates is this project's own.
     Weights come from the spectrum (`from_spectrum`), from resampling (`bootstrap_confidence`), or are the user's own.
 
     Args:
@@ -264,11 +265,11 @@ class SoftProjector(SubspaceMap):
 
 
 class Projector(SoftProjector):
-    """The orthogonal projector P = UUᵀ onto the span of `basis`.
+    """The orthogonal projector P = UUᵀ onto the span of `basis` (AlignGuard-LoRA, arXiv 2508.02079, sec. 4).
 
     Args:
-        basis: orthonormal columns, (..., p, m) for side="output", (..., q, m) for side="input"; leading dimensions
-            are a batch that broadcasts against the update's. m may be 0 (nothing is protected) or p (everything is).
+        basis: orthonormal columns, (..., p, m) for side="output", (..., q, m) for side="input", any floating dtype;
+            leading dimensions are a batch that broadcasts against the update's. m may be 0 (nothing is protected) or p (everything is).
         side: "output": ΔW → PΔW; "input": ΔW → ΔW·P.
 
     Raises:

@@ -15,8 +15,8 @@ def rank_for_energy(
     The rule of AlignGuard-LoRA (arXiv 2508.02079): the protected rank holds at least 80 % of the Fisher's trace.
 
     Args:
-        values: leading eigenvalues, shape (k,), descending, not negative.
-        total: the trace that they are a share of; their sum when left out.
+        values: leading eigenvalues, shape (k,), any floating dtype, descending, not negative.
+        total: the trace that they are a share of, a number or scalar tensor; their sum when left out.
         energy: the share, in (0, 1].
 
     Returns:

@@ -27,7 +27,7 @@ def second_pass(
 ) -> dict[str, Spectrum]:
     """The leading pairs of every layer from a sketch and one pass of products with its basis.
 
-    With U the sketch's orthonormal basis and Y = F U, the Nyström approximation F̂ = Y (UᵀY)⁺ Yᵀ is a step of block
+    The Nyström formula is that of Tropp et al. (2017), its certificate this project's own derivation. With U the sketch's orthonormal basis and Y = F U, the Nyström approximation F̂ = Y (UᵀY)⁺ Yᵀ is a step of block
     subspace iteration with its Rayleigh-Ritz step folded in. It needs no third product for its certificates: E = F − F̂
     is positive semi-definite and vanishes on U, so for a unit eigenvector v of F̂
 
@@ -48,6 +48,7 @@ def second_pass(
         meet tol, else ``"passes"``; nothing is warned of, since no more was to be done.
 
     Raises:
+        TypeError: if k is not an int.
         ValueError: for a layer without a trace, or k < 1.
         KeyError: for a layer of ``sketch`` that ``stream`` lacks.
 

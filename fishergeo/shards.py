@@ -81,7 +81,8 @@ def sketch_shards(
 ) -> list[dict[str, SymmetricOperator]]:
     """One sketched Fisher for each part of the examples: example i goes to part i modulo ``shards``.
 
-    One forward and backward pass serves them all. Compare a layer's parts with :func:`fishergeo.shard_agreement`.
+    The sketches are those of :func:`fishergeo.estimate_fisher` (Tropp et al. 2017). One forward and backward pass serves
+    them all. Compare a layer's parts with :func:`fishergeo.shard_agreement`.
 
     Args:
         model: any module; left exactly as it was.
@@ -99,6 +100,7 @@ def sketch_shards(
         A list of ``shards`` mappings from layer name to operator.
 
     Raises:
+        TypeError: if ``shards`` or ``rank`` is not an int.
         ValueError: for unknown choices, or a part without a supervised token.
         FloatingPointError: naming the batch.
 

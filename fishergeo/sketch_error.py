@@ -15,6 +15,9 @@ from fishergeo._arguments import check_number
 class ErrorEstimate:
     """How far an approximation F̂ ≤ F is from F. Every bound marked so holds with the probability asked for.
 
+    Hutchinson (1990) for the unbiased estimates; the bounds are this project's own derivation, from the least favourable
+    error of rank one, see :func:`fishergeo.sketch_error.probe_error`. All in the unit of F, but for the last two.
+
     Attributes:
         spectral: bound on ‖F − F̂‖₂ from the probes.
         frobenius: unbiased estimate of ‖F − F̂‖_F, by its square.

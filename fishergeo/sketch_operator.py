@@ -12,10 +12,13 @@ from fishergeo.symmetric_operator import checked_rank
 class SketchOperator(SpectralOperator):
     """The leading pairs of F̂ ≤ F, with an estimate of F − F̂ where the estimate held probes back.
 
+    F̂ is a one-pass Nyström approximation (Tropp et al. 2017); the estimate's bounds are those of
+    :class:`fishergeo.ErrorEstimate`.
+
     Args:
         values: (k,), descending.
-        vectors: (size, k), orthonormal columns.
-        full_trace: tr(F), exact.
+        vectors: (size, k), orthonormal columns, of the dtype of the sums, float32 or float64.
+        full_trace: tr(F), exact, a scalar tensor.
         side: see :class:`SymmetricOperator`.
         probes: Z, (size, s), standard Gaussian and independent of ``vectors``; no columns if the error is not asked
             for.

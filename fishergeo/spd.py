@@ -153,7 +153,7 @@ def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 
 
 def fisher_rao_distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Fisher–Rao distance 2·arccos Σ √(p_i q_i) between categorical distributions, in [0, π].
+    """Fisher–Rao distance 2·arccos Σ √(p_i q_i) between categorical distributions, in radians, in [0, π].
 
     The geodesic distance of the Fisher metric, by way of the sphere that p → 2√p maps to (Rao 1945). Near p = q it is
     √(2 KL). Computed as 4·arcsin(‖√p − √q‖/2), which keeps small distances. Differentiable where all entries are

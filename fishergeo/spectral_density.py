@@ -22,13 +22,13 @@ from fishergeo.trace_estimators import Estimate
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """An estimate of the density of eigenvalues: one quadrature rule a probe.
+    """An estimate of the density of eigenvalues: one Lanczos quadrature a probe (Ubaru, Chen and Saad 2017).
 
     Attributes:
-        nodes: (probes, steps), Ritz values.
-        weights: (probes, steps), not negative; each row sums to one.
+        nodes: (probes, steps), Ritz values, float64.
+        weights: (probes, steps), not negative, float64; each row sums to one.
         size: of the operator, so that the density counts ``size`` eigenvalues.
-        passes: block products that it took.
+        passes: block products that it took, each one pass over the data of a streamed operator.
 
     Examples:
         >>> density = fg.spectral_density(torch.diag(torch.tensor([1.0, 1.0, 9.0, 9.0], dtype=torch.float64)), probes=4, steps=2)
@@ -45,7 +45,7 @@ class SpectralDensity:
         """Tr f(A), with its standard error over probes.
 
         Args:
-            function: f, applied to a tensor of eigenvalues elementwise.
+            function: f, applied elementwise to a tensor of eigenvalues, (probes, steps).
 
         Returns:
             Estimate with scalar tensors.
@@ -59,7 +59,7 @@ class SpectralDensity:
         return self.integrate(lambda x: ((x >= low) & (x <= high)).to(x.dtype))
 
     def moment(self, power: int) -> Estimate:
-        """tr(Aᵖ), without bias for powers below twice the steps."""
+        """tr(Aᵖ) for p = ``power``, without bias for powers below twice the steps."""
         return self.integrate(lambda x: x**power)
 
     def density(self, grid: Tensor, width: float | None = None) -> Tensor:
@@ -73,6 +73,7 @@ class SpectralDensity:
             (g,), per unit of eigenvalue.
 
         Raises:
+            TypeError: if the grid is not a floating tensor, or the width no number.
             ValueError: unless width > 0.
         """
         check_tensor("grid", grid, min_dim=1)
@@ -89,7 +90,7 @@ class SpectralDensity:
 def spectral_density(
     op: BlackBox, probes: int = 16, steps: int = 64, *, size: int | None = None, seed: int = 0
 ) -> SpectralDensity:
-    """Stochastic Lanczos quadrature with full reorthogonalisation, all probes at once.
+    """Stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017) with full reorthogonalisation, all probes at once.
 
     ``steps`` products with a block of ``probes`` columns; memory is size·probes·steps numbers.
 
@@ -150,12 +151,14 @@ def spectral_density(
 
 
 def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, damping: float) -> float:
-    """Σ λ/(λ + damping): how many directions the damping leaves free (degrees of freedom of ridge regression).
+    """Σ λ/(λ + damping): how many directions the damping leaves free.
+
+    The effective number of parameters of MacKay (1992), the degrees of freedom of ridge regression.
 
     Args:
-        spectrum: an operator, whose eigenvalues are computed; an estimated density; or all eigenvalues, (size,), of
-            which zeros may be left out. Rounding below zero counts as zero.
-        damping: positive.
+        spectrum: an operator, whose eigenvalues are computed; an estimated density; or all eigenvalues, (size,), any
+            floating dtype, of which zeros may be left out. Rounding below zero counts as zero.
+        damping: positive, in the unit of the eigenvalues.
 
     Returns:
         From 0 to the number of eigenvalues.

@@ -13,7 +13,9 @@ from fishergeo.operators import SpectralOperator
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenpairs with certificates.
+    """Eigenpairs with certificates: the residual bound of Parlett (1998), and from it that of Kato and Temple.
+
+    Tensors are float32 or float64, as the solver computed.
 
     Attributes:
         values: (k,), the wanted end of the spectrum first: descending for ``which="largest"``.
@@ -21,7 +23,8 @@ class Spectrum:
         residuals: (k,), upper bounds on ‖A v − θ v‖: the computed residual and an allowance for the rounding of one
             product. Some eigenvalue of A lies within ``residuals[i]`` of ``values[i]``.
         pairs_converged: (k,) bool, which pairs meet the tolerance that was asked for.
-        passes: applications of the operator to a block of at most ``block`` columns, all of them counted.
+        passes: applications of the operator to a block of at most ``block`` columns, each one pass over the data of a
+            streamed operator, all of them counted.
         columns: columns multiplied in all of these passes.
         stopped: ``"tolerance"``, ``"energy"``, ``"passes"`` (the allowance ran out) or ``"stalled"`` (nothing is left
             to try: the products are noisier than the tolerance).
@@ -97,8 +100,9 @@ class ConvergenceWarning(UserWarning):
 class ConvergenceError(RuntimeError):
     """The same, where ``strict=True`` was passed.
 
-    Attributes:
-        spectrum: what there is, with honest flags.
+    Args:
+        message: what has not converged, and what to allow for it.
+        spectrum: what there is, with honest flags; kept as the attribute of that name.
 
     Examples:
         >>> A = torch.diag(torch.linspace(1, 2, 200, dtype=torch.float64))

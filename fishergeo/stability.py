@@ -78,6 +78,9 @@ def eigenspace_shift_bound(values: torch.Tensor, m: int, perturbation: float) ->
 class Agreement:
     """Overlap of leading eigenspaces over resamplings, for every dimension j from 1 to m.
 
+    The idea of stability under resampling is that of Ben-Hur et al. (2002), who asked it of clusters. Tensors are float32
+    or wider.
+
     Attributes:
         mean: mean overlap of the top-j spaces (‖U_jᵀV_j‖²/j, see `subspace_overlap`), shape (m,).
         low: lower end of the percentile interval, (m,).
@@ -118,8 +121,8 @@ class Confidence(NamedTuple):
     """Directions and how sure the examples are of each; `SoftProjector(*confidence)` protects them so far.
 
     Attributes:
-        basis: orthonormal columns, leading direction first, (p, m).
-        weights: in [0, 1], (m,).
+        basis: orthonormal columns, leading direction first, (p, m), float32 or wider.
+        weights: in [0, 1], (m,), the same dtype.
 
     Examples:
         >>> fg.SoftProjector(*fg.Confidence(torch.eye(3)[:, :2], torch.tensor([1.0, 0.5]))).rank
@@ -185,6 +188,8 @@ def split_half_agreement(
     samples: torch.Tensor, m: int, generator: torch.Generator, draws: int = 50, level: float = 0.95
 ) -> Agreement:
     """Overlap of the top-m eigenspaces that two random halves of the examples give for F = 1/N Σ x_i x_iᵀ.
+
+    Stability under splitting as Ben-Hur et al. (2002) ask it of clusters, here of subspaces.
 
     The halves share no example, so agreement beyond chance is a property of the distribution. Each half has N/2
     examples: the agreement of the full estimate with another one of its size is higher. A draw costs O(d³) with
@@ -262,7 +267,7 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
 
     With V_b the top-m eigenvectors of resample b, all within the d-dimensional span of the examples, direction u_j has
     the weight (E_b ‖V_bᵀu_j‖² − m/d)/(1 − m/d), clipped to [0, 1]: 1 where every resample's space contains it, 0 where
-    it does no better than a random space of that span. Turning within the leading space costs nothing. Where m = d,
+    it does no better than a random space of that span; this project's own weight, on the bootstrap of Efron (1979). Turning within the leading space costs nothing. Where m = d,
     nothing is left out and every weight is 1. What `bootstrap_agreement` says of flattery holds here too: choose m
     by `split_half_agreement`.
 
@@ -298,6 +303,8 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
 
 def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 0.95) -> Agreement:
     """Overlap of the top-m eigenspaces of operators that were estimated from disjoint parts of the data.
+
+    What :func:`split_half_agreement` asks (after Ben-Hur et al. 2002), of estimates in place of examples.
 
     For two halves this is the split-half agreement of that one split: mean, low and high coincide. More parts give a
     pair of disjoint estimates each and so an interval, for estimates of that size. The parts come from one pass over
@@ -338,8 +345,11 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
 def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Cosines between the updates that several runs (seeds, say) made to each layer; of ΔW_A, if that is passed.
 
+    By definition ⟨Δ, Δ'⟩/(‖Δ‖‖Δ'‖) in the Frobenius inner product.
+
     Args:
-        runs: for every run a mapping from layer name to update, LowRank or dense (p, q), all with the same names.
+        runs: for every run a mapping from layer name to update, LowRank or dense (p, q) of any floating dtype, all with
+            the same names.
 
     Returns:
         For each layer a symmetric tensor (runs, runs) with ones on the diagonal; 0 where an update is zero.

@@ -24,7 +24,7 @@ Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 class StreamingFisher:
-    """Layer name -> an operator whose every product is one pass over the data.
+    """Layer name -> an operator whose every product is one pass over the data: F by its definition, never held.
 
     Indexed by layer it gives that layer's operator. It is no Mapping, lest an eigensolver multiplies layer by layer,
     a pass for each: :meth:`multi_matmul` takes a block for each of several layers and reads the data once for them
@@ -49,7 +49,7 @@ class StreamingFisher:
 
     Attributes:
         sizes: layer -> p, q or pq.
-        passes: how many times the data have been read.
+        passes: how many passes over the data there were.
         traces: layer -> exact trace; filled by the first product that the layer takes part in.
         examples: N, known after the first pass.
         tokens: supervised tokens, likewise.
@@ -155,7 +155,7 @@ class StreamingFisher:
         return {name: one.sums["product"] / self.count for name, one in accumulators.items()}
 
     def diagonals(self) -> dict[str, Tensor]:
-        """The diagonal of every layer's two-sided Fisher, (p, q), in one pass."""
+        """The diagonal of every layer's two-sided Fisher, (p, q), in one pass, in the dtype of products."""
         empty = {
             name: DiagonalAccumulator.empty(self._layouts[name], self.dtype, layer.weight.device)
             for name, layer in self.layers.items()

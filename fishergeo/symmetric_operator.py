@@ -24,9 +24,12 @@ DENSE_LIMIT = 8192
 class SymmetricOperator(abc.ABC):
     """A real symmetric operator, known by its action.
 
+    Powers, inverses and the like are by definition those of its eigenvalues; they are computed in float64 and come back
+    in the operator's dtype. F is the operator, ΔW an update of the layer's weight.
+
     Attributes:
         shape: (size, size).
-        dtype: of its numbers.
+        dtype: floating dtype of its numbers and of its products; what it is multiplied with is cast to it.
         device: where they live.
         side: ``"output"``, ``"input"`` or ``"both"``: which side of W it acts on.
 
@@ -59,10 +62,10 @@ class SymmetricOperator(abc.ABC):
 
     @abc.abstractmethod
     def diagonal(self) -> Tensor:
-        """(size,)."""
+        """The diagonal, (size,)."""
 
     def trace(self) -> Tensor:
-        """Scalar tensor."""
+        """Sum of the diagonal, a scalar tensor."""
         return self.diagonal().sum()
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ class SymmetricOperator(abc.ABC):
         return self._matmat(block[:, None])[:, 0] if other.ndim == 1 else self._matmat(block)
 
     def to_dense(self) -> Tensor:
-        """(size, size)."""
+        """The whole matrix, (size, size)."""
         return self._matmat(torch.eye(self.shape[0], dtype=self.dtype, device=self.device))
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
@@ -168,6 +171,10 @@ class SymmetricOperator(abc.ABC):
     def power(self, exponent: float, damping: float = 0.0) -> SymmetricOperator:
         """(F + damping·I) to a real power, of a positive semi-definite F; rounding below zero is taken as zero.
 
+        Args:
+            exponent: the power.
+            damping: not negative, in the unit of the eigenvalues.
+
         Raises:
             ValueError: for a negative exponent of a singular matrix, or a negative damping.
         """
@@ -188,17 +195,38 @@ class SymmetricOperator(abc.ABC):
     def inverse(self, damping: float = 0.0) -> SymmetricOperator:
         """(F + damping·I)⁻¹.
 
+        Args:
+            damping: not negative, in the unit of the eigenvalues.
+
         Raises:
-            ValueError: if that is singular.
+            ValueError: if that is singular, or for a negative damping.
         """
         return self.power(-1.0, damping)
 
     def solve(self, rhs: Tensor, damping: float = 0.0) -> Tensor:
-        """(F + damping·I)⁻¹ rhs, for a vector (size,) or a block (size, k)."""
+        """(F + damping·I)⁻¹ rhs.
+
+        Args:
+            rhs: a vector (size,) or a block (size, k).
+            damping: as for :meth:`inverse`.
+
+        Returns:
+            The shape of ``rhs``.
+
+        Raises:
+            ValueError: as :meth:`inverse`.
+        """
         return self.inverse(damping) @ rhs
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """The logarithm of det(F + damping·I), scalar; −inf if that is singular."""
+        """The logarithm of det(F + damping·I), scalar; −inf if that is singular.
+
+        Args:
+            damping: not negative, in the unit of the eigenvalues.
+
+        Raises:
+            ValueError: for a negative damping.
+        """
         _check_damping(damping)
         return (self._eigenvalues().clamp_min(0) + damping).log().sum().to(self.dtype)
 
@@ -219,8 +247,11 @@ class DenseOperator(SymmetricOperator):
     """A symmetric matrix held whole.
 
     Args:
-        matrix: (size, size), symmetric.
+        matrix: (size, size), symmetric, which is not checked; any floating dtype, in which products come.
         side: see :class:`SymmetricOperator`.
+
+    Raises:
+        ValueError: if it is not square.
 
     Examples:
         >>> op = fg.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -255,7 +286,7 @@ class DenseOperator(SymmetricOperator):
         return self.matrix @ block
 
     def diagonal(self) -> Tensor:
-        """(size,)."""
+        """The diagonal, (size,)."""
         return self.matrix.diagonal()
 
     def to_dense(self) -> Tensor:
@@ -267,8 +298,11 @@ class SumOperator(SymmetricOperator):
     """Σ w_j F_j, by the products of its terms.
 
     Args:
-        terms: operators of one shape and side.
+        terms: operators of one shape and side. Sums come in the floating dtype of the first.
         weights: one real number each.
+
+    Raises:
+        ValueError: no terms, other than one weight a term, or terms of different shapes or sides.
 
     Examples:
         >>> one = fg.DenseOperator(torch.eye(2))
@@ -311,15 +345,15 @@ class SumOperator(SymmetricOperator):
         return self._total(lambda term: term @ block)
 
     def diagonal(self) -> Tensor:
-        """(size,)."""
+        """The diagonal, (size,)."""
         return self._total(lambda term: term.diagonal())
 
     def trace(self) -> Tensor:
-        """Scalar tensor."""
+        """Sum of the diagonal, a scalar tensor."""
         return self._total(lambda term: term.trace())
 
     def quadratic(self, delta: Any) -> Tensor:
-        """The same sum of the terms' quadratic forms."""
+        """The same sum of the terms' quadratic forms of ``delta``, a scalar; see :meth:`SymmetricOperator.quadratic`."""
         return self._total(lambda term: term.quadratic(delta))
 
 

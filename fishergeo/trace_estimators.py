@@ -26,8 +26,8 @@ class Estimate:
     """A number, or a tensor of numbers, estimated from random probes.
 
     Attributes:
-        value: scalar, or (size,) for a diagonal.
-        error: standard error of each, from the scatter of the samples; zero where the estimate is exact.
+        value: scalar, or (size,) for a diagonal, in the operator's dtype.
+        error: standard error of each, the same shape, from the scatter of the samples; zero where the estimate is exact.
         products: columns that the operator was multiplied with.
 
     Examples:
@@ -54,7 +54,8 @@ def trace(
 ) -> Estimate:
     """tr(A) of a symmetric operator from ``products`` columns, in two or three block products.
 
-    Where ``products`` reaches twice the size, the trace is exact: the basis vectors are multiplied.
+    Where ``products`` reaches twice the size, the trace is exact: the basis vectors are multiplied. XTrace: Epperly,
+    Tropp and Webber (2024); Hutch++: Meyer et al. (2021); Hutchinson (1990).
 
     Args:
         op: an operator, a square tensor, or a function of a (size, c) block.
@@ -132,7 +133,7 @@ def _xtrace(matmul, n: int, half: int, seed: int, dtype: torch.dtype, device: to
 def diagonal(
     op: BlackBox, products: int = 32, method: str = "xdiag", *, size: int | None = None, seed: int = 0
 ) -> Estimate:
-    """diag(A) of a symmetric operator from ``products`` columns.
+    """diag(A) of a symmetric operator from ``products`` columns. XDiag: Epperly, Tropp and Webber (2024).
 
     Args:
         op: an operator, a square tensor, or a function of a (size, c) block.

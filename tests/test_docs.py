@@ -1,4 +1,4 @@
-"""The documentation names every public thing, and its code runs."""
+"""The documentation names every public thing, and its code runs; what docstrings say is test_docstrings' matter."""
 
 import contextlib
 import doctest
@@ -22,12 +22,10 @@ PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_t
 
 
 @pytest.mark.parametrize("package", [fishergeo, alignguard], ids=lambda package: package.__name__)
-def test_every_public_name_is_in_the_reference_and_has_a_docstring(package):
+def test_every_public_name_is_in_the_reference(package):
     reference = (DOCS / "reference" / f"{package.__name__}.md").read_text(encoding="utf-8")
     named = set(re.findall(rf"(?:^::: |- `){package.__name__}\.(\w+)(?=`|$)", reference, re.MULTILINE))
     assert set(package.__all__) <= named, f"not in the reference: {sorted(set(package.__all__) - named)}"
-    bare = [name for name in package.__all__ if not (getattr(package, name).__doc__ or "").strip()]
-    assert not bare, f"no docstring: {bare}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())

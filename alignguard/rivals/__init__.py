@@ -66,6 +66,13 @@ RIVALS: dict[str, type[Rival]] = {
 def make_rival(name: str, settings: Mapping[str, Any] | None = None) -> Rival:
     """A fresh rival by its name.
 
+    Args:
+        name: a key of :data:`RIVALS`, such as ``"ewc"``.
+        settings: its dataclass fields; those left out take their defaults.
+
+    Returns:
+        The rival, for one run.
+
     Raises:
         ValueError: an unknown name, an unknown setting, or a value out of range; each is named.
     """
@@ -79,6 +86,13 @@ def make_rival(name: str, settings: Mapping[str, Any] | None = None) -> Rival:
 
 
 def sweep(name: str) -> list[dict[str, Any]]:
-    """The settings of a rival's tuning sweep: the product of its grid, 12 of them; one empty dict for plain LoRA."""
+    """The settings of a rival's tuning sweep: the product of its grid.
+
+    Args:
+        name: a key of :data:`RIVALS`.
+
+    Returns:
+        12 dicts for :func:`make_rival`; one empty dict for plain LoRA.
+    """
     grid = RIVALS[name].grid
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

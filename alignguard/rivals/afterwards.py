@@ -16,9 +16,12 @@ class OneShot(Rival):
     """Plain LoRA, then AdamW steps on a single alignment example (Safety at One Shot, 2601.01887).
 
     Attributes:
-        steps: how many.
+        steps: how many, at least 1.
         learning_rate: of those steps.
         example: which alignment example, by its place in the run's order.
+
+    Raises:
+        ValueError: fewer than one step, or a learning rate that is negative or not finite.
     """
 
     name: ClassVar[str] = "one-shot"
@@ -33,7 +36,7 @@ class OneShot(Rival):
         check_strength("learning_rate", self.learning_rate)
 
     def finish(self, run: Run) -> None:
-        """Take the steps; the loss is the mean over the response's tokens."""
+        """Take the steps with the model of ``run``; the loss is the mean over the response's tokens."""
         batch = run.batch([run.alignment[self.example % len(run.alignment)]])
         tokens = (batch["labels"][:, 1:] != -100).sum()
         optimizer = torch.optim.AdamW(run.parameters(), lr=self.learning_rate, weight_decay=0.0)

@@ -16,10 +16,14 @@ from alignguard.updates import lora_updates
 class EMA(Rival):
     """The adapter's factors averaged over training: w̄ ← d·w̄ + (1 − d)·w after every step; w̄ is what is kept.
 
-    d = min(decay, (1 + t) / (10 + t)) at step t, so that the start is forgotten in short runs too.
+    d = min(decay, (1 + t) / (10 + t)) at step t, so that the start is forgotten in short runs too. Averages of weights:
+    Polyak and Juditsky 1992; against the loss of safety: Kim et al. 2025 (arXiv 2508.12531).
 
     Attributes:
         decay: in [0, 1]; 0 keeps the last weights.
+
+    Raises:
+        ValueError: a decay outside [0, 1].
     """
 
     name: ClassVar[str] = "ema"
@@ -33,19 +37,19 @@ class EMA(Rival):
         check_strength("decay", self.decay, 1.0)
 
     def start(self, run: Run) -> None:
-        """The average starts at the start."""
+        """The average starts where the ``run`` starts."""
         self.average = [p.detach().float().clone() for p in run.parameters()]
 
     @torch.no_grad()
     def step_done(self, run: Run, step: int) -> None:
-        """Move the average toward the present weights; ``step`` counts from 1."""
+        """Move the average toward the present weights of ``run``; ``step`` counts from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, p in zip(self.average, run.parameters(), strict=True):
             mean.lerp_(p.detach().float().to(mean.device), 1 - decay)
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
-        """Put the average in the place of the last weights."""
+        """Put the average in the place of the last weights of ``run``."""
         for mean, p in zip(self.average, run.parameters(), strict=True):
             p.copy_(mean.to(p.dtype))
 
@@ -56,6 +60,9 @@ class Interpolation(Rival):
 
     Attributes:
         factor: in [0, 1]; 1 is plain LoRA, 0 the aligned model.
+
+    Raises:
+        ValueError: a factor outside [0, 1].
     """
 
     name: ClassVar[str] = "interpolation"
@@ -69,7 +76,7 @@ class Interpolation(Rival):
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
-        """Scale B in every adapted matrix."""
+        """Scale B in every adapted matrix of ``run``."""
         (adapter,) = run.model.active_adapters
         for name in lora_updates(run.model):
             module: Any = run.model.get_submodule(name)

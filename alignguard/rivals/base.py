@@ -59,6 +59,9 @@ class Run:
 class Rival:
     """Plain LoRA; every other rival overrides one or two of these hooks. An instance serves one run.
 
+    ``run`` holds the model and the alignment examples (:class:`alignguard.rivals.Run`), ``step`` counts optimizer steps,
+    ``task`` are the encoded rows to learn.
+
     Attributes:
         name: what tables call it.
         reads_alignment: whether it needs alignment examples.
@@ -77,10 +80,10 @@ class Rival:
         """Before the optimizer is made; the adapter is new, so the model is the aligned one."""
 
     def gradients(self, run: Run, step: int) -> None:
-        """Once an optimizer step: the task's gradients stand in ``.grad``, not clipped yet."""
+        """Once an optimizer step: the task's gradients stand in ``.grad``, not clipped yet; ``step`` counts from 0."""
 
     def step_done(self, run: Run, step: int) -> None:
-        """After the optimizer's step."""
+        """After the optimizer's step; ``step`` counts from 1."""
 
     def finish(self, run: Run) -> None:
         """After training, before the adapter is saved."""

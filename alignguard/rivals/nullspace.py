@@ -38,9 +38,12 @@ class NullSpace(Rival):
     published method also moves the base weights; here only A's start and its freezing are taken over.
 
     Attributes:
-        energy: share of the activations' energy that A must not see.
+        energy: share of the activations' energy that A must not see, in (0, 1].
         examples: alignment examples whose activations are read.
         freeze: keep A where it starts; False lets it train away.
+
+    Raises:
+        ValueError: an energy outside (0, 1], or fewer than one example.
     """
 
     name: ClassVar[str] = "null-space"
@@ -60,7 +63,7 @@ class NullSpace(Rival):
             raise ValueError("energy must lie above 0, or A would not be held at all")
 
     def start(self, run: Run) -> None:
-        """Draw A in the quiet directions, as large as it was."""
+        """Draw A of ``run`` in the quiet directions, as large as it was."""
         covariances = {
             name: operator.input_factor
             for name, operator in fisher_at_start(run, "kfac", "empirical", self.examples).items()

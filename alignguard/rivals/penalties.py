@@ -31,7 +31,10 @@ class L2(UpdatePenalty):
     """strength · Σ ‖ΔW‖²_F: the pull toward W0 that knows nothing of alignment (L2-SP, Li et al. 2018).
 
     Attributes:
-        strength: weight of the sum.
+        strength: weight of the sum, not negative.
+
+    Raises:
+        ValueError: a strength that is negative or not finite.
     """
 
     name: ClassVar[str] = "l2"
@@ -44,7 +47,7 @@ class L2(UpdatePenalty):
         check_strength("strength", self.strength)
 
     def value(self, run: Run) -> Tensor:
-        """Σ ‖ΔW‖² in factors."""
+        """Σ ‖ΔW‖² of ``run``, in factors, times the strength: a scalar in the factors' dtype."""
         return self.strength * torch.stack([d.squared_norm() for d in lora_updates(run.model).values()]).sum()
 
 
@@ -70,9 +73,12 @@ class EWC(UpdatePenalty):
     """strength · Σ F_ij ΔW_ij², F the diagonal Fisher of ΔW at θ0 (Kirkpatrick et al. 2017; EWC-LoRA, 2602.17559).
 
     Attributes:
-        strength: weight of the sum.
+        strength: weight of the sum, not negative.
         examples: alignment examples of the estimate.
         kind: where labels come from, as in :func:`fishergeo.estimate_fisher`.
+
+    Raises:
+        ValueError: a strength that is negative or not finite, or fewer than one example.
     """
 
     name: ClassVar[str] = "ewc"
@@ -92,18 +98,24 @@ class EWC(UpdatePenalty):
         check_count("examples", self.examples)
 
     def start(self, run: Run) -> None:
-        """Estimate F at the aligned weights."""
+        """Estimate F at the aligned weights of ``run``."""
         self.fisher = fisher_at_start(run, self.structure, self.kind, self.examples)
 
     def value(self, run: Run) -> Tensor:
-        """Σ vec(ΔW)ᵀ F vec(ΔW) over layers."""
+        """Σ vec(ΔW)ᵀ F vec(ΔW) over the layers of ``run``, times the strength: a scalar in the factors' dtype."""
         updates = lora_updates(run.model)
         return self.strength * torch.stack([self.fisher[name].quadratic(d) for name, d in updates.items()]).sum()
 
 
 @dataclass
 class KFAC(EWC):
-    """strength · Σ tr(ΔWᵀ S ΔW A), S ⊗ A the KFAC of the alignment data at θ0 (Chen and Garner, 2402.12220)."""
+    """strength · Σ tr(ΔWᵀ S ΔW A), S ⊗ A the KFAC of the alignment data at θ0 (Chen and Garner, 2402.12220).
+
+    Attributes:
+        strength: weight of the sum, not negative.
+        examples: alignment examples of the estimate.
+        kind: where labels come from, as in :func:`fishergeo.estimate_fisher`.
+    """
 
     name: ClassVar[str] = "kfac"
     structure: ClassVar[str] = "kfac"

@@ -38,6 +38,9 @@ class SafeLoRA(Rival):
         unaligned: that model, or its path.
         threshold: cosine, in [0, 1]; layers above it stay as they are.
         projected: after a run, the names of the layers that were projected.
+
+    Raises:
+        ValueError: no ``unaligned`` model, or a threshold outside [0, 1].
     """
 
     name: ClassVar[str] = "safelora"
@@ -55,7 +58,7 @@ class SafeLoRA(Rival):
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
-        """Project the layers that part from the alignment direction.
+        """Project the layers of ``run`` that part from the alignment direction.
 
         Raises:
             ValueError: the unaligned model lacks a layer, or has it in another shape.
@@ -103,6 +106,9 @@ class GradientProjection(Rival):
         examples: alignment examples of each gradient.
         loss: ``"kl"``, KL from the aligned model (zero at the start, as in SafeGrad), or ``"nll"`` of the responses.
         every: optimizer steps from one projection to the next.
+
+    Raises:
+        ValueError: an unknown loss, or a count below 1.
     """
 
     name: ClassVar[str] = "gradient-projection"
@@ -123,7 +129,7 @@ class GradientProjection(Rival):
             raise ValueError(f"loss must be one of {LOSSES}, not {self.loss!r}")
 
     def gradients(self, run: Run, step: int) -> None:
-        """Project ``.grad``."""
+        """Project ``.grad`` of ``run``, in every ``every``-th ``step``."""
         if step % self.every:
             return
         batch = run.batch(run.draw(self.examples, step // self.every))

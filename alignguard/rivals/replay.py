@@ -14,10 +14,14 @@ from alignguard.rivals.base import Encoded, Rival, Run, check_strength
 class Replay(Rival):
     """Alignment examples make up a share of the rows that are trained on; they repeat where there are few.
 
-    Rows are marked, so that the trainer counts those that were read.
+    Rows are marked, so that the trainer counts those that were read. How little of it holds off forgetting: Bethune et al.
+    2025 (arXiv 2502.06042); for safety, Bianchi et al. 2023 (arXiv 2309.07875).
 
     Attributes:
-        share: of all rows, in [0, 1); 0.01, 0.05 and 0.1 are usual.
+        share: of all rows, in [0, 0.99]; 0.01, 0.05 and 0.1 are usual.
+
+    Raises:
+        ValueError: a share outside [0, 0.99].
     """
 
     name: ClassVar[str] = "replay"
@@ -31,7 +35,7 @@ class Replay(Rival):
         check_strength("share", self.share, 0.99)
 
     def rows(self, task: Sequence[Encoded], run: Run) -> list[Encoded]:
-        """The task's rows and after them the replayed ones; the trainer shuffles all."""
+        """The task's rows and after them the replayed ones of ``run``; the trainer shuffles all."""
         count = math.ceil(self.share / (1 - self.share) * len(task))
         replayed = [{**run.alignment[i % len(run.alignment)], "replayed": True} for i in range(count)]
         return [*task, *replayed]

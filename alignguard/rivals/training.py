@@ -92,6 +92,7 @@ def train_rival(
         task_data: what to learn.
         alignment_data: what to keep; None for rivals that do not read it.
         output_dir: receives ``adapter/`` and ``history.json``.
+        tokenizer: of a loaded model.
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         overwrite: allow an output folder that holds something.
@@ -99,6 +100,9 @@ def train_rival(
         seed: of the adapter's start, the data order and the rival.
         trained: adapter that plain LoRA left with these very arguments. A rival that acts after training alone goes
             on from it, and nothing is trained.
+
+    Returns:
+        RivalResult: model, folder, log, step times and how many alignment examples were read.
 
     Raises:
         FileNotFoundError, FileExistsError, TypeError, ValueError: bad input, named, before training.
