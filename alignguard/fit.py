@@ -21,7 +21,7 @@ from alignguard.files import write_text
 from alignguard.fisherfile import load_fisher
 from alignguard.guard import Guard
 from alignguard.loading import adapt, check_device, kind_of, load_model, load_tokenizer, load_weights
-from alignguard.modelcard import add_card_section
+from alignguard.modelcard import add_card_section, card_section
 from alignguard.outputs import claim_output, save_adapter
 from alignguard.runrecord import check_run, claim_run, record_of
 from alignguard.settings import DEFAULT_TRAINING, run_settings, training_arguments
@@ -247,8 +247,9 @@ def fit(
     ready.model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
+    card = card_section(ready.record, guard)  # it measures drift, which sharded models only can all together
     target = output / ("model" if method == "full" else "adapter")
     if trainer.is_world_process_zero():
-        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, ready.record, guard))
+        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
         write_text(output / "history.json", json.dumps(history, indent=1))
     return FitResult(ready.model, guard, target, history, trainer.step_seconds)
