@@ -22,6 +22,7 @@ from alignguard.files import readable
 from alignguard.guard import TERMS, Guard
 from alignguard.loading import check_weights
 from alignguard.lossprobe import honours_item_count
+from alignguard.sharding import check_plugins
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class GuardMixin:
 
     def __init__(self, *args: Any, guard: Guard | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if guard is not None:
+            check_plugins(self.accelerator.state)  # type: ignore[attr-defined]
         self.guard = guard
         self.step_seconds: list[float] = []
         self._step_started = 0.0
