@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from alignguard.files import read_tensors, write_tensors, write_text
 if TYPE_CHECKING:
     from alignguard.guard import Guard
 
+logger = logging.getLogger(__name__)
 STAGING = ".unfinished"
 MARKER = "alignguard_complete.json"
 COUNTERS = "alignguard_guard.json"
@@ -98,7 +101,7 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
     try:
         counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
         kept, extra, version = counters["guard"], counters["extra"], counters["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{folder}: written in format {version}, this alignguard reads up to {FORMAT}; upgrade it")
@@ -151,18 +154,27 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
     guard.running = fg.Fisher.load(folder / RUNNING, device=device, lazy=False) if guard.config.averaging else None
 
 
+def _mark(file: Path) -> list[int]:
+    """Size and checksum of a file."""
+    checksum = 0
+    with file.open("rb") as handle:
+        while part := handle.read(1 << 22):
+            checksum = zlib.crc32(part, checksum)
+    return [file.stat().st_size, checksum]
+
+
 def seal(written: Path, place: Path) -> None:
     """Sync every file of a finished folder, list them in its marker, and move it to its place if it is elsewhere.
 
     Raises:
         OSError: the disk is full, or the place cannot be written.
     """
-    sizes = {}
+    marks = {}
     for file in sorted(path for path in written.rglob("*") if path.is_file()):
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
-        sizes[file.relative_to(written).as_posix()] = file.stat().st_size
-    write_text(written / MARKER, json.dumps({"format": FORMAT, "files": sizes}))
+        marks[file.relative_to(written).as_posix()] = _mark(file)
+    write_text(written / MARKER, json.dumps({"format": FORMAT, "files": marks}))
     if written == place:
         return
     if place.exists():
@@ -177,35 +189,45 @@ def check_complete(folder: Path) -> None:
         folder: of the checkpoint.
 
     Raises:
-        ValueError: no marker, or a file that it lists is missing or of another size.
+        ValueError: no marker, or a file that it lists is missing or is not what was written.
     """
     try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        marks = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} is not a complete checkpoint: its {MARKER} is missing or unreadable") from error
-    for name, size in sizes.items():
+    for name, mark in marks:
         file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
+        if not file.is_file() or file.stat().st_size != mark[0]:
             raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing or cut short")
+        if _mark(file) != mark:
+            raise ValueError(f"{folder} is not a complete checkpoint: {name} is not what was written there")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint of a run; what is incomplete is passed over.
+    """The last complete checkpoint of a run; one that was never finished is passed over.
 
     Args:
         folder: that holds ``checkpoint-N`` folders; it need not exist.
 
     Returns:
         The one with the largest N, or None.
+
+    Raises:
+        ValueError: the only checkpoints that were finished have been damaged since.
     """
     found = []
     for path in folder.glob("checkpoint-*"):
         if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
             found.append((int(match[1]), path))
+    damaged = None
     for _, path in sorted(found, reverse=True):
         try:
             check_complete(path)
-        except ValueError:
+        except ValueError as error:
+            logger.warning("%s; it is passed over", error)
+            damaged = damaged or (error if (path / MARKER).exists() else None)
             continue
         return path
+    if damaged is not None:
+        raise ValueError(f"resume: {damaged}, and there is no other; start anew in another folder, or with overwrite")
     return None

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from alignguard.cli_ablate import add_ablate
 from alignguard.cli_drift import add_drift
 from alignguard.config import GuardConfig
@@ -183,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = COMMANDS.get(args.command) or args.run  # those of other modules carry their own
         run(args)
     except (*BAD_INPUT, OSError, FloatingPointError) as error:
-        print(f"alignguard {arguments[0]}: {error}", file=sys.stderr)
+        tqdm.write(f"alignguard {arguments[0]}: {error}", file=sys.stderr)  # not glued to a progress bar
         return 2 if isinstance(error, BAD_INPUT) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -143,6 +143,8 @@ def run_ablate(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, ValueError: bad options or data, named before the first run.
     """
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, not {args.processes}")
     jobs, bench = _jobs(args), _bench(args)
     head = bench.describe()
     if args.dry_run:

@@ -73,18 +73,16 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     With ``--output r.json`` every answer is put by in ``r.json.answers.jsonl`` as it comes; a run that was cut off goes
     on from there, and the file goes when the report is whole.
     """
-    from peft import PeftModel
-
     from alignguard.driftcheck import DriftReport, driftcheck, load_prompts
     from alignguard.driftpage import compare_text, write_drift
-    from alignguard.fit import load_model
     from alignguard.judges import make_judge
+    from alignguard.loading import load_adapter, load_model
     from alignguard.promptsets import hub_prompts
 
     _unclaimed("--output", args.output, args.overwrite)
     _unclaimed("--html", args.html, args.overwrite)
     if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")
+        raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")  # before the model is read
     before = DriftReport.load(args.before) if args.before is not None else None
     local = args.prompts is None or args.prompts.endswith(".jsonl") or Path(args.prompts).is_file()
     rows = load_prompts(args.prompts) if local else hub_prompts(args.prompts, args.split, args.category)
@@ -93,7 +91,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     judge = make_judge(args.judge, args.judge_model, args.judge_labels)
     model, tokenizer = load_model(args.model)
     if args.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(args.adapter))
+        model = load_adapter(model, args.adapter)
     base = load_model(args.base)[0].eval() if args.base is not None else None
     answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
     report = driftcheck(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,14 @@ STRUCTURES = ("kfac", "gram", "sketch")
 KINDS = ("empirical", "mc", "margin")
 METRICS = ("input-gram", "euclidean")
 PROJECTIONS = ("hard", "soft")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold, and no truth value."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -131,11 +140,11 @@ class GuardConfig:
     def __post_init__(self) -> None:
         choices_of = {"structure": STRUCTURES, "kind": KINDS, "metric": METRICS, "projection": PROJECTIONS}
         for field, choices in choices_of.items():
-            if getattr(self, field) not in choices:
+            if not isinstance(getattr(self, field), str) or getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")
         for field in ("lambda_alignment", "lambda_task", "lambda_collision", "lambda_kl", "beta", "refresh_tolerance"):
             value = getattr(self, field)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            if not (is_number(value) and value >= 0):
                 raise ValueError(f"{field} must be a finite number of at least 0, not {value!r}")
         for field, low, high in (
             ("alpha", 0.0, 1.0),
@@ -144,9 +153,9 @@ class GuardConfig:
             ("averaging", 0.0, 0.99),
         ):
             value = getattr(self, field)
-            if not (isinstance(value, (int, float)) and low <= value <= high):
+            if not (is_number(value) and low <= value <= high):
                 raise ValueError(f"{field} must lie in [{low}, {high}], not {value!r}")
-        if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau)):
+        if not is_number(self.tau):
             raise ValueError(f"tau must be a finite number, not {self.tau!r}")
         counts = (
             "sketch_rank",
@@ -165,7 +174,9 @@ class GuardConfig:
             value = getattr(self, field)
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
-        for field in ("scale_free", "adaptive", "include_router"):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
+        for field in ("whole_update", "scale_free", "adaptive", "include_router"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
         names = self.exclude
@@ -174,7 +185,7 @@ class GuardConfig:
         object.__setattr__(self, "exclude", tuple(names))
         if self.max_drift is not None:
             drift = self.max_drift
-            if isinstance(drift, bool) or not (isinstance(drift, (int, float)) and 0 < drift < math.inf):
+            if not (is_number(drift) and drift > 0):
                 raise ValueError(f"max_drift must be a positive number of nats, not {drift!r}")
             if not (self.lambda_alignment or self.lambda_kl):
                 raise ValueError("max_drift steers lambda_alignment and lambda_kl, and both are 0; give one of them")
@@ -193,8 +204,10 @@ class GuardConfig:
         Raises:
             ValueError: an unknown field, named, or a value out of its range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"GuardConfig fields must be a mapping, not {values!r}")
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(map(str, values)) - known):
             raise ValueError(f"unknown GuardConfig fields {unknown}; known: {sorted(known)}")
         return cls(**values)
 

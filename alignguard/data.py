@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,26 @@ Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]
 
 
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file's text, line ends as they stand.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8; the message names the file.
+    """
+    try:
+        there = Path(path).is_file()
+    except (OSError, ValueError):  # a name longer than the system takes, or with a NUL in it
+        there = False
+    if not there:
+        raise FileNotFoundError(f"no such file: {path!s:.200}")
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read a JSONL file of objects.
 
@@ -24,39 +45,41 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: a line that is not a JSON object; the message names the file and the line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            rows.append(row)
+    for number, line in enumerate(io.StringIO(read_text(path), newline=None), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            words = getattr(error, "msg", None) or str(error)
+            raise ValueError(f"{path}, line {number}: not valid JSON ({words}); give one object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        rows.append(row)
     return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a readable CSV file ({error}); give columns prompt and response") from error
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     """Every row of a source with the name that an error should call it by."""
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                rows: Iterable[Row] = list(csv.DictReader(file))
+            rows: Iterable[Row] = _read_csv(path)
         elif path.suffix in {".jsonl", ".json"}:
             rows = read_jsonl(path)
         else:
+            read_text(path)
             raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; give .jsonl or .csv")
         name = str(path)
-    elif isinstance(source, Mapping) or not isinstance(source, Iterable):
+    elif isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
         raise TypeError(
             f"data must be a path, a datasets.Dataset or an iterable of rows, not {type(source).__name__}; "
             "for a DatasetDict, choose a split"
@@ -67,6 +90,14 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
         if not isinstance(row, Mapping):
             raise TypeError(f"{name}, row {number}: expected a mapping, found {type(row).__name__}")
         yield f"{name}, row {number}", row
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse what no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half a surrogate pair at character {error.start}, which is no text") from error
 
 
 def conversation(row: Row, where: str = "row") -> list[dict[str, str]]:
@@ -86,8 +117,9 @@ def conversation(row: Row, where: str = "row") -> list[dict[str, str]]:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise ValueError(f"{where}: each message needs 'role' and 'content', found {message!r}")
-            if not isinstance(message["content"], str):
-                raise ValueError(f"{where}: 'content' of a message must be text")
+            if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+                raise ValueError(f"{where}: 'role' and 'content' of a message must be text, found {message!r}")
+            check_text(message["content"] + message["role"], where)
         if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
             raise ValueError(f"{where}: 'messages' must end with a non-empty message of the assistant")
         return [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -95,6 +127,7 @@ def conversation(row: Row, where: str = "row") -> list[dict[str, str]]:
         value = row.get(field)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}: no {field!r} (found the fields {sorted(map(str, row))})")
+        check_text(value, where)
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
 
 
@@ -108,9 +141,16 @@ def load_conversations(source: Source, name: str = "data") -> list[list[dict[str
     Raises:
         FileNotFoundError, TypeError, ValueError: each names the file and the row.
     """
-    conversations = [conversation(row, f"{name}: {where}") for where, row in read_rows(source)]
+    try:
+        conversations = [conversation(row, f"{name}: {where}") for where, row in read_rows(source)]
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        if name in str(error):
+            raise
+        kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
+        raise kind(f"{name}: {error}") from error
     if not conversations:
-        raise ValueError(f"{name} is empty; it needs at least one row with a prompt and a response")
+        where = f" ({source})" if isinstance(source, (str, Path)) else ""
+        raise ValueError(f"{name} is empty{where}; it needs at least one row with a prompt and a response")
     return conversations
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from alignguard.capability import is_right
-from alignguard.data import Source
+from alignguard.data import Source, load_conversations
 from alignguard.driftreport import DriftReport, DriftRow
 from alignguard.files import write_text
 from alignguard.generation import PromptBatch, answer_batch, plan_batches, room_for_prompt
@@ -123,6 +123,15 @@ def _base_nll(
     return found
 
 
+def _read(source: Source | None, name: str) -> Source | None:
+    """A source that has been read once and found whole, before anything long starts."""
+    if source is None:
+        return None
+    kept = list(source) if isinstance(source, Iterator) else source
+    load_conversations(kept, name)
+    return kept
+
+
 def driftcheck(
     model: Any,
     tokenizer: Any,
@@ -173,15 +182,22 @@ def driftcheck(
         FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), a resume file of
             another run, or no base where one is needed.
     """
-    if capability_tokens < 1:
-        raise ValueError(f"capability_tokens must be at least 1, found {capability_tokens}")
+    for name, value in (
+        ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("capability_tokens", capability_tokens)
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
     rows = load_prompts(prompts, limit)
+    alignment, task = _read(alignment, "alignment"), _read(task, "task")
+    if alignment is not None and base is None:
+        with adapter_off(model):
+            pass
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
+    plan = _plan(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens)
     answers = _Answers(resume, _fingerprint(model, rows, settings) if resume is not None else "")
     texts = [row["prompt"] for row in rows]
-    plan = _plan(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens)
     with tqdm(total=len(rows), desc="driftcheck", unit="prompt", disable=not progress) as bar:
         for tokens, batch in plan:
             ids = [rows[i]["id"] for i in batch.indices]

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from alignguard.data import read_text
 from alignguard.files import write_text
-from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL
+from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL, VERDICTS
 from alignguard.statistics import Comparison, Estimate, bootstrap, paired
 
 FORMAT = 1
@@ -67,6 +68,28 @@ class DriftRow:
         if measure == "capability":
             return bool(self.correct)
         return self.verdict == (REFUSAL if measure == "refusal" else COMPLIANCE)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _checked(fields: dict[str, Any]) -> DriftRow:
+    """A row out of a file.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+        ValueError: a value of another kind.
+    """
+    row = DriftRow(**fields)
+    text = all(isinstance(value, str) for value in (row.id, row.category, row.prompt, row.text, row.verdict))
+    maybe = all(value is None or isinstance(value, str) for value in (row.rules, row.harm))
+    numbers = all(value is None or _number(value) for value in (row.margin_first, row.margin_whole, row.base_nll))
+    if not (text and maybe and numbers and (row.correct is None or isinstance(row.correct, bool))):
+        raise ValueError(f"row {row.id!r:.80} holds a value of the wrong kind")
+    if row.verdict not in VERDICTS:
+        raise ValueError(f"row {row.id!r:.80} has the verdict {row.verdict!r:.80}")
+    return row
 
 
 @dataclass(frozen=True)
@@ -197,9 +220,20 @@ class DriftReport:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
             names = {entry.name for entry in fields(DriftRow)}
-            rows = tuple(DriftRow(**{k: v for k, v in row.items() if k in names}) for row in content["rows"])
-            return cls(rows, content["settings"], content["kl"], content.get("task"))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            rows = tuple(_checked({k: v for k, v in row.items() if k in names}) for row in content["rows"])
+            kl, task = content["kl"], content.get("task")
+            if not rows:
+                raise ValueError("it has no rows")
+            if len({row.id for row in rows}) < len(rows):
+                raise ValueError("an id stands in it twice")
+            if not isinstance(content["settings"], dict) or not (kl is None or _number(kl)):
+                raise ValueError(f"settings {content['settings']!r:.80}, kl {kl!r:.80}")
+            if task is not None and not all(_number(task[name]) for name in ("accuracy", "loss")):
+                raise ValueError(f"task {task!r:.80}")
+            return cls(rows, content["settings"], kl, task)
+        except KeyError as error:
+            raise ValueError(f"not a DriftCheck report: it has no {error}") from error
+        except (TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a DriftCheck report: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -219,6 +253,6 @@ class DriftReport:
             ValueError: the file is not a report; the message names it.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(read_text(path))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error

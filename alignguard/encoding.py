@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from alignguard.data import IGNORED, Source, collate, encode_messages, load_conversations, read_rows, render_prompt
+from alignguard.objective import model_kind
 
 Encoded = Mapping[str, Any]
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")  # tables of learned positions
 
 
 def pad_rows(rows: Sequence[Encoded], pad_token_id: int, kind: str = "causal") -> dict[str, Tensor]:
@@ -56,35 +61,77 @@ def encode_source(source: Source, name: str, tokenizer: Any, kind: str, max_leng
     """
     if kind == "classification":
         return _encode_labelled(source, name, tokenizer, max_length)
-    conversations = load_conversations(source, name)
-    if kind == "causal":
-        return [encode_messages(tokenizer, messages, max_length) for messages in conversations]
     rows = []
-    for messages in conversations:
-        answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompt = render_prompt(tokenizer, messages[:-1])[-max_length:]
-        rows.append({"input_ids": prompt, "labels": answer[: max_length - len(end)] + end})
+    for number, messages in enumerate(load_conversations(source, name), 1):
+        try:
+            rows.append((_encode_pair if kind == "seq2seq" else encode_messages)(tokenizer, messages, max_length))
+        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+            words = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name}, row {number}: the tokenizer's chat template refuses it ({words})") from error
     return rows
+
+
+def _encode_pair(tokenizer: Any, messages: Sequence[Mapping[str, str]], max_length: int) -> dict[str, Any]:
+    answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prompt = render_prompt(tokenizer, messages[:-1])[-max_length:]
+    return {"input_ids": prompt, "labels": answer[: max_length - len(end)] + end}
 
 
 def _encode_labelled(source: Source, name: str, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     labels: list[Any] = []
-    rows = load_conversations(_with_response(source, labels), name)
+    rows = load_conversations(_with_response(source, name, labels), name)
     return [
         {"input_ids": tokenizer(messages[0]["content"])["input_ids"][:max_length], "labels": label}
         for messages, label in zip(rows, labels, strict=True)
     ]
 
 
-def _with_response(source: Source, labels: list[Any]) -> Iterable[Any]:
+def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
+    """Refuse rows that would reach beyond a model's tables: its vocabulary, its classes, its learned positions.
+
+    Args:
+        model: a Hugging Face model, wrapped by peft or not.
+        rows: encoded for it.
+        name: what an error calls them.
+
+    Raises:
+        ValueError: naming the first row.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    words, kind = inner.get_input_embeddings().num_embeddings, model_kind(inner)
+    places = [
+        module.num_embeddings
+        for path, module in inner.named_modules()
+        if isinstance(module, torch.nn.Embedding) and POSITIONS.search(path)
+    ]
+    room = min([*places, getattr(inner.config, "max_position_embeddings", None) or math.inf]) if places else math.inf
+    for number, row in enumerate(rows, 1):
+        ids = [*row["input_ids"], *(row["labels"] if kind != "classification" else ())]
+        if max(ids, default=0) >= words:
+            raise ValueError(
+                f"{name}, row {number}: token {max(ids)} is beyond the model's vocabulary of {words}; the tokenizer is "
+                "another model's, or call model.resize_token_embeddings(len(tokenizer))"
+            )
+        if kind == "classification" and row["labels"] >= inner.config.num_labels:
+            raise ValueError(
+                f"{name}, row {number}: label {row['labels']} is beyond the model's {inner.config.num_labels} classes, "
+                "numbered from 0; load the model with num_labels=, or mend the row"
+            )
+        if max(len(row["input_ids"]), len(ids) - len(row["input_ids"]) if kind == "seq2seq" else 0) > room:
+            raise ValueError(
+                f"{name}, row {number}: longer than the model's {room} positions; give a max_length of at most {room}"
+            )
+
+
+def _with_response(source: Source, name: str, labels: list[Any]) -> Iterable[Any]:
     """Rows as the reader of conversations wants them; their labels go to ``labels``."""
     for where, row in read_rows(source):
         label = row.get("label")
         if isinstance(label, str) and label.isdigit():  # from a CSV file
             label = int(label)
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise ValueError(f"{where}: 'label' must be a class number from 0 on, found {label!r}")
+            raise ValueError(f"{name}: {where}: 'label' must be a class number from 0 on, found {label!r}")
         labels.append(label)
         yield {"prompt": row.get("prompt"), "response": str(label)}
 

@@ -1,12 +1,14 @@
-"""Text and tensors in files that are written whole or not at all."""
+"""Text and tensors in files that are written whole or not at all, and one named error for those that cannot be read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,3 +63,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+@contextmanager
+def readable(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library says about a file into one error that names it.
+
+    Args:
+        what: the file or folder, as people know it.
+        advice: what to do.
+
+    Raises:
+        ValueError: in place of the library's error; running out of memory stays what it is.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every library below has its own kinds
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} cannot be read ({words[:300]}); {advice}") from error

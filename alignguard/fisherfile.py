@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fishergeo as fg
 from alignguard.config import GuardConfig
 from alignguard.data import pad_id
@@ -103,4 +105,17 @@ def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
         raise ValueError(
             f"fisher: {path} is of another model: {error}; estimate it with `alignguard fisher`"
         ) from error
+    _check_values(path, whole)
     return whole
+
+
+def _check_values(path: str | Path, fisher: fg.Fisher) -> None:
+    """Refuse sums that no estimate can have: NaN, infinity, and negative squares."""
+    for name, accumulator in fisher.accumulators.items():
+        for key, tensor in accumulator.sums.items():
+            advice = "estimate it again with `alignguard fisher`"
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"fisher: {path}: the {key} of {name} is not finite; {advice}")
+            squares = fisher.header.structure in ("gram", "kfac") and tensor.ndim == 2
+            if squares and bool((tensor.diagonal() < 0).any()):
+                raise ValueError(f"fisher: {path}: the {key} of {name} has a negative diagonal; {advice}")

@@ -10,39 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, Seq2SeqTrainingArguments, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from alignguard.checkpoint import latest_checkpoint
 from alignguard.config import GuardConfig
 from alignguard.coverage import coverage_table
 from alignguard.data import Source, pad_id
-from alignguard.encoding import collator, encode_source
+from alignguard.encoding import check_fits, collator, encode_source
 from alignguard.files import write_text
 from alignguard.fisherfile import load_fisher
 from alignguard.guard import Guard
-from alignguard.loading import adapt, load_model
-from alignguard.modelcard import add_card_section
-from alignguard.objective import model_kind
+from alignguard.loading import adapt, check_device, kind_of, load_model, load_tokenizer, load_weights
+from alignguard.modelcard import add_card_section, card_section
 from alignguard.outputs import claim_output, save_adapter
-from alignguard.runrecord import claim_run, record_of
+from alignguard.runrecord import check_run, claim_run, record_of
+from alignguard.settings import DEFAULT_TRAINING, run_settings, training_arguments
 from alignguard.trainer import GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.updates import METHODS
 
 __all__ = ["DEFAULT_TRAINING", "FitResult", "Prepared", "claim_output", "fit", "load_model", "prepare", "save_adapter"]
-
-DEFAULT_TRAINING: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 16,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 10,
-    "logging_steps": 5,
-    "weight_decay": 0.0,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
-FULL_RATE = 2e-5  # learning rate where every weight trains
 
 
 @dataclass(frozen=True)
@@ -142,25 +128,33 @@ def prepare(
     Raises:
         FileNotFoundError, TypeError, ValueError: bad input, named.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}")
     config = config or GuardConfig(seed=seed)
+    if not isinstance(config, GuardConfig):
+        raise TypeError(f"config must be an alignguard.GuardConfig, not {config!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
     if guarded and alignment_data is None:
         raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
-    settings = {**DEFAULT_TRAINING, "disable_tqdm": not progress}
-    if method == "full":
-        settings["learning_rate"] = FULL_RATE
-        if lora:
-            raise ValueError('method="full" trains every weight; leave out lora')
-    if save_every is not None:
-        if save_every < 1:
-            raise ValueError(f"save_every must be at least 1 step, not {save_every}")
-        settings |= {"save_strategy": "steps", "save_steps": save_every, "save_total_limit": 2}
-    settings |= training or {}
-    if unknown := sorted(set(settings) - set(TrainingArguments.__dataclass_fields__)):
-        raise ValueError(f"training: unknown fields {unknown}; see transformers.TrainingArguments")
-    loaded, tokenizer = load_model(model, tokenizer)
-    kind = model_kind(loaded)
+    if method == "full" and lora:
+        raise ValueError('method="full" trains every weight; leave out lora')
+    if fisher is not None and not guarded:
+        raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+        raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
+    if offload is not None:
+        check_device("offload", offload)
+    settings = run_settings(method, training, save_every, progress)
+    # What is quickly read is checked before weights are, which may take minutes.
+    kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
     rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
     kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, config.max_length) if guarded else []  # type: ignore[arg-type]
+    loaded = load_weights(model)
+    if method == "full" and isinstance(loaded, PeftModel):
+        raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
+    check_fits(loaded, rows, "task_data")
+    check_fits(loaded, kept, "alignment_data")
     curvature = None
     if fisher is not None:
         curvature = load_fisher(fisher, loaded, config)
@@ -251,6 +245,9 @@ def fit(
         >>> result.adapter_dir.name, len(result.step_seconds)
         ('adapter', 1)
     """
+    output = Path(output_dir)
+    check_run(output, overwrite=overwrite, resume=resume)
+    found = latest_checkpoint(output / "checkpoints") if resume else None
     ready = prepare(
         model, task_data, alignment_data, config, tokenizer=tokenizer, lora=lora, training=training, method=method,
         offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
@@ -259,22 +256,17 @@ def fit(
     guard = ready.guard
     if guard is not None and progress:
         print(coverage_table(guard.coverage()))
-    output = Path(output_dir)
-    seq2seq = ready.kind == "seq2seq"
-    arguments = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(
-        output_dir=str(output / "checkpoints"), seed=seed, remove_unused_columns=False, **ready.settings
-    )
+    arguments = training_arguments(ready.kind, output / "checkpoints", seed, ready.settings)
     with arguments.main_process_first(desc="output folder"):
         if arguments.process_index == 0:
             claim_run(output, ready.record, overwrite=overwrite, resume=resume)
-    trainer = (GuardSeq2SeqTrainer if seq2seq else GuardTrainer)(
+    trainer = (GuardSeq2SeqTrainer if ready.kind == "seq2seq" else GuardTrainer)(
         model=ready.model,
         args=arguments,
         train_dataset=ready.rows,
         data_collator=collator(pad_id(ready.tokenizer), ready.kind),
         guard=guard,
     )
-    found = latest_checkpoint(output / "checkpoints") if resume else None
     if guard is not None and guard.uses_curvature and found is None and not guard.layers:
         guard.model.to(arguments.device)
         guard.refresh(progress=progress)
@@ -283,8 +275,9 @@ def fit(
     ready.model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
+    card = card_section(ready.record, guard)  # it measures drift, which sharded models only can all together
     target = output / ("model" if method == "full" else "adapter")
     if trainer.is_world_process_zero():
-        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, ready.record, guard))
+        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
         write_text(output / "history.json", json.dumps(history, indent=1))
     return FitResult(ready.model, guard, target, history, trainer.step_seconds)

@@ -18,6 +18,7 @@ from alignguard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.encoding import pad_rows
 from alignguard.freshness import Freshness
 from alignguard.objective import model_kind, response_loss
+from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
 from alignguard.reference import Reference
 from alignguard.updates import Matrix, WeightUpdates
 
@@ -154,9 +155,12 @@ class Guard:
     def begin_step(self, step: int, task_examples: int | None = None) -> None:
         """Tell the guard which optimizer step begins; measures drift and estimates the curvature anew when due.
 
+        With torch.distributed every process must call this alike. Alignment examples are then shared out among them,
+        and all decide by the same numbers.
+
         Args:
             step: optimizer steps done.
-            task_examples: task examples of this step, which adaptive refreshes count their budget in.
+            task_examples: task examples of this step, of all processes, which adaptive refreshes count their budget in.
 
         Raises:
             ValueError: adaptive refreshes without ``task_examples``.
@@ -166,7 +170,8 @@ class Guard:
             self.refresh()
         parted = False
         if self.freshness is not None:
-            self.freshness.spend_on(task_examples)
+            told = self.config.adaptive and task_examples is not None
+            self.freshness.spend_on(agreed(task_examples) if told else task_examples)  # type: ignore[arg-type]
             if self.freshness.may_measure(step, len(self._held.rows)):  # type: ignore[union-attr]
                 parted = self._measure()
         if self.uses_curvature and step >= self._due():
@@ -176,7 +181,7 @@ class Guard:
                 if self.freshness is not None:
                     self._calibrate()
         if self.budget is not None:
-            self.budget.update(step, self.predicted_drift())
+            self.budget.update(step, agreed(self.predicted_drift()))
 
     def _due(self) -> int:
         """The step from which the curvature is to be estimated anew."""
@@ -185,16 +190,17 @@ class Guard:
 
     def _measure(self) -> bool:
         """Measure drift on the examples held back; whether the prediction is off by more than the tolerance."""
-        drift = self._held.drift(range(len(self._held.rows)))  # type: ignore[union-attr]
-        self.examples_read += len(self._held.rows)  # type: ignore[union-attr]
-        predicted = self.predicted_drift()
+        held = range(len(self._held.rows))  # type: ignore[union-attr]
+        drift = pooled_mean(held, self.model, self._held.drift)  # type: ignore[union-attr]
+        self.examples_read += len(held)
+        predicted = agreed(self.predicted_drift())
         if self.budget is not None:
             self.budget.measured(drift, predicted)
         return self.freshness.measured(self.step, drift, predicted)  # type: ignore[union-attr]
 
     def _calibrate(self) -> None:
         """After a refresh: the last drift measured against what the new curvature predicts."""
-        predicted = self.predicted_drift()
+        predicted = agreed(self.predicted_drift())
         self.freshness.calibrate(predicted)  # type: ignore[union-attr]
         if self.budget is not None:
             self.budget.measured(self.freshness.drift, predicted)  # type: ignore[union-attr]
@@ -211,28 +217,32 @@ class Guard:
     def refresh(self, progress: bool = False) -> None:
         """Estimate the Fisher of the next alignment examples at the present weights; one forward and backward each.
 
-        With ``progress`` a bar is shown. Gradients, optimizer state, training mode and random state are left as they were.
+        With ``progress`` a bar is shown. Several processes read a share each. Gradients, optimizer state, training mode
+        and random state are left as they were.
         """
         c = self.config
         chosen = [self.rows[place] for place in self._draw(c.refresh_examples, self.refreshes)]
         rows = sorted(chosen, key=lambda r: len(r["input_ids"]))
-        batches = [self._batch(rows[i : i + c.batch_size]) for i in range(0, len(rows), c.batch_size)]
-        fisher = fg.estimate_fisher(
+        fisher = pooled_fisher(rows, self.model, lambda mine: self._estimate(mine, progress))
+        if c.averaging:
+            fisher = fisher if self.running is None else fisher.merge(self.running.scaled(c.averaging))
+            self.running = fisher
+        self.examples_read += len(rows)
+        self.use_fisher(fisher)
+
+    def _estimate(self, rows: Sequence[Mapping[str, Any]], progress: bool) -> fg.Fisher:
+        c = self.config
+        return fg.estimate_fisher(
             self.model,
-            batches,
+            [self._batch(rows[i : i + c.batch_size]) for i in range(0, len(rows), c.batch_size)],
             structure=c.structure,
             kind=c.kind,
             rank=c.sketch_rank,
             layers=[matrix.layer for matrix in self.updates.matrices.values()],
             loss=response_loss if c.kind == "empirical" else None,
             progress=progress,
-            seed=c.seed + self.step,
+            seed=c.seed + self.step + 1_000_003 * world()[0],  # what is drawn for one share is not drawn for the next
         )
-        if c.averaging:
-            fisher = fisher if self.running is None else fisher.merge(self.running.scaled(c.averaging))
-            self.running = fisher
-        self.examples_read += len(rows)
-        self.use_fisher(fisher)
 
     def use_fisher(self, fisher: Mapping[str, Any]) -> None:
         """Take curvatures that were estimated elsewhere.

@@ -59,8 +59,8 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def add_card_section(folder: Path, record: Mapping[str, Any], guard: Guard | None) -> None:
+def add_card_section(folder: Path, section: str) -> None:
     """Append the section to ``README.md`` of a saved model, which is made if it is not there."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8").rstrip() + "\n\n" if card.is_file() else "# Fine-tuned model\n\n"
-    card.write_text(text + card_section(record, guard), encoding="utf-8")
+    card.write_text(text + section, encoding="utf-8")

@@ -11,22 +11,37 @@ from pathlib import Path
 from typing import Any
 
 
+def check_output(output_dir: str | Path, overwrite: bool = False) -> Path:
+    """Refuse an output folder that cannot be had; nothing is touched.
+
+    Raises:
+        FileExistsError: the folder holds something and ``overwrite`` is false.
+        NotADirectoryError: a file stands at that path or above it.
+        PermissionError: the folder cannot be written.
+        ValueError: no path that the system would take.
+    """
+    path = Path(output_dir)
+    try:
+        place = next(one for one in (path, *path.absolute().parents) if one.exists())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"output_dir {path!s:.80} is no path for a folder ({error})") from error
+    if not place.is_dir():
+        raise NotADirectoryError(f"output_dir {path}: {place} is a file; name a folder")
+    if place == path and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"output_dir {path} is not empty; choose another or allow overwriting (--overwrite)")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"output_dir {path} cannot be written")
+    return path
+
+
 def claim_output(output_dir: str | Path, overwrite: bool = False) -> Path:
     """Make the output folder, refusing to touch what is there.
 
     Raises:
-        FileExistsError: the folder holds something and ``overwrite`` is false.
-        NotADirectoryError: a file stands at that path.
-        PermissionError: the folder cannot be written.
+        FileExistsError, NotADirectoryError, PermissionError, ValueError: as :func:`check_output`.
     """
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output_dir {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"output_dir {path} is not empty; choose another or allow overwriting (--overwrite)")
+    path = check_output(output_dir, overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"output_dir {path} cannot be written")
     return path
 
 

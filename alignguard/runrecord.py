@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.files import write_text
-from alignguard.outputs import claim_output
+from alignguard.outputs import check_output, claim_output
 
 RECORD = "run.json"
 
@@ -38,6 +38,33 @@ def _digest(rows: Sequence[Any]) -> dict[str, Any]:
     return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of an earlier run.
+
+    Raises:
+        ValueError: damaged.
+    """
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"resume: {path} is damaged ({error}); start anew in another folder") from error
+    if not isinstance(there, dict):
+        raise ValueError(f"resume: {path} is damaged (no mapping); start anew in another folder")
+    return there
+
+
+def check_run(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
+    """What can be known of :func:`claim_run` before anything is loaded; nothing is touched.
+
+    Raises:
+        FileExistsError, NotADirectoryError, PermissionError, ValueError: as :func:`claim_run`.
+    """
+    there = resume and (output_dir / RECORD).is_file()
+    check_output(output_dir, overwrite or there)
+    if there:
+        read_record(output_dir / RECORD)
+
+
 def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Path:
     """Make or take over the output folder of a run and write its record there.
 
@@ -48,12 +75,7 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
     """
     path = Path(output_dir) / RECORD
     if resume and path.is_file():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"resume: {path} is damaged ({error}); start anew in another folder") from error
-        if not isinstance(there, dict):
-            raise ValueError(f"resume: {path} is damaged (no mapping); start anew in another folder")
+        there = read_record(path)
         differ = sorted(name for name in record.keys() | there.keys() if record.get(name) != there.get(name))
         if differ:
             raise ValueError(f"resume: {output_dir} holds a run with other {', '.join(differ)}; resume it as it was")

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import logging
+import operator
 import shutil
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from alignguard.checkpoint import MARKER, STAGING, check_complete, load_guard, save_guard, seal
+from alignguard.checkpoint import COUNTERS, MARKER, STAGING, check_complete, load_guard, save_guard, seal
+from alignguard.files import readable
 from alignguard.guard import TERMS, Guard
+from alignguard.loading import check_weights
 from alignguard.lossprobe import honours_item_count
+from alignguard.sharding import check_plugins
 
 logger = logging.getLogger(__name__)
+
+
+def _readable(path: str | Path | None) -> AbstractContextManager[None]:
+    return readable(f"resume: {path}", "resume from another checkpoint, or start anew in another folder")
 
 
 class _GuardCallback(TrainerCallback):
@@ -65,6 +76,8 @@ class GuardMixin:
 
     def __init__(self, *args: Any, guard: Guard | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if guard is not None:
+            check_plugins(self.accelerator.state)  # type: ignore[attr-defined]
         self.guard = guard
         self.step_seconds: list[float] = []
         self._step_started = 0.0
@@ -197,14 +210,22 @@ class GuardMixin:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it.
 
-        ``resume_from_checkpoint`` is a checkpoint's folder, True for the latest, or None. transformers 5.23 would take one more step from there.
+        ``resume_from_checkpoint`` is a checkpoint's folder, True for the latest, or None. transformers 5.23 would take
+        one more step from there.
+
+        Raises:
+            ValueError: a checkpoint that is not whole, or whose files are not what they should be.
         """
         if isinstance(resume_from_checkpoint, (str, Path)):
-            saved = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-            if saved.is_file():
-                state = TrainerState.load_from_json(str(saved))
-                if 0 < state.max_steps <= state.global_step:
-                    self._load_from_checkpoint(str(resume_from_checkpoint))
+            folder = Path(resume_from_checkpoint)
+            if (folder / TRAINER_STATE_NAME).is_file():
+                with _readable(folder / TRAINER_STATE_NAME):
+                    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+                    if not isinstance(state.log_history, list) or not isinstance(state.train_batch_size, int):
+                        raise TypeError("log_history or train_batch_size is missing")
+                    done = 0 < operator.index(state.max_steps) <= operator.index(state.global_step)
+                if done:
+                    self._load_from_checkpoint(str(folder))
                     self.state = state
                     return TrainOutput(state.global_step, float("nan"), {})
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -214,21 +235,42 @@ class GuardMixin:
         sums = {name: float(value) for name, value in self._term_sums.items()}
         return {"step_seconds": self.step_seconds, "term_sums": sums, "term_counts": self._term_counts}
 
+    def _is_ours(self, folder: Path) -> bool:
+        return self.guard is not None or (folder / MARKER).exists()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The trainer's own loading, and the guard's state.
 
         Raises:
-            ValueError: a checkpoint without its marker, or of another guard.
+            ValueError: a checkpoint that is not whole, whose files are not what they should be, or of another guard.
         """
-        ours = self.guard is not None or (Path(resume_from_checkpoint) / MARKER).exists()
+        folder, ours = Path(resume_from_checkpoint), self._is_ours(Path(resume_from_checkpoint))
         if ours:
-            check_complete(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            check_complete(folder)
+        trained = self.model  # type: ignore[attr-defined]
+        active = list(trained.active_adapters) if isinstance(trained, PeftModel) else []
+        with _readable(folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            if len(active) > 1:  # the trainer leaves only the first of them active
+                trained.base_model.set_adapter(active)
+            elif active and (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+                check_weights(folder, set(load_peft_weights(str(folder), device="cpu")), trained)
         if ours:
-            kept = load_guard(Path(resume_from_checkpoint), self.guard)
-            self.step_seconds = list(kept["step_seconds"])
-            self._term_sums = {name: torch.tensor(value) for name, value in kept["term_sums"].items()}
-            self._term_counts = kept["term_counts"]
+            kept = load_guard(folder, self.guard)
+            with _readable(folder / COUNTERS):
+                self.step_seconds = [float(seconds) for seconds in kept["step_seconds"]]
+                self._term_sums = {name: torch.tensor(float(value)) for name, value in kept["term_sums"].items()}
+                self._term_counts = operator.index(kept["term_counts"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The trainer's own, its errors named."""
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The trainer's own, its errors named."""
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
 
 class GuardTrainer(GuardMixin, Trainer):

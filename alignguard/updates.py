@@ -31,6 +31,7 @@ from alignguard.adapters import (
     turned,
     whole,
 )
+from alignguard.sharding import check_parameters
 
 __all__ = ["Matrix", "WeightUpdates", "base_name", "lora_updates", "plain_name"]
 
@@ -101,6 +102,7 @@ class WeightUpdates:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, not {method!r}")
+        check_parameters(model)
         self.model, self.exclude, self.include_router, self.offload = model, tuple(exclude), include_router, offload
         self.matrices: dict[str, Matrix] = {}
         self.skipped: dict[str, str] = {}
@@ -278,19 +280,29 @@ class WeightUpdates:
             for own, stack in module.named_parameters(recurse=False):
                 if stack.ndim == 3 and stack.requires_grad and "experts" in name and not self._left_out(name, module):
                     flip = getattr(module, "is_transposed", False)
-                    self._add_experts(f"{name}.{own}", stack, flip, kind)
+                    self._add_experts(f"{name}.{own}", module, own, flip, kind)
 
     def _add_matrix(self, name: str, module: nn.Module, weight: Tensor, kind: str) -> None:
         reference = self._keep(name, weight)
         rows, columns = oriented(module, reference).shape
 
         def read() -> Tensor:
-            return oriented(module, whole(weight) - whole(reference.to(weight.device)))
+            # asked of the module each time: fully_shard puts other parameters in the place of these
+            now: Tensor = module.weight  # type: ignore[assignment]
+            return oriented(module, whole(now) - whole(reference.to(now.device)))
 
         self.matrices[name] = Matrix(name, name, kind, (rows, columns), None, read, lambda: oriented(module, reference))
 
-    def _add_experts(self, name: str, stack: Tensor, flip: bool, kind: str) -> None:
+    def _add_experts(self, name: str, module: nn.Module, own: str, flip: bool, kind: str) -> None:
+        stack = getattr(module, own)
         reference = self._keep(name, stack)
+
+        def read(expert: int) -> Tensor:
+            now = getattr(module, own)
+            if hasattr(now, "full_tensor"):
+                return turned((whole(now) - whole(reference))[expert], flip)
+            return turned(whole(now[expert]) - whole(reference[expert].to(now.device)), flip)
+
         rows, columns = (stack.shape[2], stack.shape[1]) if flip else (stack.shape[1], stack.shape[2])
         for expert in range(len(stack)):
             self.matrices[f"{name}.{expert}"] = Matrix(
@@ -299,7 +311,7 @@ class WeightUpdates:
                 f"{kind} of an expert",
                 (rows, columns),
                 None,
-                lambda e=expert: turned(whole(stack[e]) - whole(reference[e].to(stack.device)), flip),  # type: ignore[misc]
+                lambda e=expert: read(e),  # type: ignore[misc]
                 lambda e=expert: turned(reference[e], flip),  # type: ignore[misc]
             )
 

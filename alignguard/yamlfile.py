@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from alignguard.data import read_text
+
 
 def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Make the values of a YAML file the defaults of a command.
@@ -16,12 +18,14 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         FileNotFoundError, ValueError: no such file, not a mapping, an unknown option, or a value of another kind; each
             is named.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: no such file: {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML ({error})") from error
+        text = read_text(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--config: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
+        raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected options and values, found {type(values).__name__}")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -25,12 +25,14 @@ class _Layout:
         additive: whether sums add up; else whole states are gathered and merged.
         places: layer -> sum -> index into ``tensors``; layers that share a sum have the same index.
         tensors: (shape, dtype) of every tensor.
+        counts: index -> value of the tensors that are one number.
     """
 
     header: FisherHeader
     additive: bool
     places: dict[str, dict[str, int]]
     tensors: list[tuple[tuple[int, ...], torch.dtype]]
+    counts: dict[int, float]
 
 
 def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) -> Fisher:
@@ -40,8 +42,8 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
     Shards may be of any size. A process whose shard is empty passes None.
 
     Sums (gram, diagonal, KFAC) travel in one flat all-reduce a dtype and equal those of one process over all the data
-    up to the order of additions; sums that layers share travel once and stay shared. Counts travel as Python numbers
-    with the header, so they are exact. The other structures are no plain sums: every process gathers all states and
+    up to the order of additions; sums that layers share travel once and stay shared. Counts, KFAC's tokens among them,
+    travel as Python numbers with the header, so they are exact, and KFAC takes one all-reduce. The other structures are no plain sums: every process gathers all states and
     merges them in the order of the ranks as :meth:`Fisher.merge` does. A merged sketch never exceeds F, its trace is
     exact, and it equals F where no process had to drop anything; EKFAC needs the same bases everywhere
     (``basis=fg.all_reduce(kfac)``). Memory: one copy of the sums, or one a process where states are gathered.
@@ -98,7 +100,7 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
         return reduce(Fisher.merge, shards)
     if not tensors:
         tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in first.tensors]
-    total = _summed(tensors, transport, group)
+    total = _summed(tensors, list(known.values()), transport, group)
     header = replace(
         first.header,
         examples=sum(one.header.examples for one in known.values()),
@@ -120,7 +122,9 @@ def _describe(fisher: Fisher) -> tuple[_Layout, list[Tensor]]:
                 index[id(tensor)] = len(tensors)
                 tensors.append(tensor)
             places[name][key] = index[id(tensor)]
-    return _Layout(fisher.header, additive, places, [(tuple(t.shape), t.dtype) for t in tensors]), tensors
+    shapes = [(tuple(t.shape), t.dtype) for t in tensors]
+    counts = {i: float(tensor) for i, tensor in enumerate(tensors) if tensor.shape == (1,)}
+    return _Layout(fisher.header, additive, places, shapes, counts), tensors
 
 
 def _check_alike(known: dict[int, _Layout]) -> None:
@@ -160,13 +164,21 @@ def _unflatten(flat: Tensor, layout: list[tuple[tuple[int, ...], torch.dtype]], 
             start = stop
 
 
-def _summed(tensors: list[Tensor], transport: torch.device, group: dist.ProcessGroup | None) -> list[Tensor]:
-    layout = [(tuple(t.shape), t.dtype) for t in tensors]
+def _summed(
+    tensors: list[Tensor], layouts: list[_Layout], transport: torch.device, group: dist.ProcessGroup | None
+) -> list[Tensor]:
     total: list[Any] = [None] * len(tensors)
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        flat = _flat(tensors, dtype, transport)
+    for i in layouts[0].counts:
+        total[i] = torch.full_like(tensors[i], sum(layout.counts[i] for layout in layouts))
+    large = [i for i in range(len(tensors)) if total[i] is None]
+    summed: list[Any] = [None] * len(large)
+    shapes = [layouts[0].tensors[i] for i in large]
+    for dtype in dict.fromkeys(dtype for _, dtype in shapes):
+        flat = _flat([tensors[i] for i in large], dtype, transport)
         dist.all_reduce(flat, group=group)
-        _unflatten(flat.to(tensors[0].device), layout, total)
+        _unflatten(flat.to(tensors[0].device), shapes, summed)
+    for i, tensor in zip(large, summed, strict=True):
+        total[i] = tensor
     return total
 
 

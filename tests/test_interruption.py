@@ -12,7 +12,9 @@ from architectures import make, move
 from forked import kill_at, run
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from alignguard import GuardConfig, fit
 from alignguard.checkpoint import MARKER, check_complete, latest_checkpoint, load_guard, save_guard
@@ -80,9 +82,33 @@ def test_an_incomplete_checkpoint_is_passed_over_and_refused(tmp_path, data):
         check_complete(latest)
     assert latest_checkpoint(folder / "checkpoints") == earlier
     (earlier / MARKER).unlink()
+    with pytest.raises(ValueError, match=r"resume.*checkpoint-6.*no other"):  # finished, and damaged since
+        latest_checkpoint(folder / "checkpoints")
+    (latest / MARKER).unlink()
     assert latest_checkpoint(folder / "checkpoints") is None
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         check_complete(earlier)
+
+
+def test_several_adapters_are_resumed_together(tmp_path, data, tokenizer):
+    def two():
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(data["model"])
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+        return model
+
+    def weights(folder):
+        done = fit(two(), data["task"], data["alignment"], CONFIG, folder, tokenizer=tokenizer,
+                   training={**TRAINING, "max_steps": 4}, save_every=2, resume=True)  # fmt: skip
+        return {n: p.detach().clone() for n, p in done.model.named_parameters() if "lora_" in n}
+
+    whole = weights(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "checkpoint-4")
+    resumed = weights(tmp_path / "whole")
+    assert any("other" in n and "lora_B" in n and p.any() for n, p in whole.items())
+    assert all(torch.equal(resumed[n], p) for n, p in whole.items())
 
 
 def test_another_run_is_never_resumed(tmp_path, data):

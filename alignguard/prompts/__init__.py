@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.capability import MATCHES
-from alignguard.data import read_jsonl
+from alignguard.data import check_text, read_jsonl
 
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
 PACKAGED = ("unsafe", "borderline", "ordinary", "capability")
@@ -22,6 +22,7 @@ def _checked(row: Any, where: str, number: int) -> dict[str, Any]:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: no 'prompt' (found the fields {sorted(map(str, row))})")
+    check_text(prompt, where)
     category = row.get("category")
     if category not in CATEGORIES:
         raise ValueError(f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")

@@ -1,0 +1,108 @@
+"""The Trainer's settings of a run: defaults, what is given in their place, and what is wrong with that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from alignguard.config import is_number
+
+DEFAULT_TRAINING: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
+    "logging_steps": 5,
+    "weight_decay": 0.0,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+FULL_RATE = 2e-5  # learning rate where every weight trains
+OWN = {"output_dir": "output_dir", "seed": "seed", "remove_unused_columns": None}  # set by fit, and its name for them
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Check = tuple[Callable[[Any], bool], str]
+AT_LEAST_ONE: Check = (lambda v: _whole(v) and v >= 1, "a whole number of at least 1")
+AT_LEAST_ZERO: Check = (lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
+POSITIVE: Check = (lambda v: is_number(v) and v > 0, "a finite number above 0")
+CHECKS: dict[str, Check] = {
+    "learning_rate": AT_LEAST_ZERO,
+    "weight_decay": AT_LEAST_ZERO,
+    "max_grad_norm": AT_LEAST_ZERO,
+    "warmup_steps": AT_LEAST_ZERO,
+    "num_train_epochs": POSITIVE,
+    "max_steps": (lambda v: _whole(v) and (v >= 1 or v == -1), "a whole number of at least 1, or -1 for none"),
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "logging_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "save_total_limit": (lambda v: v is None or (_whole(v) and v >= 1), "a whole number of at least 1, or None"),
+}
+
+
+def run_settings(
+    method: str, training: Mapping[str, Any] | None, save_every: int | None, progress: bool
+) -> dict[str, Any]:
+    """Fields of ``transformers.TrainingArguments`` of a run.
+
+    Args:
+        method: ``"lora"`` or ``"full"``, which decides the default learning rate.
+        training: fields that replace the defaults.
+        save_every: optimizer steps between checkpoints; None keeps none.
+        progress: show the Trainer's bar.
+
+    Raises:
+        TypeError, ValueError: an unknown field, one that :func:`alignguard.fit` sets itself, or a value out of range;
+            named.
+    """
+    if training is not None and not isinstance(training, Mapping):
+        raise TypeError(f"training must map fields of transformers.TrainingArguments to values, not {training!r}")
+    given = dict(training or {})
+    settings = {**DEFAULT_TRAINING, "disable_tqdm": not progress}
+    if method == "full":
+        settings["learning_rate"] = FULL_RATE
+    if save_every is not None:
+        if not AT_LEAST_ONE[0](save_every):
+            raise ValueError(f"save_every must be a whole number of steps, at least 1, not {save_every!r}")
+        settings |= {"save_strategy": "steps", "save_steps": save_every, "save_total_limit": 2}
+    if unknown := sorted(set(map(str, given)) - set(TrainingArguments.__dataclass_fields__)):
+        raise ValueError(f"training: unknown fields {unknown}; see transformers.TrainingArguments")
+    if taken := sorted(set(given) & set(OWN)):
+        instead = OWN[taken[0]]
+        raise ValueError(
+            f"training: {taken[0]} is set by fit; " + (f"give {instead}= to it" if instead else "leave it out")
+        )
+    for name, value in given.items():
+        holds, words = CHECKS.get(name, (lambda v: True, ""))
+        if not holds(value):
+            raise ValueError(f"training: {name} must be {words}, not {value!r}")
+    return settings | given
+
+
+def training_arguments(kind: str, output_dir: Path, seed: int, settings: Mapping[str, Any]) -> TrainingArguments:
+    """The Trainer's arguments; nothing is written.
+
+    Raises:
+        ValueError: what transformers finds wrong with them.
+    """
+    arguments = Seq2SeqTrainingArguments if kind == "seq2seq" else TrainingArguments
+    try:
+        made = arguments(output_dir=str(output_dir), seed=seed, remove_unused_columns=False, **settings)
+        for integration in get_reporting_integration_callbacks(made.report_to):
+            integration()  # as the Trainer will, too late
+        return made
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"training: transformers.TrainingArguments refuses these settings ({' '.join(str(error).split())[:300]})"
+        ) from error
