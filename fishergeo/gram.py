@@ -108,24 +108,23 @@ class HalfGram:
 def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues, descending, and their vectors, of a dense symmetric matrix.
 
-    All pairs by divide and conquer in float64. A few (up to a quarter) on the CPU by LAPACK's driver for a range of
-    eigenvalues, in the matrix's own precision, which is the precision its sums were formed in.
+    On the CPU in the matrix's own precision, which is the precision its sums were formed in: all pairs by LAPACK's
+    divide and conquer, a few (up to a quarter) by its driver for a range of eigenvalues. Elsewhere in float64, since
+    solvers of GPUs have failed on matrices of low rank in float32.
 
     Args:
-        matrix: (d, d); its lower triangle is read.
+        matrix: (d, d), symmetric.
         k: 1 to d.
 
     Returns:
         (values (k,), vectors (d, k)) in the matrix's dtype.
     """
     size = len(matrix)
-    if matrix.device.type == "cpu" and 4 * k <= size and not matrix.requires_grad and matrix.dtype in _SYRK:
-        values, vectors = scipy.linalg.eigh(
-            matrix.numpy(), subset_by_index=(size - k, size - 1), driver="evr", check_finite=False
-        )
-        return (
-            torch.from_numpy(values).to(matrix.dtype).flip(0),
-            torch.from_numpy(vectors).to(matrix.dtype).flip(1).contiguous(),
-        )
-    every, basis = torch.linalg.eigh(matrix.double())
-    return every.flip(0)[:k].to(matrix.dtype), basis.flip(1)[:, :k].to(matrix.dtype)
+    if matrix.device.type == "cpu" and not matrix.requires_grad and matrix.dtype in _SYRK:
+        # The transpose of a symmetric matrix is itself, and in the order of memory that LAPACK wants.
+        few: dict[str, Any] = {"driver": "evr", "subset_by_index": (size - k, size - 1)} if 4 * k <= size else {}
+        values, vectors = scipy.linalg.eigh(matrix.numpy().T, check_finite=False, **({"driver": "evd"} | few))
+        found = torch.from_numpy(values).to(matrix.dtype), torch.from_numpy(vectors).to(matrix.dtype)
+    else:
+        found = tuple(each.to(matrix.dtype) for each in torch.linalg.eigh(matrix.double()))
+    return found[0].flip(0)[:k], found[1].flip(1)[:, :k]

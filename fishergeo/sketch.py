@@ -44,7 +44,7 @@ def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
         omega: Ω, the same shape, its columns orthonormal or nearly so.
 
     Returns:
-        (size, columns), the dtype of ``product``; computed in float64.
+        (size, columns), the dtype of ``product``; the core is formed and factored in float64.
 
     Raises:
         FloatingPointError: if Ωᵀ Y is far from positive semi-definite.
@@ -53,15 +53,15 @@ def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(y)
     if not bool(norm > 0):
         return torch.zeros_like(product)
-    shift = torch.finfo(product.dtype).eps * norm
+    core, own = w.T @ y, w.T @ w
+    core = (core + core.T) / 2
+    shift = float(torch.finfo(product.dtype).eps * norm)
     for _ in range(6):
-        shifted = y + shift * w
-        core = w.T @ shifted
-        factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+        factor, failed = torch.linalg.cholesky_ex(core + shift * own)
         if not int(failed):
-            return (
-                torch.linalg.solve_triangular(factor.T, shifted, upper=True, left=False).to(product.dtype).contiguous()
-            )
+            # Backward stable: rounding of the dtype moves the core by no more than the shift does.
+            shifted, upper = torch.add(product, omega, alpha=shift), factor.T.to(product.dtype)
+            return torch.linalg.solve_triangular(upper, shifted, upper=True, left=False).contiguous()
         shift = shift * 10
     raise FloatingPointError("the sketch is not positive semi-definite: was something that is not added to it?")
 

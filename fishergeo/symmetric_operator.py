@@ -94,8 +94,8 @@ class SymmetricOperator(abc.ABC):
             k: how many, all by default.
 
         Returns:
-            (values (k,), vectors (size, k)), in the operator's dtype; computed in float64 unless k is at most a
-            quarter of the size, see :func:`fishergeo.gram.leading_pairs`.
+            (values (k,), vectors (size, k)), in the operator's dtype and, on the CPU, of its precision; see
+            :func:`fishergeo.gram.leading_pairs`.
 
         Raises:
             ValueError: if k is not between 1 and the size.
@@ -377,5 +377,7 @@ def checked_rank(k: int | None, most: int) -> int:
 
 def fix_signs(vectors: Tensor) -> Tensor:
     """Columns flipped so that each one's entry of largest magnitude is positive."""
-    peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(peak < 0, -1, 1).to(vectors.dtype)
+    if not vectors.numel():
+        return vectors
+    negative = -vectors.amin(0, keepdim=True) > vectors.amax(0, keepdim=True)
+    return vectors * torch.where(negative, -1, 1).to(vectors.dtype)
