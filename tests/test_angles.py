@@ -251,3 +251,13 @@ def test_messages_print_the_dimensions():
         fg.principal_angles(u.expand(2, 5, 2), u.expand(3, 5, 2))
     with pytest.raises(ValueError, match=r"^u or v has no columns"):
         fg.subspace_overlap(u, u[:, :0])
+
+
+def test_each_matrix_of_a_batch_has_the_gradient_it_has_alone():
+    x, y = (torch.stack([orthonormal(seed + i, 5, 2) for i in range(3)]).requires_grad_() for seed in (0, 10))
+    fg.principal_angles(x, y).square().sum().backward()
+    for i in range(3):
+        a, b = (z[i].detach().clone().requires_grad_() for z in (x, y))
+        fg.principal_angles(a, b).square().sum().backward()
+        assert_close(x.grad[i], a.grad, 1e-12)
+        assert_close(y.grad[i], b.grad, 1e-12)

@@ -223,6 +223,16 @@ def test_levels_outside_the_open_interval_are_refused(agree, level):
         agree(gaussian(0, 8, 4), 1, seeded(), level=level)
     with pytest.raises(ValueError, match="level must be"):
         fg.shard_agreement([fg.DenseOperator(torch.eye(4))] * 2, 1, level=level)
+    with pytest.raises(ValueError, match="m must be"):
+        fg.shard_agreement([fg.DenseOperator(torch.eye(4))] * 2, 5)
+    with pytest.raises(ValueError, match=r"shards\[1\] has shape \(3, 3\), shards\[0\] \(4, 4\)"):
+        fg.shard_agreement([fg.DenseOperator(torch.eye(4)), fg.DenseOperator(torch.eye(3))], 1)
+
+
+def test_the_shift_bound_of_a_closed_gap_says_nothing_even_without_a_perturbation():
+    values = torch.tensor([2.0, 1.0, 1.0])
+    assert fg.eigenspace_shift_bound(values, 2, 0.0) == pytest.approx(2**0.5)
+    assert fg.eigenspace_shift_bound(values, 1, 0.5) == pytest.approx(1.0)  # twice the perturbation closes the gap
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1])
