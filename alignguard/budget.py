@@ -42,7 +42,7 @@ class DriftBudget:
     length: float = 0.0
     slope: float = 0.0
     step: int = -1
-    gain: float = 0.1
+    gain: float = 0.3
     horizon: float = 10.0
     smooth: float = 5.0
     trust: float = 0.5
