@@ -114,7 +114,7 @@ FAULTS = """(() => {
         'cut off': all('*').some(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.katex') && !scrolls(e)),
         'a broken image': [...document.images].some(i => !i.complete || !i.naturalWidth),
         'an image without words': all('img').some(i => !i.alt) || all('figure svg').some(s => !s.querySelector('title')),
-        'broken mathematics': all('.katex-error').length > 0 || all(':not(code, pre) > .arithmatex').some(m => !m.querySelector('.katex')),
+        'broken mathematics': all('.katex-error').length > 0 || all('.arithmatex').some(m => !m.querySelector('.katex')),
         'a role of another markup': /:(func|class|meth|attr|data):/.test(document.querySelector('article').innerText),
     };
     return Object.keys(faults).filter(name => faults[name]).join(', ');
