@@ -225,7 +225,8 @@ def fit(
         FitResult: model, guard, folder, log and step times.
 
     Raises:
-        FileNotFoundError, FileExistsError, TypeError, ValueError: bad input, named, before training.
+        FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, TypeError, ValueError: bad input, named,
+            before training.
         FloatingPointError: NaN or infinity in the loss.
         OSError: saving failed; nothing half-written stays.
 

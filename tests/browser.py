@@ -12,7 +12,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--remote-debugging-pipe",
+    "--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND",  # the network is cut
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class Browser:
         os.close(theirs_in)
         os.close(theirs_out)
         self.buffer, self.count, self.session = b"", 0, None
-        self.complaints, self.outside, self.loaded = [], [], False
+        self.complaints, self.outside, self.requests, self.loaded = [], [], {}, False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -86,8 +86,10 @@ class Browser:
             self.complaints.append(str(parameters["args"]))
         elif event == "Log.entryAdded" and parameters["entry"]["level"] == "error":
             self.complaints.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
+        elif event == "Network.loadingFailed" and not parameters.get("canceled"):
+            self.complaints.append(f"{self.requests.get(parameters['requestId'])}: {parameters['errorText']}")
         elif event == "Network.requestWillBeSent":
-            url = parameters["request"]["url"]
+            url = self.requests[parameters["requestId"]] = parameters["request"]["url"]
             if not url.startswith(("file:", "data:", "blob:", "about:")):
                 self.outside.append(url)
         elif event == "Page.loadEventFired":

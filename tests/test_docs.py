@@ -34,8 +34,10 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
     space = {"__name__": "__docs__"}
     for options, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         assert 'exec="on"' in options, "every python block is executed when the site is built"
-        with contextlib.redirect_stdout(io.StringIO()):
+        assert "sep=" not in code, "the site's print joins by blanks whatever sep says; join the words yourself"
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(compile(code, str(page), "exec"), space)
+        assert said.getvalue() or 'result="text"' not in options, "the page would show an empty box"
 
 
 def public(package):
