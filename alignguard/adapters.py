@@ -135,6 +135,19 @@ def check_layer(name: str, layer: Any, adapters: list[str], holders: dict[int, l
     check_untied(name, base.weight, holders)
 
 
+def check_start(name: str, layer: Any, config: Any) -> None:
+    """Refuse a start that peft makes wrongly on this kind of layer.
+
+    Raises:
+        ValueError: OLoRA on Conv1D, whose weight peft takes for its transpose.
+    """
+    if str(getattr(config, "init_lora_weights", "")).lower() == "olora" and is_conv1d(layer.get_base_layer()):
+        raise ValueError(
+            f"{name}: peft's OLoRA start takes a Conv1D's weight for its transpose, so the adapted layer is another one; "
+            'take init_lora_weights="pissa", or plain LoRA'
+        )
+
+
 def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Parameter -> the modules that hold it."""
     holders: dict[int, list[nn.Module]] = {}

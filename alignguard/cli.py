@@ -52,9 +52,7 @@ def _add_guard_fields(parser: argparse.ArgumentParser, only: Sequence[str] | Non
         elif isinstance(default, tuple):
             options |= {"nargs": "*", "default": list(default)}
         else:
-            options["type"] = {"max_rank": int, "first_refresh": int, "max_drift": float}.get(field.name) or type(
-                default
-            )
+            options["type"] = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
@@ -68,7 +66,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     demo = commands.add_parser("demo", help="fine-tune the embedded aligned model, plain and guarded, and compare")
     demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the output folder")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
     demo.add_argument("--max-steps", type=int, default=None, help="optimizer steps of each run")
 
     fit = commands.add_parser("fit", help="fine-tune a model under the guard")
@@ -76,7 +74,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument("--model", help="folder or hub name")
     fit.add_argument("--task-data", help=".jsonl or .csv with prompt and response, or messages; prompt and label")
     fit.add_argument("--alignment-data", help="the same, with what the model should keep answering")
-    fit.add_argument("--output-dir", type=Path, default=Path("runs/fit"))
+    fit.add_argument("--output-dir", type=Path, default=Path("runs/fit"), help="default: runs/fit")
     fit.add_argument("--overwrite", action="store_true", help="allow an output folder that holds something")
     fit.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of the same run")
     fit.add_argument(
@@ -87,10 +85,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA, or every weight")
     fit.add_argument("--offload", default=None, help="device of the reference weights of --method full, such as cpu")
     fit.add_argument("--fisher", type=Path, default=None, help="first curvature, a file of `alignguard fisher`")
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--seed", type=int, default=0, help="of adapter, data order and guard (default: 0)")
     fit.add_argument("--task-max-length", type=int, default=256, help="longest task example in tokens")
     fit.add_argument("--rank", type=int, default=8, help="LoRA rank")
-    fit.add_argument("--lora-alpha", type=float, default=16)
+    fit.add_argument("--lora-alpha", type=float, default=16, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
     fit.add_argument("--target-modules", nargs="+", default=None, help="default: every Linear, and experts")
     training = fit.add_argument_group("training")
     for name, (kind, words) in TRAINING_FIELDS.items():
@@ -102,8 +100,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fisher.add_argument("--model", help="folder or hub name")
     fisher.add_argument("--data", help=".jsonl or .csv with prompt and response, or messages")
     fisher.add_argument("--output", type=Path, help="the file, .safetensors; model and data are named in OUTPUT.json")
-    fisher.add_argument("--overwrite", action="store_true")
-    fisher.add_argument("--seed", type=int, default=0)
+    fisher.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    fisher.add_argument("--seed", type=int, default=0, help="of sampled labels and sketches (default: 0)")
     _add_guard_fields(fisher, FISHER_FIELDS)
 
     return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands), "ablate": add_ablate(commands)}
@@ -124,7 +122,7 @@ def _claim(path: Path, overwrite: bool) -> None:
 
 def _fit(args: argparse.Namespace) -> None:
     from alignguard.fit import fit, prepare
-    from alignguard.plan import plan_text
+    from alignguard.plan import plan_text, seconds_of_step
 
     _required(args, "model", "task_data", *(() if args.plain else ("alignment_data",)))
     config = GuardConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(GuardConfig)})
@@ -143,7 +141,8 @@ def _fit(args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     if args.dry_run:
-        print(plan_text(prepare(args.model, args.task_data, args.alignment_data, config, **options)))
+        ready = prepare(args.model, args.task_data, args.alignment_data, config, **options)
+        print(plan_text(ready, seconds_of_step(ready)))
         return
     options |= {"overwrite": args.overwrite, "resume": args.resume, "progress": True}
     result = fit(args.model, args.task_data, args.alignment_data, config, args.output_dir, **options)

@@ -53,9 +53,9 @@ def add_ablate(commands: Any) -> argparse.ArgumentParser:
     bench.add_argument("--unaligned", help="the model before alignment training; SafeLoRA needs it")
     bench.add_argument("--limit", type=int, default=None, help="most prompts of each category")
     bench.add_argument("--alignment-limit", type=int, default=None, help="alignment examples any method may see")
-    bench.add_argument("--learning-rate", type=float, default=None)
-    bench.add_argument("--max-steps", type=int, default=None)
-    bench.add_argument("--batch-size", type=int, default=None)
+    bench.add_argument("--learning-rate", type=float, default=None, help="peak learning rate")
+    bench.add_argument("--max-steps", type=int, default=None, help="optimizer steps of each run")
+    bench.add_argument("--batch-size", type=int, default=None, help="task examples in a step")
     bench.add_argument("--rank", type=int, default=None, help="LoRA rank")
     bench.add_argument(
         "--parts", action="store_true", help="keep ΔW_A of guarded runs and report its cosine over seeds"

@@ -24,29 +24,31 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
     drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
     drift.add_argument("--likelihoods", action="store_true", help="margins of refusing, and answers under the base")
-    drift.add_argument("--judge", choices=["rules", "classifier", "chat"], default="rules")
+    drift.add_argument("--judge", choices=["rules", "classifier", "chat"], default="rules", help="who gives verdicts")
     drift.add_argument("--judge-model", default=None, help="folder or hub name of the classifier or chat model")
     drift.add_argument("--judge-labels", nargs="+", default=None, help="labels of the classifier that mean a refusal")
     drift.add_argument("--before", type=Path, default=None, help="an earlier report to compare with")
     drift.add_argument("--output", type=Path, default=None, help="the report as JSON; interrupted runs go on from it")
     drift.add_argument("--html", type=Path, default=None, help="the report as a page")
-    drift.add_argument("--overwrite", action="store_true")
-    drift.add_argument("--batch-size", type=int, default=32)
-    drift.add_argument("--max-new-tokens", type=int, default=32)
+    drift.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    drift.add_argument("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
+    drift.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: 32)")
     drift.add_argument("--capability-tokens", type=int, default=128, help="longest answer to a capability prompt")
     drift.set_defaults(run=run_driftcheck)
 
     prompts: argparse.ArgumentParser = commands.add_parser("prompts", help="build a prompt set from public sources")
-    prompts.add_argument("--recipe", choices=["paper", "capability"], default="paper")
+    prompts.add_argument(
+        "--recipe", choices=["paper", "capability"], default="paper", help="which set (default: paper)"
+    )
     prompts.add_argument("--output", type=Path, required=True, help="JSONL file to write")
-    prompts.add_argument("--overwrite", action="store_true")
+    prompts.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     prompts.add_argument(
         "--source", nargs="+", default=[], metavar="NAME=FILE", help="read a source from a local file, not the hub"
     )
     prompts.add_argument("--safe", type=int, default=5000, help="of the paper's recipe (default: 5000)")
     prompts.add_argument("--unsafe", type=int, default=5000, help="of the paper's recipe (default: 5000)")
     prompts.add_argument("--capability", type=int, default=200, help="of the capability recipe (default: 200)")
-    prompts.add_argument("--seed", type=int, default=0)
+    prompts.add_argument("--seed", type=int, default=0, help="of what is drawn from the sources (default: 0)")
     prompts.set_defaults(run=run_prompts)
 
     compare: argparse.ArgumentParser = commands.add_parser(
@@ -55,7 +57,7 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     compare.add_argument("before", type=Path, help="a JSON report")
     compare.add_argument("after", type=Path, nargs="?", default=None, help="another, on the same prompts")
     compare.add_argument("--html", type=Path, default=None, help="write a page")
-    compare.add_argument("--overwrite", action="store_true")
+    compare.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
     compare.set_defaults(run=run_compare)
     return {"driftcheck": drift, "prompts": prompts, "compare": compare}
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
+import torch
+
 from alignguard.coverage import coverage_table
+from alignguard.data import pad_id
+from alignguard.encoding import collator
 from alignguard.fit import Prepared
 
 
@@ -27,12 +32,32 @@ def curvature_bytes(guard: Any) -> int:
     return 4 * total if guard.uses_curvature else 0
 
 
+def seconds_of_step(ready: Prepared) -> float:
+    """Seconds of a plain optimizer step on this machine: a forward and backward pass over the first micro-batch, timed
+    at its second run, times the micro-batches of a step. Gradients and random state are left as they were.
+    """
+    model, settings = ready.model, ready.settings
+    device = torch.device("cuda" if torch.cuda.is_available() and not settings.get("use_cpu") else "cpu")
+    model.to(device)
+    rows = ready.rows[: settings["per_device_train_batch_size"]]
+    batch = {k: v.to(device) for k, v in collator(pad_id(ready.tokenizer), ready.kind)(rows).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    seconds = 0.0
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        for _ in range(2):
+            begun = time.perf_counter()
+            gradients = torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+            float(sum(g.flatten()[0] for g in gradients if g is not None))  # waits for the device
+            seconds = time.perf_counter() - begun
+    return seconds * settings.get("gradient_accumulation_steps", 1)
+
+
 def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
     """The plan in words.
 
     Args:
         ready: what :func:`alignguard.fit.prepare` read.
-        seconds_per_step: time of an optimizer step of the plain run, where it is known.
+        seconds_per_step: time of an optimizer step of the plain run, where it is known (:func:`seconds_of_step`).
 
     Returns:
         Lines on model, data, memory, compute and time, then the table of what is guarded.
@@ -64,7 +89,9 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
             "arithmetic aside"
         )
     if seconds_per_step is not None:
-        lines.append(f"time: {steps * seconds_per_step / 60:.1f} minutes without the guard")
+        without = steps * seconds_per_step / 60
+        guarded = f", {without * (1 + share):.1f} with its passes" if guard is not None else ""
+        lines.append(f"time: about {without:.1f} minutes of steps like a first one here without the guard{guarded}")
     if guard is not None:
         lines += ["", coverage_table(guard.coverage())]
     return "\n".join(lines)

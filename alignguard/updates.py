@@ -17,6 +17,7 @@ from alignguard.adapters import (
     active_adapters,
     base_name,
     check_layer,
+    check_start,
     check_untied,
     is_conv1d,
     layer_key,
@@ -188,6 +189,8 @@ class WeightUpdates:
             if self._left_out(key, layer, name):
                 continue
             check_layer(key, layer, adapters, self._owners)
+            for adapter in adapters:
+                check_start(key, layer, model.peft_config[adapter])
             for adapter in adapters:
                 self._covered |= {id(layer.lora_A[adapter].weight), id(layer.lora_B[adapter].weight)}
             self._add_layer(name, key, layer, adapters, [a for a in adapters if a in moving])

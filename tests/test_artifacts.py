@@ -2,10 +2,12 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from malformed import digest
 
 import fishergeo as fg
 from alignguard import GuardConfig, cli, fit
@@ -73,11 +75,15 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(folder, capsys):
         "exclude": ["*.k_proj"], "scale_free": True, "refresh_every": 2,
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(options))
-    before = sorted(p.name for p in folder.iterdir())
-    assert cli.main(["fit", "--config", str(folder / "run.yaml"), "--dry-run"]) == 0
+    (folder / "out").mkdir()
+    (folder / "out" / "precious.txt").write_text("keep me")
+    before, here = digest(folder), sorted(Path.cwd().iterdir())
+    for flags in ([], ["--save-every", "1"], ["--overwrite"], ["--resume"]):
+        assert cli.main(["fit", "--config", str(folder / "run.yaml"), "--dry-run", *flags]) == 0
     shown = capsys.readouterr().out
     for part in (
         "4 steps",
+        "time: about",
         "curvature",
         "% more examples",
         "model.layers.0.self_attn.q_proj",
@@ -85,7 +91,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(folder, capsys):
         "6 matrices",
     ):
         assert part in shown, part
-    assert sorted(p.name for p in folder.iterdir()) == before
+    assert digest(folder) == before and sorted(Path.cwd().iterdir()) == here
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """The command line: options from YAML and flags, and one clear line for every bad input."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from alignguard import GuardConfig, cli
+from alignguard import GuardConfig, cli, fit
+from alignguard.fit import prepare
 
 
 @pytest.fixture
@@ -36,6 +40,85 @@ def test_every_guard_option_is_on_the_command_line_with_help(capsys):
     for field in dataclasses.fields(GuardConfig):
         assert f"--{field.name.replace('_', '-')}" in shown
     assert set(cli._field_help()) == {field.name for field in dataclasses.fields(GuardConfig)}
+
+
+def test_every_option_of_every_command_has_help():
+    _, commands = cli.build_parser()
+    bare = [
+        f"{name} {action.dest}" for name, parser in commands.items() for action in parser._actions if not action.help
+    ]
+    assert not bare
+
+
+# What alignguard.fit is told in Python, and how the command line and YAML say it.
+SAID_OTHERWISE = {"guarded": "plain", "max_length": "task_max_length"}
+ONLY_PYTHON = {
+    "config",
+    "tokenizer",
+    "lora",
+    "training",
+    "progress",
+}  # objects, or taken apart into options of their own
+ONLY_TYPED = {"config", "dry_run", "rank", "lora_alpha", "target_modules"}
+
+
+def test_python_command_line_and_yaml_offer_the_same():
+    parser = cli.build_parser()[1]["fit"]
+    flags = {action.dest for action in parser._actions} - {"help"}
+    fields = {field.name for field in dataclasses.fields(GuardConfig)}
+    arguments = set(inspect.signature(fit).parameters) - ONLY_PYTHON
+    assert flags - ONLY_TYPED == fields | {SAID_OTHERWISE.get(n, n) for n in arguments} | set(cli.TRAINING_FIELDS)
+    assert set(cli.TRAINING_FIELDS) <= set(TrainingArguments.__dataclass_fields__)
+    assert set(inspect.signature(prepare).parameters) - {"progress"} <= set(inspect.signature(fit).parameters)
+
+
+def other(field):
+    """A value that is allowed and not the default."""
+    named = {"structure": "gram", "kind": "margin", "metric": "euclidean", "projection": "soft", "tau": 0.5, "seed": 7}
+    if field.name in named:
+        return named[field.name]
+    if isinstance(field.default, bool):
+        return not field.default
+    if isinstance(field.default, tuple):
+        return ("*.k_proj", "lm_head")
+    kind = str(field.type).removesuffix(" | None")
+    if kind == "int":
+        return (field.default or 2) + 1
+    return 0.37 if field.default != 0.37 else 0.36
+
+
+def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkeypatch):
+    values = {field.name: other(field) for field in dataclasses.fields(GuardConfig)}
+    expected = GuardConfig(**values)
+    assert all(getattr(expected, field.name) != field.default for field in dataclasses.fields(GuardConfig))
+    heard = []
+    monkeypatch.setattr(importlib.import_module("alignguard.fit"), "prepare", lambda *a, **k: heard.append((a, k)))
+    monkeypatch.setattr(importlib.import_module("alignguard.plan"), "plan_text", lambda *a: "")
+    monkeypatch.setattr(importlib.import_module("alignguard.plan"), "seconds_of_step", lambda *a: 1.0)
+    more = {"model": "m", "task_data": "t", "alignment_data": "a", "output_dir": "o", "offload": "cpu", "save_every": 3,
+            "max_steps": 9, "learning_rate": 0.5, "rank": 3, "target_modules": ["q_proj"], "task_max_length": 50}  # fmt: skip
+    flags = ["fit", "--dry-run"]
+    for name, value in {**values, **more}.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *map(str, value)] if isinstance(value, (list, tuple)) else [f"--{flag}", str(value)]
+    assert cli.main(flags) == 0
+    for spelling in (str, lambda name: name.replace("_", "-")):
+        plain = {
+            spelling(n): list(v) if isinstance(v, tuple) else v for n, v in {**values, **more, "dry_run": True}.items()
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
+        assert cli.main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0
+    for arguments, options in heard:
+        assert arguments == ("m", "t", "a", expected)
+        assert options["training"] == {"max_steps": 9, "learning_rate": 0.5} and options["save_every"] == 3
+        assert (
+            options["lora"] == {"r": 3, "lora_alpha": 16, "target_modules": ["q_proj"]} and options["max_length"] == 50
+        )
+        assert options["seed"] == 7 and options["offload"] == "cpu"
+    assert len(heard) == 3
 
 
 def test_yaml_gives_defaults_and_flags_win(files):

@@ -69,13 +69,18 @@ def dense_penalty(guard, deltas, config):
 
 
 def check(model, guard, start, config, dtype, estimate=False):
-    """Guard's value and gradient against the dense ones, the chain rule through peft's own ΔW."""
+    """Guard's value and gradient against the dense ones, after some movement."""
     move(model)
     if estimate:
         guard.refresh()
     else:
         guard.use_fisher(random_fisher(guard, dtype, config.structure))
-    now, before = merged_weights(model), start
+    compare(model, guard, start, config, dtype)
+
+
+def compare(model, guard, before, config, dtype):
+    """Guard's value and gradient against the dense ones, the chain rule through peft's own ΔW."""
+    now = merged_weights(model)
     deltas = {
         m.name: (weight_of(now, m.plain) - weight_of(before, m.plain)).requires_grad_(True)
         for m in guard.updates.matrices.values()
@@ -104,8 +109,9 @@ def check(model, guard, start, config, dtype, estimate=False):
                 surrogate = surrogate + (stored * gradient).sum()
     surrogate.backward()
     for name, p in model.named_parameters():
-        if ".modules_to_save." in name and p.grad is None and p.requires_grad:
-            p.grad = deltas[name.removesuffix(".weight")].grad
+        if name.removesuffix(".weight") in deltas and p.grad is None and p.requires_grad:  # modules_to_save
+            gradient = deltas[name.removesuffix(".weight")].grad
+            p.grad = gradient.mT.contiguous() if ".c_" in name else gradient  # GPT-2's Conv1D
         if name in ours:
             assert (ours[name] - p.grad).norm() <= 10 * tolerance * p.grad.norm(), name
 
