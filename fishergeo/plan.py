@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishergeo.accumulators import Accumulator
+from fishergeo.calibration import foretold, lengths, plain_pass
 from fishergeo.dryrun import DryRun, walk
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher
 from fishergeo.layers import LayerFilter, select_layers
-from fishergeo.losses import LossFunction, example_objectives
+from fishergeo.losses import LossFunction
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.structures import Structure
 
@@ -147,8 +146,8 @@ def plan(
         loss: as there.
         kind: as there.
         flop_rate: floating-point operations a second that the machine reaches on such products, to predict time.
-        calibrate: predict time by running two short estimates on the largest batch (one and three passes) and three
-            plain passes over it. The model must be on a real device; it is left as it was.
+        calibrate: predict time by running estimates of a few passes over the largest batch (as a rule three times two
+            and four) and as few plain passes. The model must be on a real device; it is left as it was.
         **options: every other argument of estimate_fisher (rank, unit, side, seed, ...).
 
     Returns:
@@ -188,20 +187,21 @@ def plan(
         fisher = estimate_fisher(dry.model, [blank] * times, **options)
     flops = meter.flops / times
     with dry.metered() as plain_meter:
-        _plain(dry.model, list(chosen), blank, kind, loss)
+        plain_pass(dry.model, list(chosen), blank, kind, loss)
     share = sum(sizes) / _elements(sample)
     entries, later, joined = _layers(fisher, _rows(sample) * times, count, share / times)
     seconds = plain_seconds = None
     if flop_rate is not None:
         seconds, plain_seconds = (each * share / flop_rate for each in (flops, plain_meter.flops))
     if calibrate:
-        once, thrice = (
-            _timed(lambda n=n: estimate_fisher(model, [sample] * n, **options))  # type: ignore[misc]
-            for n in (1, 3)
-        )
-        each = max((thrice - once) / 2, once / 100)
-        seconds = max(once - each, 0.0) + each * share
-        plain_seconds = _timed(lambda: _plain(model, list(chosen), sample, kind, loss)) * share
+        short, long = lengths(_rows(sample), name == "sketch")
+        seconds = foretold(lambda n: estimate_fisher(model, [sample] * n, **options), short, long, share)
+
+        def plain(count: int) -> None:
+            for _ in range(count):
+                plain_pass(model, list(chosen), sample, kind, loss)
+
+        plain_seconds = foretold(plain, 1, 3, share)
     return Plan(
         structure=fisher.header.structure,
         examples=count,
@@ -306,44 +306,6 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
 def _grows(accumulator: Accumulator, key: str) -> bool:
     """Whether a sum has a row for every row of the data."""
     return accumulator.expected(accumulator.layout)[key][0] is None
-
-
-@contextmanager
-def _only(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Only these weights ask for a gradient; eval mode; all as before afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-
-
-def _plain(model: nn.Module, names: list[str], batch: Any, kind: str, loss: LossFunction | None) -> None:
-    weights = list({id(layer.weight): layer.weight for layer in select_layers(model, names).values()}.values())
-    with _only(model, weights), torch.enable_grad():
-        values = example_objectives(model, batch, kind, loss).values
-        torch.autograd.grad(values.sum(), weights, allow_unused=True)
-
-
-def _timed(action: Callable[[], object], repeats: int = 3) -> float:
-    """Median seconds after one warm-up."""
-    taken = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken[1:])[repeats // 2]
 
 
 def _size(count: int) -> str:

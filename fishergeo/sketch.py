@@ -33,6 +33,14 @@ def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
     return torch.randn(size, columns, generator=generator)
 
 
+def segments(examples: int) -> int:
+    """How many segments so many examples fill or begin."""
+    count, end = 1, FIRST_SEGMENT
+    while end < examples:
+        count, end = count + 1, end * GROWTH
+    return count
+
+
 def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
     """B with B Bᵀ = Y (Ωᵀ Y)⁺ Yᵀ, the Nyström approximation, which never exceeds F.
 

@@ -42,6 +42,9 @@ def main(rank, folder):
         fg.all_reduce(mine).save(folder / f"{structure}-{rank}")
         fg.all_reduce(mine if rank == 0 else None).save(folder / f"{structure}-alone-{rank}")
     fg.all_reduce(estimate(model, batches_of(rank), "sketch", rank=8, seed=rank)).save(folder / f"lean-{rank}")
+    fg.all_reduce(estimate(model, batches_of(rank), "sketch", rank=3, probes=5)).save(folder / f"probed-{rank}")
+    for kind in ("mc", "type2"):
+        fg.all_reduce(estimate(model, batches_of(rank), "kfac", kind=kind, seed=rank)).save(folder / f"{kind}-{rank}")
     single = estimate(model.float(), batches_of(rank), "gram")
     fg.all_reduce(single).save(folder / f"float32-{rank}")
     layers = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CUT, LENGTHS, estimate
+from distributed_worker import CUT, LENGTHS, batches_of, estimate
 from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny_llama
 
 import fishergeo as fg
+from fishergeo.sketch import probe_matrix
 
 HERE = Path(__file__).parent
 
@@ -101,6 +102,27 @@ def test_shared_sums_stay_shared_and_errors_reach_every_process(folder):
         assert facts["shared"] == 1 and facts["marks"]
         assert "every one passed None" in facts["errors"][0]
         assert "ranks 0 and 1 differ in kind: 'empirical' and 'margin'" in facts["errors"][1]
+
+
+def test_products_with_the_probes_add_up_and_still_measure_the_error(folder):
+    exact = whole("gram")
+    for process in range(2):
+        found = fg.Fisher.load(folder / f"probed-{process}")
+        for name in NAMES:
+            truth, operator = exact[name].to_dense(), found[name]
+            probes = probe_matrix(len(truth), 5, 0, name).double()
+            assert_close(found.accumulators[name].sums["probed"] / found.header.count, truth @ probes, 1e-10)
+            missing = (truth - operator.to_dense()) @ probes
+            assert operator.error().frobenius == pytest.approx(float(missing.square().sum(0).mean().sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mc", "type2"])
+def test_labels_sampled_on_every_process_add_up_to_the_merge_of_its_parts(folder, kind):
+    parts = [estimate(tiny_llama(), batches_of(rank), "kfac", kind=kind, seed=rank) for rank in range(2)]
+    for process in range(2):
+        found = fg.Fisher.load(folder / f"{kind}-{process}")
+        for name in NAMES:
+            assert_close(found[name].to_dense(), parts[0].merge(parts[1])[name].to_dense(), 1e-12)
 
 
 def test_without_a_process_group_the_error_says_what_to_call():

@@ -1,6 +1,7 @@
 """A plan made without running the model is what the run then takes."""
 
 import gc
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_fisher_oracle import NAMES, collate, make_examples, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fishergeo as fg
+from fishergeo.calibration import foretold, lengths, seconds
 from fishergeo.sketch import PsdSketch
 
 STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "ekfac", "exact"]
@@ -171,3 +173,46 @@ def test_a_plan_is_refused_with_a_reason():
 
     with pytest.raises(ValueError, match="depend on values"):
         fg.plan(model, batches=batches, loss=twisted)
+
+
+@settings(deadline=None, max_examples=25)
+@given(examples=st.integers(1, 200), segmented=st.booleans())
+def test_runs_that_are_timed_end_in_the_same_segment(examples, segmented):
+    short, long = lengths(examples, segmented)
+    assert 2 <= short < long == 2 * short
+    if segmented:
+        sketches = [PsdSketch(4, 2, 0, "layer", torch.float64, torch.device("cpu")) for _ in range(2)]
+        closed = [0, 0]
+        for i, (sketch, n) in enumerate(zip(sketches, (short * examples, long * examples), strict=True)):
+            while n:
+                step = min(n, sketch.room)
+                sketch.add(torch.eye(4, dtype=torch.float64) @ sketch.omega, step)
+                n -= step
+                closed[i] += sketch._product is None
+            closed[i] += sketch._product is not None
+        assert closed[0] == closed[1]
+
+
+@settings(deadline=None, max_examples=25)
+@given(share=st.floats(0, 20), each=st.floats(0.01, 2), batches=st.floats(0.5, 1000))
+def test_time_that_grows_by_the_batch_is_foretold_exactly(share, each, batches):
+    clock, fixed = [0.0], share * each
+
+    def run(n):
+        clock[0] += fixed + each * n
+
+    with patch("fishergeo.calibration.time.perf_counter", lambda: clock[0]):
+        found = foretold(run, 2, 4, batches)
+    whole = max(1, round(batches))
+    expected = (fixed + each * whole) * batches / whole if batches <= 4 else fixed + each * batches
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_calibrated_seconds_are_those_of_the_run(structure):
+    torch.manual_seed(0)
+    model, batches = llama(), random_batches(80, 8, 32)
+    plan = fg.plan(model, structure, batches=batches, rank=16, calibrate=True)
+    taken = seconds(lambda: fg.estimate_fisher(model, batches, structure=structure, rank=16), 3)
+    # Within a fifth where nothing else runs: see benchmarks/planning.py; other tests may run beside this one.
+    assert taken / 4 < plan.seconds < 4 * taken

@@ -16,6 +16,7 @@ import fishergeo as fg
 STRUCTURES = {
     "gram": "gram",
     "sketch": fg.Structure("sketch", rank=3),
+    "probed": fg.Structure("sketch", rank=3, probes=4),
     "diagonal": "diagonal",
     "kfac": "kfac",
     "reduce": fg.Structure("kfac", sharing="reduce"),
