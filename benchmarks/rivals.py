@@ -56,23 +56,28 @@ def best(runs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], least: floa
 
 
 def sweep(shared: Bench, jobs: list[dict[str, Any]], out: Path, processes: int, command: str) -> None:
-    """Run what is missing; the file holds every run of its ledger, those of other calls too."""
-    head = {"command": command, "versions": versions(), "training": TRAINING}
-    ledger = Ledger(out.with_suffix(".runs.jsonl"), {**head, **shared.describe()})
-    asked = Ledger(out.with_suffix(".base.jsonl"), {**head, **shared.describe()})
-    base = run_jobs([{"name": "base"}], lambda job: measure_base(shared), asked)[0]["result"]
+    """Run what is missing; the file holds every run of its ledger, those of other calls too.
+
+    The ledger is not committed, ``out`` is: on a fresh checkout the ledger starts with the runs that ``out`` holds, if
+    they are of the same model, data and versions.
+    """
+    head = {"command": command, "versions": versions(), "training": TRAINING, "bench": shared.describe()}
+    ledger = Ledger(out.with_suffix(".runs.jsonl"), head)
+    before = json.loads(out.read_text()) if out.is_file() else {}
+    same = all(before.get(key) == value for key, value in head.items())
+    if same and not ledger.rows:
+        for run in before["runs"]:
+            ledger.add(run["job"], run["result"])
+    base = before["base"] if same else measure_base(shared)
     run_jobs(jobs, functools.partial(run_job, shared), ledger, processes, progress=True)
-    runs = [
-        {
-            "method": row["job"]["group"],
-            "name": row["job"]["name"],
-            "seed": row["job"]["seed"],
-            "settings": {**row["job"]["settings"], **row["job"].get("training", {})},
-            **row["result"],
-        }
-        for row in ledger.rows
-    ]
-    write_text(out, json.dumps({**head, "base": base, "runs": runs}, indent=1) + "\n")
+    write_text(out, json.dumps({**head, "base": base, "runs": ledger.rows}, indent=1) + "\n")
+
+
+def flat(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's result beside its method, seed and settings."""
+    job = run["job"]
+    settings = {**job["settings"], **job.get("training", {})}
+    return {"method": job["group"], "seed": job["seed"], "settings": settings, **run["result"]}
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -86,7 +91,7 @@ def tune(args: argparse.Namespace) -> None:
 def chosen(tuned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each method the best setting at the task accuracy of tuned plain LoRA."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for run in tuned["runs"]:
+    for run in map(flat, tuned["runs"]):
         by_method.setdefault(run["method"], []).append(run)
     least = max(run["task"] for run in by_method["plain"] if "error" not in run) - SLACK
     return {method: best(runs, tuned["base"], least)["settings"] for method, runs in by_method.items()}
