@@ -63,6 +63,9 @@ class GuardMixin:
     Args:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
 
+    Raises:
+        ValueError: an engine under accelerate that the guard does not work with; the message names it.
+
     Examples:
         >>> from transformers import Trainer
         >>> class MyTrainer(alignguard.GuardMixin, Trainer):

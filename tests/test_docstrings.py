@@ -170,21 +170,27 @@ def resolve(dotted):
 CASES = [case for dotted in SHOWN for case in cases_of(dotted, resolve(dotted))]
 
 
+def _translates(node):
+    """Whether a ``with`` of a private helper, which turns errors into others."""
+    calls = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    return any(isinstance(call, ast.Call) and getattr(call.func, "id", "").startswith("_") for call in calls)
+
+
 @functools.cache
 def raised(function):
     """Names of the exceptions that a function's own code raises, its module's private helpers and checkers included.
 
-    What is called where its errors are handled is passed over.
+    What is raised or called where it is handled, under ``try`` or a private context manager, is passed over.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except OSError:  # what dataclasses generate
         return frozenset()
-    tried = [step for node in ast.walk(tree) if isinstance(node, ast.Try) for step in node.body]
+    tried = [step for node in ast.walk(tree) if isinstance(node, ast.Try) or _translates(node) for step in node.body]
     handled = {id(node) for step in tried for node in ast.walk(step)}
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and node.exc is not None:
+        if isinstance(node, ast.Raise) and node.exc is not None and id(node) not in handled:
             name = getattr(node.exc.func if isinstance(node.exc, ast.Call) else node.exc, "id", "")
             kind = function.__globals__.get(name, getattr(builtins, name, None))
             if inspect.isclass(kind) and issubclass(kind, Exception):
