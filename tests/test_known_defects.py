@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import LAYERS, SmallLM, assert_close, collate, make_examples
+from torch.utils.flop_counter import FlopCounterMode
 
 import fishergeo as fg
+from fishergeo.accumulators import Layout, Shared
+from fishergeo.kronecker_accumulators import EkfacAccumulator
+from fishergeo.orthogonal import orthonormalise
+from fishergeo.records import Record
 
 EXAMPLES = make_examples([4, 6, 5, 3, 6])
 EVERY = ["gram", "sketch", "diagonal", "kfac", "ekfac", "exact"]
@@ -120,3 +127,48 @@ def test_sums_that_overflow_are_named():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(FloatingPointError, match=r"layer ''.*float64"):
         fg.estimate_fisher(model, [torch.ones(2, 2)], "gram", loss=lambda m, b: m(b).sum(1) * 1e25)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), known=st.integers(1, 6), sign=st.sampled_from([-1.0, 1.0]), new=st.integers(1, 4))
+def test_negative_inner_products_with_the_basis_are_removed_like_positive_ones(seed, known, sign, new):
+    """A test of the signed products would let a block through that points against the basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(20, known, dtype=torch.float64, generator=generator))[0]
+    added = torch.randn(20, new, dtype=torch.float64, generator=generator)
+    against = sign * 1e6 * basis @ torch.rand(known, new, dtype=torch.float64, generator=generator)
+    found = orthonormalise(against + added, basis, 0.0)
+    assert found.shape == (20, new)
+    assert (basis.T @ found).abs().max() < 1e-13
+    span = added - basis @ (basis.T @ added)
+    assert_close(found @ (found.T @ span), span, 1e-8)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "mc", "type2", "ggn", "margin"])
+def test_no_parameter_is_written_to_not_even_to_be_put_back(kind):
+    """A finite difference would move the weights; every write to a tensor counts its version up."""
+    model = SmallLM()
+    before = {name: (p.data_ptr(), p._version, p.detach().clone()) for name, p in model.named_parameters()}
+    estimate([collate(EXAMPLES)], EVERY, model, kind=kind)
+    fg.StreamingFisher(model, [collate(EXAMPLES)], kind=kind, layers=list(LAYERS))["first"] @ torch.ones(7).double()
+    for name, parameter in model.named_parameters():
+        place, version, values = before[name]
+        assert (parameter.data_ptr(), parameter._version) == (place, version)
+        assert torch.equal(parameter, values)
+
+
+@settings(deadline=None, max_examples=20)
+@given(p=st.integers(1, 40), q=st.integers(1, 40), t=st.integers(2, 40), examples=st.integers(1, 3))
+def test_ekfac_rotates_the_shorter_of_activations_and_gradients(p, q, t, examples):
+    """Two rotations of a (p, q) gradient cost 2pq(p + q) an example, those of its factors 2T(p² + q²)."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0] for n in (p, q))
+    d = torch.randn(examples, t, p, dtype=torch.float64, generator=generator)
+    a = torch.randn(examples, t, q, dtype=torch.float64, generator=generator)
+    sums = EkfacAccumulator.in_bases(Layout("layer", p, q), u, v)
+    with FlopCounterMode(display=False) as counter:
+        sums.add(Record("layer", a, d, None, 0), Shared())
+    product = 2 * t * p * q
+    rotation = min(2 * t * (p * p + q * q), 2 * p * q * (p + q))
+    assert counter.get_total_flops() == examples * (product + rotation)
+    assert_close(sums.sums["moments"], (u.T @ (d.mT @ a) @ v).square().sum(0))

@@ -74,16 +74,35 @@ def gpt2():
     return randomised(GPT2LMHeadModel(config))
 
 
-def language_gradients(model, views, examples):
-    """Layer -> (N, p, q) from single, unpadded examples; ``views`` maps a layer to its view of the gradients."""
+def objectives(model, ids, labels, kind):
+    """(weight, objective) of one example: its Fisher is the weighted sum of the squares of their gradients."""
+    if kind not in ("type2", "ggn"):
+        return [(1.0, lambda: oracle_objective(model(input_ids=ids[None]).logits[0], labels, kind)[0])]
+    places = [t for t in range(len(ids) - 1) if int(labels[t + 1]) != -100]
+    p = model(input_ids=ids[None]).logits[0].detach().softmax(1)
+    power = len(places) ** (1 if kind == "type2" else 0.5)
+
+    def surprise(t, c):
+        row = model(input_ids=ids[None]).logits[0, t]
+        return (torch.log(torch.exp(row).sum()) - row[c]) / power
+
+    return [(float(p[t, c]), lambda t=t, c=c: surprise(t, c)) for t in places for c in range(VOCABULARY)]
+
+
+def language_gradients(model, views, examples, kind="empirical"):
+    """Layer -> (N, p, q) from single, unpadded examples; ``views`` maps a layer to its view of the gradients.
+
+    Of kinds that weigh several objectives an example: (M, p, q), scaled so that the mean of their squares is the Fisher.
+    """
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
     found = {name: [] for name in views}
-    for ids, labels in examples:
+    weighted = [one for ids, labels in examples for one in objectives(model, ids, labels, kind)]
+    for weight, objective in weighted:
         model.zero_grad(set_to_none=True)
-        oracle_objective(model(input_ids=ids[None]).logits[0], labels, "empirical")[0].backward()
+        objective().backward()
         for name, view in views.items():
-            found[name].append(view().clone())
+            found[name].append(view() * (weight * len(weighted) / len(examples)) ** 0.5)
     model.zero_grad(set_to_none=True)
     for parameter, flag in zip(model.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
@@ -98,10 +117,11 @@ def gradient(model, name, index=None):
 
 
 def agrees(estimate, gradients, tolerance=1e-10):
-    """Gram of both sides, diagonal and sketch of both sides against dense formulas."""
-    output, inputs = estimate(structure="gram"), estimate(structure="gram", side="input")
-    diagonal, rank = estimate(structure="diagonal"), 48
-    sketch, sketch_in = estimate(structure="sketch", rank=rank), estimate(structure="sketch", rank=rank, side="input")
+    """Every structure against dense formulas; of KFAC and EKFAC what the gradients alone determine."""
+    asked = {f"gram {side}": fg.Structure("gram", side=side) for side in ("output", "input")}
+    asked |= {f"sketch {side}": fg.Structure("sketch", side=side, rank=48) for side in ("output", "input")}
+    found = estimate(structure={**asked, **{name: name for name in ("diagonal", "exact", "kfac", "ekfac")}})
+    output, inputs, sketch, sketch_in, diagonal, exact, kfac, ekfac = found.values()
     assert set(output) == set(gradients)
     for name, g in gradients.items():
         assert output.header.shapes[name] == tuple(g.shape[1:])
@@ -110,6 +130,16 @@ def agrees(estimate, gradients, tolerance=1e-10):
         assert_close(diagonal[name].diagonal(), g.square().mean(0).flatten(), tolerance)
         assert_close(sketch[name].to_dense(), (g @ g.mT).mean(0), tolerance)
         assert_close(sketch_in[name].to_dense(), (g.mT @ g).mean(0), tolerance)
+        flat = g.flatten(1)
+        block = torch.randn(flat.shape[1], 2, dtype=g.dtype, generator=torch.Generator().manual_seed(0))
+        assert_close(exact[name] @ block, flat.T @ (flat @ block) / len(g), tolerance)
+        assert_close(exact[name].diagonal(), flat.square().mean(0), tolerance)
+        u, v = ekfac[name].output_basis, ekfac[name].input_basis
+        assert_close(ekfac[name].values, (u.T @ g @ v).square().mean(0), tolerance)
+        for basis, factor in ((u, kfac[name].output_factor), (v, kfac[name].input_factor)):
+            assert_close(basis.T @ basis, torch.eye(len(basis), dtype=g.dtype), tolerance)
+            inside = basis.T @ factor @ basis
+            assert_close(inside, torch.diag(inside.diagonal()), tolerance)
 
 
 def language_case(model, views, order, cuts, padding, gradients=None):
@@ -118,6 +148,40 @@ def language_case(model, views, order, cuts, padding, gradients=None):
     shuffled = [examples[i] for i in order]
     batches = [collate(shuffled[a:b], padding) for a, b in itertools.pairwise([0, *sorted(cuts), 6])]
     agrees(lambda **options: fg.estimate_fisher(model, batches, layers=list(views), **options), gradients)
+
+
+@pytest.mark.parametrize(
+    "family, kind",
+    [("gpt2", "margin"), ("gpt2", "type2"), ("gpt2", "ggn"), ("mixtral", "margin"), ("mixtral", "ggn"),
+     ("lora", "margin"), ("lora", "type2")],
+)  # fmt: skip
+def test_other_objectives_reach_every_kind_of_layer(family, kind):
+    if family == "gpt2":
+        model, mlp = gpt2(), "transformer.h.0.mlp.c_fc"
+        views = {
+            "transformer.wte": lambda: gradient(model, "transformer.wte.weight").T,
+            "transformer.h.0.ln_2": lambda: gradient(model, "transformer.h.0.ln_2.weight")[:, None],
+            mlp: lambda: gradient(model, f"{mlp}.weight").T,
+            f"{mlp}.bias": lambda: gradient(model, f"{mlp}.bias")[:, None],
+        }
+    elif family == "mixtral":
+        model = mixtral()
+        views = expert_views(model, [f"model.layers.1.mlp.experts.{p}.2" for p in ("gate_up_proj", "down_proj")])
+    else:
+        model = randomised(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)))
+        name = "base_model.model.model.layers.1.self_attn.q_proj"
+        layers = [f"{name}.lora_A.default", f"{name}.lora_B.default", f"{name}.base_layer"]
+        views = {layer: lambda layer=layer: gradient(model, f"{layer}.weight") for layer in layers}
+    examples = make_examples([3, 4] if kind != "margin" else [5, 9, 4])
+    gradients = language_gradients(model, views, examples, kind)
+    batches = [collate(examples[:1]), collate(examples[1:], "left")]
+    # The norms of Llama and Mixtral compute in float32, so that a scaled gradient rounds to another one.
+    tolerance = 1e-10 if family == "gpt2" else 1e-6
+    agrees(
+        lambda **options: fg.estimate_fisher(model, batches, layers=list(views), kind=kind, **options),
+        gradients,
+        tolerance,
+    )
 
 
 SPLITS = {
@@ -401,6 +465,34 @@ def test_convolutions(shape):
     gradients = example_gradients(model, views, images, loss)
     batches = [images[:2], images[2:]]
     agrees(lambda **options: fg.estimate_fisher(model, batches, layers=list(views), loss=loss, **options), gradients)
+
+
+def test_kfac_factors_of_convolutions_embeddings_and_transposed_linears():
+    """S from plain hooks on outputs; A from patches cut out by torch, from one-hot rows, from the inputs themselves."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(7, 6), Conv1D(8, 6), nn.Unflatten(1, (1, 5)), nn.Conv2d(1, 4, (2, 3), stride=2))
+    model, ids = randomised(net), torch.randint(0, 7, (4, 5))
+    loss = lambda model, batch: model(batch).sin().flatten(1).sum(1)
+    taken, handles = {}, []
+    for name in ("0", "1", "3"):
+
+        def hook(module, inputs, output, name=name):
+            output.register_hook(lambda g: taken.__setitem__(name, (inputs[0].detach(), g)))
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    loss(model, ids).sum().backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    one_hot = nn.functional.one_hot(taken["0"][0], 7).double().flatten(0, 1)
+    patches = nn.functional.unfold(taken["3"][0], (2, 3), stride=2).mT.flatten(0, 1)
+    inputs = {"0": one_hot, "1": taken["1"][0].flatten(0, 1), "3": patches}
+    outputs = {name: taken[name][1].flatten(0, 1) for name in ("0", "1")}
+    outputs["3"] = taken["3"][1].flatten(2).mT.flatten(0, 1)
+    fisher = fg.estimate_fisher(model, [ids[:1], ids[1:]], "kfac", layers=["0", "1", "3"], loss=loss)
+    for name, a in inputs.items():
+        assert_close(fisher[name].input_factor, a.T @ a / len(a))
+        assert_close(fisher[name].output_factor, outputs[name].T @ outputs[name] / len(ids))
 
 
 def test_a_decoder_as_long_as_its_padded_encoder_keeps_its_tokens():
