@@ -56,6 +56,7 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
             "examples_read": guard.examples_read,
             "refreshes": guard.refreshes,
             "estimated_at": guard._estimated_at,
+            "samples": next((layer.samples for layer in guard.layers.values()), None),
             "scales": guard._scales,
             "budget": None if guard.budget is None else guard.budget.state(),
             "freshness": None if guard.freshness is None else guard.freshness.state(),
@@ -125,8 +126,9 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
     for name in ("step", "examples_read", "refreshes"):
         if isinstance(kept[name], bool) or not isinstance(kept[name], int):
             raise ValueError(f"{folder}: damaged {COUNTERS}: {name} is {kept[name]!r}")
-    if kept["estimated_at"] is not None and not isinstance(kept["estimated_at"], int):
-        raise ValueError(f"{folder}: damaged {COUNTERS}: estimated_at is {kept['estimated_at']!r}")
+    for name in ("estimated_at", "samples"):
+        if kept[name] is not None and (isinstance(kept[name], bool) or not isinstance(kept[name], int)):
+            raise ValueError(f"{folder}: damaged {COUNTERS}: {name} is {kept[name]!r}")
     scales = {str(name): float(value) for name, value in kept["scales"].items()}
     device = next(guard.model.parameters()).device
     grouped: dict[str, dict[str, Tensor]] = {}
@@ -141,7 +143,8 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
             grouped.setdefault(name, {})[role] = tensor
     operators = {name: _operator(kept["layers"][name], parts) for name, parts in grouped.items()}
     try:
-        layers = curvatures(operators, guard.updates.matrices.values(), guard.config) if operators else {}
+        matrices, samples = guard.updates.matrices.values(), kept["samples"]
+        layers = curvatures(operators, matrices, guard.config, samples) if operators else {}
         guard.updates.restore(references)
     except ValueError as error:
         raise ValueError(f"{folder}: of another model ({error})") from error

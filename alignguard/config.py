@@ -59,6 +59,8 @@ class GuardConfig:
         metric: reading of E_geo; ``"euclidean"`` is the paper's, identically zero under a hard projector.
         energy: share of the trace of F that P holds, in (0, 1].
         max_rank: most eigenvectors that P may have; None sets no bound.
+        noise_edge: leave out of P, whatever ``energy`` asks for, eigenvectors whose eigenvalue pure noise of as many
+            supervised tokens could have (Marchenko and Pastur 1967, see :func:`fishergeo.rank_by_noise_edge`).
         sketch_rank: columns of the sketch.
         refresh_every: optimizer steps between two estimates of F.
         first_refresh: optimizer steps before the second estimate of F, which is the first at weights that have moved;
@@ -114,6 +116,7 @@ class GuardConfig:
     metric: str = "input-gram"
     energy: float = 0.8
     max_rank: int | None = None
+    noise_edge: bool = False
     sketch_rank: int = 64
     refresh_every: int = 100
     first_refresh: int | None = 10
@@ -176,7 +179,7 @@ class GuardConfig:
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
-        for field in ("whole_update", "scale_free", "adaptive", "include_router"):
+        for field in ("whole_update", "noise_edge", "scale_free", "adaptive", "include_router"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
         names = self.exclude

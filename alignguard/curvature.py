@@ -28,10 +28,12 @@ class LayerCurvature:
     Attributes:
         operator: the estimate, (p, p) or (pq, pq), its tensors contiguous.
         config: energy, rank, projection and strengths.
+        samples: supervised tokens that the estimate is made of; None where they are unknown.
     """
 
     operator: Any
     config: GuardConfig
+    samples: int | None = None
 
     @property
     def _output(self) -> Any:
@@ -45,7 +47,7 @@ class LayerCurvature:
 
     @cached_property
     def _leading(self) -> tuple[Tensor, fg.SoftProjector]:
-        """The leading eigenvectors that hold ``energy`` of the trace, at most ``max_rank``.
+        """The leading eigenvectors that hold ``energy`` of the trace, at most ``max_rank``, perhaps above noise alone.
 
         With ``projection="soft"`` all known ones, each with the weight λ/(λ + ε), ε the last eigenvalue that the hard
         projector would have held, which so weighs one half.
@@ -56,9 +58,29 @@ class LayerCurvature:
             values, vectors = values.flip(0), vectors.flip(1)
         values = values.clamp_min(0)  # rounding leaves tiny negative ones
         m = min(fg.rank_for_energy(values, self.total, c.energy), c.max_rank or len(values), vectors.shape[1])
+        if c.noise_edge:
+            m = min(m, self._above_noise(values))
         if c.projection == "soft" and m > 0 and float(values[m - 1]) > 0:
             return values, fg.SoftProjector.from_spectrum(vectors.contiguous(), values, float(values[m - 1]))
         return values[:m], fg.Projector(vectors[:, :m].contiguous())
+
+    def _above_noise(self, values: Tensor) -> int:
+        """How many eigenvalues stand above the edge of noise.
+
+        A sketch does not know the median, so the noise's variance is that of all that does not stand above the edge,
+        which depends on it: the smallest such set is found from below.
+        """
+        if self.samples is None:
+            raise ValueError("noise_edge needs the number of tokens that the Fisher was made of; leave it off")
+        size = self._output.shape[-1]
+        if len(values) >= min(self.samples, size):
+            return fg.rank_by_noise_edge(values, self.samples, size)
+        m, above = -1, 0
+        while m < above < len(values):
+            m = above
+            variance = max(self.total - float(values[:m].sum()), 0.0) / (size - m)
+            above = fg.rank_by_noise_edge(values, self.samples, size, variance)
+        return above
 
     @property
     def values(self) -> Tensor:
@@ -178,13 +200,16 @@ def check_widths(matrices: Iterable[Matrix], config: GuardConfig) -> None:
             )
 
 
-def curvatures(fisher: Mapping[str, Any], matrices: Iterable[Matrix], config: GuardConfig) -> dict[str, LayerCurvature]:
+def curvatures(
+    fisher: Mapping[str, Any], matrices: Iterable[Matrix], config: GuardConfig, samples: int | None = None
+) -> dict[str, LayerCurvature]:
     """Curvature of every matrix from a Fisher.
 
     Args:
         fisher: operator by name, of captured layers or of matrices with or without what peft puts around them.
         matrices: what is guarded.
         config: rank and projection.
+        samples: supervised tokens that the Fisher is made of, where they are known.
 
     Raises:
         ValueError: a matrix has no operator in it, or one of another shape.
@@ -201,5 +226,5 @@ def curvatures(fisher: Mapping[str, Any], matrices: Iterable[Matrix], config: Gu
                 f"the Fisher of {matrix.plain!r} has shape {operator.shape} on the {operator.side} side, the matrix "
                 f"{matrix.shape}; it is of another model, or not of the output side"
             )
-        layers[matrix.name] = LayerCurvature(contiguous(operator), config)
+        layers[matrix.name] = LayerCurvature(contiguous(operator), config, samples)
     return layers

@@ -42,6 +42,12 @@ def pad_rows(rows: Sequence[Encoded], pad_token_id: int, kind: str = "causal") -
     return {**batch, "labels": labels}
 
 
+def supervised_tokens(row: Encoded) -> int:
+    """How many labels of an encoded row are learned from; a class counts as one."""
+    labels = row["labels"]
+    return 1 if isinstance(labels, int) else sum(label != IGNORED for label in labels)
+
+
 def encode_source(source: Source, name: str, tokenizer: Any, kind: str, max_length: int) -> list[dict[str, Any]]:
     """Read, check and encode every row of a source.
 

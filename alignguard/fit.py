@@ -141,6 +141,8 @@ def prepare(
         raise ValueError('method="full" trains every weight; leave out lora')
     if fisher is not None and not guarded:
         raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
+    if fisher is not None and config.noise_edge:
+        raise ValueError("noise_edge counts the tokens of the guard's own estimates; leave out fisher, or noise_edge")
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
     if offload is not None:

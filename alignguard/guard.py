@@ -15,7 +15,7 @@ from alignguard.budget import DriftBudget
 from alignguard.config import GuardConfig
 from alignguard.coverage import Covered, coverage
 from alignguard.curvature import LayerCurvature, check_widths, curvatures
-from alignguard.encoding import pad_rows
+from alignguard.encoding import pad_rows, supervised_tokens
 from alignguard.freshness import Freshness
 from alignguard.objective import model_kind, response_loss
 from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
@@ -228,7 +228,10 @@ class Guard:
             fisher = fisher if self.running is None else fisher.merge(self.running.scaled(c.averaging))
             self.running = fisher
         self.examples_read += len(rows)
-        self.use_fisher(fisher)
+        tokens = float(sum(supervised_tokens(row) for row in rows))
+        if c.averaging:
+            tokens += c.averaging * next((layer.samples or 0 for layer in self.layers.values()), 0)
+        self.use_fisher(fisher, round(tokens))
 
     def _estimate(self, rows: Sequence[Mapping[str, Any]], progress: bool) -> fg.Fisher:
         c = self.config
@@ -244,16 +247,17 @@ class Guard:
             seed=c.seed + self.step + 1_000_003 * world()[0],  # what is drawn for one share is not drawn for the next
         )
 
-    def use_fisher(self, fisher: Mapping[str, Any]) -> None:
+    def use_fisher(self, fisher: Mapping[str, Any], samples: int | None = None) -> None:
         """Take curvatures that were estimated elsewhere.
 
         Args:
             fisher: operator by name, of captured layers or of matrices with or without what peft puts around them.
+            samples: supervised tokens that it was made of, which ``noise_edge`` needs.
 
         Raises:
             ValueError: a guarded matrix has no operator in it, or one of another shape.
         """
-        self.layers = curvatures(fisher, self.updates.matrices.values(), self.config)
+        self.layers = curvatures(fisher, self.updates.matrices.values(), self.config, samples)
         self._estimated_at = self.step
         self.refreshes += 1
 

@@ -64,7 +64,7 @@ class GuardMixin:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
 
     Raises:
-        ValueError: an engine under accelerate that the guard does not work with; the message names it.
+        ValueError: an engine under accelerate that shards parameters so that the guard cannot read them (FSDP1, ZeRO-3).
 
     Examples:
         >>> from transformers import Trainer
@@ -225,7 +225,7 @@ class GuardMixin:
                 with _readable(folder / TRAINER_STATE_NAME):
                     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
                     if not isinstance(state.log_history, list) or not isinstance(state.train_batch_size, int):
-                        raise TypeError("log_history or train_batch_size is missing")
+                        raise ValueError("log_history or train_batch_size is missing")
                     done = 0 < operator.index(state.max_steps) <= operator.index(state.global_step)
                 if done:
                     self._load_from_checkpoint(str(folder))

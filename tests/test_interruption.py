@@ -139,10 +139,10 @@ def test_a_foreign_folder_is_not_resumed_into(tmp_path, data):
 
 
 @pytest.mark.parametrize("structure", ["kfac", "gram", "sketch"])
-@pytest.mark.parametrize("projection", ["hard", "soft"])
-def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection):
+@pytest.mark.parametrize(("projection", "edge"), [("hard", False), ("soft", False), ("hard", True)])
+def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection, edge):
     config = GuardConfig(structure=structure, projection=projection, sketch_rank=4, lambda_task=0.1, scale_free=True,
-                         max_drift=0.1, held_back=1, averaging=0.5)  # fmt: skip
+                         max_drift=0.1, held_back=1, averaging=0.5, noise_edge=edge)  # fmt: skip
     model = make("llama", "pissa", torch.float32)
     guard = Guard(model, ROWS, config)
     move(model)
@@ -157,6 +157,8 @@ def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection):
     assert (other.step, other.examples_read, other.refreshes) == (guard.step, guard.examples_read, guard.refreshes)
     assert other.budget.state() == guard.budget.state() and other.freshness.state() == guard.freshness.state()
     assert other.predicted_drift() == guard.predicted_drift()
+    ranks = [{name: len(layer.values) for name, layer in one.layers.items()} for one in (guard, other)]
+    assert ranks[0] == ranks[1]
 
 
 def test_damaged_or_foreign_guard_files_are_named(tmp_path):

@@ -139,7 +139,7 @@ def test_malformed_configurations(trial, tmp_path):
         ({"method": "full", "lora": {"r": 2}}, "lora"), ({"offload": "attic"}, "attic"), ({"offload": "cuda:9"}, "cuda:9"),
         ({"save_every": 0}, "save_every"), ({"save_every": 1.5}, "save_every"), ({"max_length": 0}, "max_length"),
         ({"max_length": "long"}, "max_length"), ({"seed": -1}, "seed"), ({"seed": "x"}, "seed"),
-        ({"fisher": data, "guarded": False}, "fisher"), ({"output_dir": tmp_path / "out"}, "not empty"),
+        ({"fisher": data, "guarded": False}, "fisher"), ({"fisher": data, "config": GuardConfig(noise_edge=True)}, "noise_edge"), ({"output_dir": tmp_path / "out"}, "not empty"),
         ({"output_dir": data}, "is a file"), ({"output_dir": data / "below"}, "is a file"), ({"output_dir": "n" * 300}, "nnn"),
         ({"output_dir": tmp_path / "out", "resume": True}, "not empty"), ({"alignment_data": None}, "alignment_data"),
     ):  # fmt: skip
