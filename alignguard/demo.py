@@ -21,7 +21,7 @@ from alignguard.files import write_text
 from alignguard.fit import FitResult, claim_output, fit, load_model
 from alignguard.report import write_report
 
-# the rate: benchmarks/choices.py and benchmarks/results/learning_rate.json
+# the rate: benchmarks/learning_rate.py and benchmarks/results/learning_rate.json
 TRAINING: dict[str, Any] = {"learning_rate": 4e-3, "max_steps": 200, "per_device_train_batch_size": 16}
 PROMPTS = {"unsafe": 150, "ordinary": 100, "borderline": 60}  # a category, DriftCheck prompts of it in the demo
 
