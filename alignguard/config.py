@@ -106,7 +106,7 @@ class GuardConfig:
 
     structure: str = "kfac"
     kind: str = "empirical"
-    lambda_alignment: float = 3.0
+    lambda_alignment: float = 10.0
     whole_update: bool = True
     lambda_task: float = 0.0
     lambda_collision: float = 0.0

@@ -27,6 +27,7 @@ from typing import Any
 from learning_rate import SEED, bench
 
 from alignguard.ablation import rivals_plan
+from alignguard.config import GuardConfig
 from alignguard.demo import TRAINING, versions
 from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
@@ -44,7 +45,18 @@ PAPER = {
 FIXED: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
-    "default": {},
+    # written out, so that a run says what it was when the defaults have changed
+    "default": {
+        name: getattr(GuardConfig(), name)
+        for name in (
+            "structure",
+            "lambda_alignment",
+            "whole_update",
+            "refresh_every",
+            "first_refresh",
+            "refresh_examples",
+        )
+    },
 }
 
 
