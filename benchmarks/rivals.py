@@ -26,7 +26,7 @@ from typing import Any
 
 from learning_rate import SEED, bench
 
-from alignguard.ablation import rivals_plan
+from alignguard.ablation import ANCHOR, rivals_plan
 from alignguard.config import GuardConfig
 from alignguard.demo import TRAINING, versions
 from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
@@ -35,7 +35,12 @@ from alignguard.ledger import Ledger, run_jobs
 from alignguard.rivals import RIVALS
 
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
-METHODS = ["guard", "kl", *(name for name in RIVALS if name != "safelora"), "paper", "paper, refreshed", "default"]
+METHODS = [
+    "guard",
+    "kl",
+    *(name for name in RIVALS if name != "safelora"),
+    *("paper", "paper, refreshed", "kl, every step", "default"),
+]
 # arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps; its
 # strengths a tenth of what second-hand sources give, which cost the task 2 to 5 points here
 PAPER = {
@@ -45,6 +50,7 @@ PAPER = {
 FIXED: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
+    "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
     # written out, so that a run says what it was when the defaults have changed
     "default": {
         name: getattr(GuardConfig(), name)
