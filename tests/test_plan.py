@@ -1,6 +1,7 @@
 """A plan made without running the model is what the run then takes."""
 
 import gc
+import time
 from unittest.mock import patch
 
 import pytest
@@ -212,7 +213,9 @@ def test_time_that_grows_by_the_batch_is_foretold_exactly(share, each, batches):
 def test_calibrated_seconds_are_those_of_the_run(structure):
     torch.manual_seed(0)
     model, batches = llama(), random_batches(80, 8, 32)
-    plan = fg.plan(model, structure, batches=batches, rank=16, calibrate=True)
-    taken = seconds(lambda: fg.estimate_fisher(model, batches, structure=structure, rank=16), 3)
-    # Within a fifth where nothing else runs: see benchmarks/planning.py; other tests may run beside this one.
+    # Processor time for wall-clock time: other tests may run beside this one. How near it comes where nothing else
+    # runs is measured by benchmarks/planning.py.
+    with patch("fishergeo.calibration.time.perf_counter", time.process_time):
+        plan = fg.plan(model, structure, batches=batches, rank=16, calibrate=True)
+        taken = seconds(lambda: fg.estimate_fisher(model, batches, structure=structure, rank=16), 3)
     assert taken / 4 < plan.seconds < 4 * taken
