@@ -35,7 +35,7 @@ GUARDS: dict[str, dict[str, Any]] = {
     "default, refreshed every 25 from 32": {"refresh_every": 25, "refresh_examples": 32},
     "one-pass sketch, whole update": {"structure": "sketch"},
     "kl to the base, every step": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
-    "kl to the base, every 8th": {"lambda_alignment": 0.0, "lambda_kl": 1.0, "kl_every": 8},
+    "kl to the base, every 4th": {"lambda_alignment": 0.0, "lambda_kl": 0.3, "kl_every": 4},
     "all terms but the coordinate-wise": {**TERMS, "alpha": 0.0},
     "all terms": {**TERMS, "alpha": 0.5},
 }
