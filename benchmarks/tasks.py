@@ -45,49 +45,38 @@ def by_hash(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def with_test(rows: list[Row], test: list[Row]) -> dict[str, list[Row]]:
-    """The data set's own test file, and a tenth of its training file for validation."""
+    """The data set's own test rows, and a tenth of its training rows for validation."""
     parts = by_hash(rows)
     return {"train": parts["train"], "validation": parts["validation"], "test": test}
 
 
-def banking77(data: Path) -> dict[str, list[Row]]:
-    def rows(name: str) -> list[Row]:
-        return [
-            {
-                "prompt": f"What is this message about? {r['text']}",
-                "response": f"It is about {r['label_name'].replace('_', ' ').lower()}.",
-            }
-            for r in read_jsonl(data / f"banking77_{name}.jsonl")
-        ]
+def read(data: Path, name: str, row: Callable[[dict], Row]) -> list[Row]:
+    return [row(r) for r in read_jsonl(data / f"{name}.jsonl")]
 
-    return with_test(rows("train"), rows("test"))
+
+def banking77(data: Path) -> dict[str, list[Row]]:
+    def row(r: dict) -> Row:
+        topic = r["label_name"].replace("_", " ").lower()
+        return {"prompt": f"What is this message about? {r['text']}", "response": f"It is about {topic}."}
+
+    return with_test(read(data, "banking77_train", row), read(data, "banking77_test", row))
 
 
 def gsm8k(data: Path) -> dict[str, list[Row]]:
-    def rows(name: str) -> list[Row]:
-        return [
-            {
-                "prompt": r["question"],
-                "response": re.sub(r"<<.*?>>", "", r["answer"]).replace("####", "The answer is") + ".",
-            }
-            for r in read_jsonl(data / f"gsm8k_{name}.jsonl")
-        ]
+    def row(r: dict) -> Row:
+        reasoning = re.sub(r"<<.*?>>", "", r["answer"]).replace("####", "The answer is")
+        return {"prompt": r["question"], "response": f"{reasoning}."}
 
-    return with_test(rows("train"), rows("test"))
+    return with_test(read(data, "gsm8k_train", row), read(data, "gsm8k_test", row))
 
 
 def sst2(data: Path) -> dict[str, list[Row]]:
-    def rows(name: str) -> list[Row]:
-        return [
-            {
-                "prompt": f"Is this review good or bad? {r['text']}",
-                "response": f"The review is {'good' if r['label'] else 'bad'}.",
-            }
-            for r in read_jsonl(data / f"sst2_{name}.jsonl")
-        ]
+    def row(r: dict) -> Row:
+        verdict = "good" if r["label"] else "bad"
+        return {"prompt": f"Is this review good or bad? {r['text']}", "response": f"The review is {verdict}."}
 
-    parts = with_test(rows("train"), rows("test"))
-    return {**parts, "validation": rows("dev")}
+    parts = with_test(read(data, "sst2_train", row), read(data, "sst2_test", row))
+    return {**parts, "validation": read(data, "sst2_dev", row)}
 
 
 def agnews(data: Path) -> dict[str, list[Row]]:
