@@ -39,8 +39,10 @@ KNOBS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "guard": {"lambda_alignment": (1.0, 3.0, 10.0, 30.0), "refresh_every": (25, 50, 100)},
     "kl": {"lambda_kl": (0.3, 1.0, 3.0, 10.0), "kl_every": (1, 4, 8)},
+    "guard and kl": {"lambda_alignment": (1.0, 3.0, 10.0), "lambda_kl": (0.1, 0.3), "kl_every": (4, 8)},
     "plain": {"learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "max_steps": (100, 200)},
 }
+GUARDS = ("guard", "kl", "guard and kl")  # curvature, KL to the base, and both: GuardConfig's own settings
 ANCHOR = {"lambda_alignment": 0.0, "lambda_task": 0.0, "lambda_collision": 0.0}  # KL to the base alone
 
 
@@ -110,7 +112,7 @@ def rivals_plan(
     whole_grid: bool = False,
     unaligned: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The guard, KL to the base, and every rival.
+    """The guard, KL to the base, both together, and every rival.
 
     Args:
         base: GuardConfig fields of the guard.
@@ -120,15 +122,16 @@ def rivals_plan(
         unaligned: the model before alignment training, which SafeLoRA needs; without it SafeLoRA is left out.
     """
     jobs = [make_job("plain", "plain", {}, seed, "sweep") for seed in seeds] if whole_grid else []
-    for name in ("guard", "kl", *RIVALS):
+    for name in (*GUARDS, *RIVALS):
         if name == "safelora" and unaligned is None:
             continue
-        fixed = {"guard": dict(base), "kl": ANCHOR, "safelora": {"unaligned": unaligned}}.get(name, {})
-        chosen = dict((settings or {}).get(name, {"lambda_kl": 1.0} if name == "kl" else {}))
+        own_of = {"guard": base, "guard and kl": base, "kl": ANCHOR, "safelora": {"unaligned": unaligned}}
+        usual = {"kl": {"lambda_kl": 1.0}, "guard and kl": {"lambda_kl": 0.3, "kl_every": 4}}
+        fixed, chosen = dict(own_of.get(name, {})), dict((settings or {}).get(name, usual.get(name, {})))
         for entry in settings_of(name) if whole_grid else [chosen]:
             shown = ", ".join(f"{k}={label(k, v)}" for k, v in entry.items())
             title, group = (f"{name} ({shown})", "sweep") if whole_grid else (name, "rivals")
-            method, training = (GUARD, {}) if name in ("guard", "kl") else (name, entry if name == "plain" else {})
+            method, training = (GUARD, {}) if name in GUARDS else (name, entry if name == "plain" else {})
             own = {**fixed, **({} if name == "plain" else entry)}
             jobs += [make_job(title, method, own, seed, group, training) for seed in seeds]
     return jobs

@@ -26,7 +26,7 @@ from typing import Any
 
 from learning_rate import SEED, bench
 
-from alignguard.ablation import ANCHOR, rivals_plan
+from alignguard.ablation import ANCHOR, GUARDS, rivals_plan
 from alignguard.config import GuardConfig
 from alignguard.demo import TRAINING, versions
 from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
@@ -36,8 +36,7 @@ from alignguard.rivals import RIVALS
 
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
 METHODS = [
-    "guard",
-    "kl",
+    *GUARDS,
     *(name for name in RIVALS if name != "safelora"),
     *("paper", "paper, refreshed", "kl, every step", "default"),
 ]
@@ -134,7 +133,7 @@ def report(args: argparse.Namespace) -> None:
                 if settings[name]:
                     jobs.append(make_job("plain, tuned", "plain", {}, seed, "plain, tuned", training=settings[name]))
             elif name in settings:
-                jobs.append(make_job(name, GUARD if name in ("guard", "kl") else name, settings[name], seed, name))
+                jobs.append(make_job(name, GUARD if name in GUARDS else name, settings[name], seed, name))
             else:
                 raise SystemExit(f"{name} has not been tuned: {args.tuning} holds {', '.join(sorted(settings))}")
     shared = Bench.embedded(adapters=str(args.out.with_suffix(".adapters")))
