@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+ROUNDING = 1e-12  # nats a response
+
 
 @dataclass
 class DriftBudget:
@@ -13,65 +15,103 @@ class DriftBudget:
     The bound is D ≤ D_max. As D grows with the square of ΔW, the controller works on the length √D, which grows about
     evenly: with x = √(D/D_max), smoothed over ``smooth`` updates, and its slope ẋ a step,
 
-        e = clip(x − 1 + horizon·ẋ, −1, 1),    log μ ← log μ + gain·e·steps.
+        e = clip(x − 1 + horizon·ẋ, −slack, 1),    log μ ← log μ + gain·e·steps.
 
-    The slope looks ``horizon`` steps ahead, which damps: μ rises before the bound is crossed. μ stays in
-    [``low``, ``high``], so that nothing winds up while the bound is far.
+    The slope looks ``horizon`` steps ahead, which damps: μ rises before the bound is crossed. Far below the bound μ falls
+    slower than it rises above it, so that a guard is not let go before the drift has begun. μ stays in [``low``, ``high``].
 
-    D is the predicted ½ Σ tr(ΔWᵀFΔW), times ``correction``, the ratio of measured to predicted drift, followed in
-    logarithms with weight ``trust`` for each new measurement.
+    D is the last measurement, times what the prediction ½ Σ tr(ΔWᵀFΔW) has grown by since, at most ``reach`` either way:
+    a quadratic that has gone stale may be wrong by orders of magnitude and still says whether the update grows. Before
+    the first measurement D is the prediction itself.
+
+    An old quadratic sees less and less of where the update goes, a new one sees it all at once. So the alignment term
+    is multiplied by ``scale`` too, which follows measured over predicted drift between estimates, and at a new estimate
+    falls by what the prediction rises by: the term keeps its value, and μ need not run after the curvature.
 
     Attributes:
         max_drift: D_max in nats a response.
         multiplier: μ, on λ_A and λ_KL alike.
-        correction: measured over predicted drift.
+        scale: on λ_A alone.
+        drift: last measurement.
+        predicted: the prediction at its weights, by the curvature of now; 0 before the first.
         length: smoothed x.
         slope: smoothed ẋ.
         step: of the last update, −1 before the first.
         gain: growth of log μ a step where e = 1.
+        slack: most that e may be below 0.
         horizon: steps that the slope looks ahead.
         smooth: updates over which x and its slope are smoothed.
-        trust: weight of each new measurement in the correction, in [0, 1].
+        reach: most that the prediction may change a measurement by, as a factor.
+        trust: most that log ``scale`` may change by at a measurement.
+        most: largest scale, and over one the least.
         low: least μ.
         high: largest μ.
     """
 
     max_drift: float
     multiplier: float = 1.0
-    correction: float = 1.0
+    scale: float = 1.0
+    drift: float = 0.0
+    predicted: float = 0.0
     length: float = 0.0
     slope: float = 0.0
     step: int = -1
-    gain: float = 0.3
+    gain: float = 0.2
+    slack: float = 0.5
     horizon: float = 10.0
     smooth: float = 5.0
+    reach: float = 2.0
     trust: float = 0.5
-    low: float = 1e-2
+    most: float = 10.0
+    low: float = 1e-4
     high: float = 1e4
 
     def measured(self, drift: float, predicted: float) -> None:
-        """Correct the prediction by a measurement; one that is zero or less, as at the start, says nothing.
+        """Take a measurement in; where either is rounding, as at the start, it says nothing.
 
         Args:
             drift: measured, nats a response.
-            predicted: ½ Σ tr(ΔWᵀFΔW) at the same weights, uncorrected, nats a response.
+            predicted: ½ Σ tr(ΔWᵀFΔW) at the same weights, nats a response.
         """
-        if drift > 0 and predicted > 0:
-            ratio = min(max(drift / predicted, 1e-2), 1e2)
-            self.correction = math.exp((1 - self.trust) * math.log(self.correction) + self.trust * math.log(ratio))
+        if not (drift > ROUNDING and predicted > ROUNDING):
+            return
+        if self.predicted > 0:
+            stale = math.log(drift / predicted) - math.log(self.drift / self.predicted)
+            self._rescale(math.exp(min(max(stale, -self.trust), self.trust)))
+        self.drift, self.predicted = drift, predicted
+
+    def renewed(self, before: float, after: float) -> None:
+        """Go over to a new estimate of the curvature without a jump: the term keeps its value, D its present reading.
+
+        Args:
+            before: ½ Σ tr(ΔWᵀFΔW) by the old estimate, nats a response.
+            after: the same by the new one, at the same weights.
+        """
+        if before > ROUNDING and after > ROUNDING:
+            self._rescale(before / after)
+            self.predicted *= after / before
+
+    def _rescale(self, factor: float) -> None:
+        self.scale = min(max(self.scale * factor, 1 / self.most), self.most)
+
+    def present(self, predicted: float) -> float:
+        """The drift of now in nats a response, from the prediction of now."""
+        if self.predicted == 0:
+            return max(predicted, 0.0)
+        return self.drift * min(max(predicted / self.predicted, 1 / self.reach), self.reach)
 
     def update(self, step: int, predicted: float) -> float:
-        """Read the predicted drift, uncorrected, in nats a response, before optimizer step ``step``; μ for that step."""
+        """Read the predicted drift in nats a response before optimizer step ``step``; μ for that step."""
         passed = 1 if self.step < 0 else step - self.step
         if passed <= 0:
             return self.multiplier
-        length = math.sqrt(max(self.correction * predicted, 0.0) / self.max_drift)
+        length = math.sqrt(self.present(predicted) / self.max_drift)
         share = 1.0 if self.step < 0 else 1 - math.exp(-passed / self.smooth)
         smoothed = self.length + share * (length - self.length)
         slope = 0.0 if self.step < 0 else (smoothed - self.length) / passed
         self.slope += share * (slope - self.slope)
         self.length, self.step = smoothed, step
-        error = min(max(smoothed - 1 + self.horizon * self.slope, -1.0), 1.0)
+        error = min(max(smoothed - 1 + self.horizon * self.slope, -self.slack), 1.0)
         self.multiplier = min(max(self.multiplier * math.exp(self.gain * error * passed), self.low), self.high)
         return self.multiplier
 

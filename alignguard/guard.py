@@ -177,9 +177,7 @@ class Guard:
         if self.uses_curvature and step >= self._due():
             examples = min(self.config.refresh_examples, len(self.rows))
             if not self.config.adaptive or (parted and self.freshness.may_refresh(examples)):  # type: ignore[union-attr]
-                self.refresh()
-                if self.freshness is not None:
-                    self._calibrate()
+                self._renew()
         if self.budget is not None:
             self.budget.update(step, agreed(self.predicted_drift()))
 
@@ -198,12 +196,17 @@ class Guard:
             self.budget.measured(drift, predicted)
         return self.freshness.measured(self.step, drift, predicted)  # type: ignore[union-attr]
 
-    def _calibrate(self) -> None:
-        """After a refresh: the last drift measured against what the new curvature predicts."""
-        predicted = agreed(self.predicted_drift())
-        self.freshness.calibrate(predicted)  # type: ignore[union-attr]
+    def _renew(self) -> None:
+        """Refresh, and where drift is measured tell those who compare it with the prediction that it has changed."""
+        if self.freshness is None:
+            self.refresh()
+            return
+        before = agreed(self.predicted_drift())
+        self.refresh()
+        after = agreed(self.predicted_drift())
+        self.freshness.calibrate(after)
         if self.budget is not None:
-            self.budget.measured(self.freshness.drift, predicted)  # type: ignore[union-attr]
+            self.budget.renewed(before, after)
 
     def _draw(self, count: int, turn: int) -> list[int]:
         """Places of ``count`` examples in rotation: the turn decides, so that a resumed run reads the same ones."""
@@ -271,13 +274,13 @@ class Guard:
         def add(term: str, value: Tensor) -> None:
             sums[term] = sums[term] + value if term in sums else value
 
-        factor = self.budget.multiplier if self.budget is not None else 1.0
+        factor, scale = (1.0, 1.0) if self.budget is None else (self.budget.multiplier, self.budget.scale)
         if self.uses_curvature:
             if not self.layers:
                 self.refresh()
             for matrix in self.updates.matrices.values():
                 for term, value in self._terms_of(matrix).items():
-                    add(term, value * factor if term == "alignment" and self.budget is not None else value)
+                    add(term, value * (factor * scale) if term == "alignment" and self.budget is not None else value)
         if self._anchor is not None and self.step % c.kl_every == 0:
             places = self._draw(c.kl_examples, self.step // c.kl_every)
             add("kl", c.lambda_kl * factor * c.kl_every * self._anchor.divergence(places)[0].mean())
@@ -359,7 +362,7 @@ class Guard:
         if self.freshness is not None:
             shown |= {"drift_predicted": self.predicted_drift(), "drift_measured": self.freshness.drift}
         if self.budget is not None:
-            shown["multiplier"] = self.budget.multiplier
+            shown |= {"multiplier": self.budget.multiplier, "scale": self.budget.scale}
         return shown
 
     def spectra(self) -> dict[str, dict[str, Any]]:
