@@ -44,9 +44,8 @@ class GuardConfig:
     Attributes:
         structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"gram"`` (the paper's one-sided F, exact)
             or ``"sketch"`` (the same F through one pass of O((p+q)·rank) memory).
-        kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see ``fishergeo.estimate_fisher``). The
-            first differentiates whole responses; the others the mean over a response's tokens, so that λ_A is a price
-            per nat with the first alone.
+        kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see ``fishergeo.estimate_fisher``), of whole
+            responses. λ_A is a price per nat with the first two; a margin is a difference of logits.
         lambda_alignment: λ_A, per nat: F is the Fisher of a whole response (with the default ``kind``), so
             ½ tr(ΔWᵀFΔW) is a drift in nats.
         whole_update: charge λ_A ‖F^½ ΔW‖² for the whole update in place of ΔW_A alone: the part outside the leading

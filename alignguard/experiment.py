@@ -22,7 +22,6 @@ from alignguard.driftcheck import driftcheck, load_prompts, measured_kl, task_sc
 from alignguard.embedded import data_path, model_path
 from alignguard.fit import fit, load_model
 from alignguard.judge import REFUSAL
-from alignguard.objective import response_loss
 from alignguard.rivals import RIVALS, make_rival, train_rival
 from alignguard.updates import base_name, lora_updates
 
@@ -240,7 +239,7 @@ def alignment_parts(model: Any, tokenizer: Any, alignment: Any, energy: float, e
     updates = {name: delta.detach() for name, delta in lora_updates(model).items()}
     layers = [base_name(name) for name in updates]
     with model.disable_adapter():
-        fisher = fg.estimate_fisher(model, batches, structure="gram", layers=layers, loss=response_loss)
+        fisher = fg.estimate_fisher(model, batches, structure="gram", layers=layers, reduction="sum")
     parts = {}
     for name, delta in updates.items():
         values, vectors = fisher[base_name(name)].eigh()

@@ -15,7 +15,7 @@ from alignguard.config import GuardConfig
 from alignguard.data import pad_id
 from alignguard.encoding import encode_source, pad_rows
 from alignguard.files import write_text
-from alignguard.objective import model_kind, response_loss
+from alignguard.objective import model_kind
 
 
 def origin_path(path: str | Path) -> Path:
@@ -54,7 +54,7 @@ def write_fisher(
         structure=config.structure,
         kind=config.kind,
         rank=config.sketch_rank,
-        loss=response_loss if config.kind == "empirical" else None,
+        reduction="sum",
         progress=progress,
         seed=config.seed,
     )

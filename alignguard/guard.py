@@ -17,7 +17,7 @@ from alignguard.coverage import Covered, coverage
 from alignguard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.encoding import pad_rows, supervised_tokens
 from alignguard.freshness import Freshness
-from alignguard.objective import model_kind, response_loss
+from alignguard.objective import model_kind
 from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
 from alignguard.reference import Reference
 from alignguard.updates import Matrix, WeightUpdates
@@ -245,7 +245,7 @@ class Guard:
             kind=c.kind,
             rank=c.sketch_rank,
             layers=[matrix.layer for matrix in self.updates.matrices.values()],
-            loss=response_loss if c.kind == "empirical" else None,
+            reduction="sum",  # of whole responses, so that the quadratic is in nats a response
             progress=progress,
             seed=c.seed + self.step + 1_000_003 * world()[0],  # what is drawn for one share is not drawn for the next
         )

@@ -17,7 +17,7 @@ from fishergeo.fisher import Fisher, FisherHeader
 from fishergeo.identity import fingerprint
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
 from fishergeo.layers import Layer, LayerFilter, select_layers
-from fishergeo.losses import KINDS, LossFunction
+from fishergeo.losses import KINDS, REDUCTIONS, LossFunction
 from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, check_choice, named_structures
 from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
 from fishergeo.weights import WeightSource
@@ -52,6 +52,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     share_inputs: bool = True,
     *,
     sharing: str = "expand",
+    reduction: str = "mean",
     dtype: torch.dtype | None = None,
     token_weights: WeightSource = None,
     example_weights: WeightSource = None,
@@ -65,7 +66,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
 ) -> Fisher | dict[str, Fisher]:
     r"""Estimates the Fisher of every chosen layer's weight in one pass, without forming a weight gradient.
 
-    For example i let L_i be its own objective, the mean over its supervised tokens, D_i (T, p) the gradients of L_i
+    For example i let L_i be its own objective, the mean over its supervised tokens (or the sum, ``reduction``), D_i (T, p) the gradients of L_i
     with respect to the layer's outputs, A_i (T, q) the layer's inputs and G_i = D_iᵀ A_i, what
     ``model(**example).loss.backward()`` leaves in ``W.grad``. With N the number of examples:
 
@@ -111,6 +112,8 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         seed: of test matrices and sampled labels.
         share_inputs: KFAC holds one A for layers that read the same tensor (q, k, v).
         sharing: ``"expand"`` or ``"reduce"``, for kfac and ekfac.
+        reduction: ``"mean"`` or ``"sum"`` of an example's supervised tokens. With the sum F is that of whole responses,
+            and ½ tr(ΔWᵀFΔW) a divergence in nats a response. A ``loss`` of your own reduces as it likes.
         dtype: of the sums, float32 or float64; by default float64 for float64 models, else float32.
         token_weights: a key of the batch or ``batch -> tensor`` of the labels' shape: L_i is the weighted mean over
             its tokens; see :class:`fishergeo.FirstTokens`.
@@ -149,6 +152,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     """
     check_choice("kind", kind, KINDS)
     check_choice("unit", unit, UNITS)
+    check_choice("reduction", reduction, REDUCTIONS)
     wanted = named_structures(
         structure, side=side, rank=rank, sharing=sharing, basis_examples=basis_examples, probes=probes
     )
@@ -160,13 +164,13 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
             "structure='ekfac' reads the batches twice, and these can be read once; pass a list or a loader, or "
             "basis_examples= for a single sweep"
         )
-    options = DataOptions(kind, unit, loss, token_weights, example_weights, decay, max_draws, seed)
+    options = DataOptions(kind, unit, loss, token_weights, example_weights, decay, max_draws, seed, reduction)
     mark = fingerprint(model)
     keeper = None
     if checkpoint is not None:
         facts = {
             "structures": {key: asdict(one) for key, one in wanted.items()},
-            "data": [kind, unit, decay, max_draws, seed, share_inputs, str(dtype)],
+            "data": [kind, unit, reduction, decay, max_draws, seed, share_inputs, str(dtype)],
             "layers": {name: list(layer.shape) for name, layer in chosen.items()},
             "model": mark,
         }
@@ -186,6 +190,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         fingerprint=mark,
         decay=decay,
         weighted=token_weights is not None or example_weights is not None,
+        reduction=reduction,
     )
     fishers: dict[str, Fisher] = {}
     for key, one in wanted.items():

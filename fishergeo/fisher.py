@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fishergeo import storage
 from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.identity import check_model, header_fields
-from fishergeo.losses import KINDS
+from fishergeo.losses import KINDS, REDUCTIONS
 from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS, check_choice
 from fishergeo.symmetric_operator import SymmetricOperator
 
@@ -38,6 +38,7 @@ class FisherHeader:
         decay: in (0, 1], what every later example multiplied the weight of the earlier ones by.
         weighted: whether examples or tokens had weights of their own.
         probes: columns that the sketch held back to measure its error with.
+        reduction: ``"mean"`` or ``"sum"``: what an example's objective makes of its supervised tokens.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -66,6 +67,7 @@ class FisherHeader:
     decay: float = 1.0
     weighted: bool = False
     probes: int = 0
+    reduction: str = "mean"
 
     def layout(self, name: str) -> Layout:
         """What the sums of the layer ``name`` look like: shapes, dtype, options."""
@@ -228,6 +230,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
             check_choice("unit", header.unit, UNITS)
             check_choice("side", header.side, SIDES)
             check_choice("sharing", header.sharing, SHARINGS)
+            check_choice("reduction", header.reduction, REDUCTIONS)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged Fisher header ({error})") from error
         chosen = list(keys) if layers is None else list(layers)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 Kind = Literal["empirical", "mc", "type2", "ggn", "margin"]
 KINDS: tuple[str, ...] = ("empirical", "mc", "type2", "ggn", "margin")
+REDUCTIONS = ("mean", "sum")
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``(model, batch) -> (n,)``: one loss an example, each depending on its own example only."""
 
@@ -25,7 +26,8 @@ class Objective:
     """What is differentiated on one batch.
 
     Attributes:
-        values: (n,) one objective an example, attached to the graph: the mean over its supervised tokens.
+        values: (n,) one objective an example, attached to the graph: the mean over its supervised tokens, or what a
+            loss of the user's gives.
         counts: (n,) long, the supervised tokens of each example; an example with none is no datum.
         draws: how many objectives of this batch make up its Fisher; the gradients' squares add up over them.
         token_scale: (n,) what turns the objective into that of the sum over tokens; ``counts`` if None.

@@ -12,7 +12,7 @@ from fishergeo._arguments import check_choice
 from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.layer_operators import check_layer_shape
 from fishergeo.layers import LayerFilter, select_layers
-from fishergeo.losses import KINDS, LossFunction
+from fishergeo.losses import KINDS, REDUCTIONS, LossFunction
 from fishergeo.moment_accumulators import DiagonalAccumulator
 from fishergeo.products import ProductAccumulator
 from fishergeo.structures import UNITS
@@ -41,6 +41,7 @@ class StreamingFisher:
         layers: as in :func:`fishergeo.estimate_fisher`.
         loss: the same.
         seed: of sampled labels.
+        reduction: as in :func:`fishergeo.estimate_fisher`.
         dtype: of products; float64 for float64 models, else float32, if None.
         token_weights: as in :func:`fishergeo.estimate_fisher`.
         example_weights: the same.
@@ -82,6 +83,7 @@ class StreamingFisher:
         loss: LossFunction | None = None,
         seed: int = 0,
         *,
+        reduction: str = "mean",
         dtype: torch.dtype | None = None,
         token_weights: WeightSource = None,
         example_weights: WeightSource = None,
@@ -90,6 +92,7 @@ class StreamingFisher:
     ) -> None:
         check_choice("kind", kind, KINDS)
         self.unit = check_choice("unit", unit, UNITS)
+        check_choice("reduction", reduction, REDUCTIONS)
         self.side = check_choice("side", side, ("output", "input", "both"))
         if isinstance(batches, Iterator):
             raise TypeError(
@@ -102,7 +105,9 @@ class StreamingFisher:
         self.traces: dict[str, float] = {}
         self.examples = self.tokens = 0.0
         self._batches = batches
-        self._options = DataOptions(kind, unit, loss, token_weights, example_weights, max_draws=max_draws, seed=seed)
+        self._options = DataOptions(
+            kind, unit, loss, token_weights, example_weights, max_draws=max_draws, seed=seed, reduction=reduction
+        )
         self.layers = select_layers(model, layers)
         weight = next(iter(self.layers.values())).weight
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)

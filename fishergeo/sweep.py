@@ -34,6 +34,7 @@ class DataOptions:
         decay: what an example multiplies the weight of all earlier ones by.
         max_draws: the most passes over one batch.
         seed: of sampled labels.
+        reduction: ``"mean"`` or ``"sum"`` over an example's supervised tokens; units that are tokens take the sum.
     """
 
     kind: str = "empirical"
@@ -44,6 +45,7 @@ class DataOptions:
     decay: float = 1.0
     max_draws: int = 256
     seed: int = 0
+    reduction: str = "mean"
 
 
 class Sweep:
@@ -152,7 +154,7 @@ class Sweep:
 
             def scale(result: Objective) -> Tensor:
                 factor = torch.ones_like(result.values)
-                if o.unit == "token":
+                if o.unit == "token" or o.reduction == "sum":
                     tokens = result.counts if result.token_scale is None else result.token_scale
                     factor = factor * tokens.to(factor.dtype)
                 return factor if weights is None else factor * weights.sqrt().to(factor.dtype)

@@ -43,20 +43,40 @@ def check_ekfac(operator, kfac, gradients):
     assert_close(operator.values, expected)
 
 
+def of_sums(everything, examples, kind):
+    """The atoms of the sum over an example's supervised tokens, from those of the mean."""
+    counts = [int((labels[1:] != -100).sum()) for _, labels in examples]
+    # ggn of the mean loss carries 1/T, not 1/T².
+    factors = [count ** (0.5 if kind == "ggn" else 1) for count in counts]
+    return [
+        [(w, {name: (f * g, f * d, a) for name, (g, d, a) in parts.items()}) for w, parts in one]
+        for one, f in zip(everything, factors, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("kind", ["empirical", "mc", "type2", "ggn", "margin"])
-@settings(deadline=None, max_examples=3)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@settings(deadline=None, max_examples=2)
 @given(
     order=st.permutations(range(5)),
     cuts=st.sets(st.integers(1, 4), max_size=4),
     padding=st.sampled_from(["left", "right"]),
 )
-def test_every_structure_and_kind_agrees_with_the_loop_over_single_examples(kind, order, cuts, padding):
+def test_every_structure_and_kind_agrees_with_the_loop_over_single_examples(kind, reduction, order, cuts, padding):
     model = SmallLM()
     examples = [make_examples([4, 6, 5, 3, 6])[i] for i in order]
     everything = atoms(model, examples, kind, LAYERS)
+    if reduction == "sum":
+        everything = of_sums(everything, examples, kind)
     fishers = fg.estimate_fisher(
-        model, split(examples, cuts, padding), structure=STRUCTURES, kind=kind, layers=list(LAYERS)
+        model,
+        split(examples, cuts, padding),
+        structure=STRUCTURES,
+        kind=kind,
+        layers=list(LAYERS),
+        reduction=reduction,
     )
+    assert fishers["out"].header.reduction == reduction
     count = len(examples)
     expected = {
         "out": mean_over_examples(everything, lambda g, d, a: g @ g.T),
@@ -121,11 +141,9 @@ def test_every_structure_takes_tokens_as_data_where_asked(kind):
 @given(cuts=st.sets(st.integers(1, 3), max_size=3), side=st.sampled_from(["both", "output", "input"]))
 def test_streaming_products_are_those_of_the_oracle_for_all_layers_in_one_pass(cuts, side):
     model, examples = SmallLM(), make_examples([4, 6, 5, 3])
-    gradients = {
-        name: torch.stack([one[0][1][name][0] for one in atoms(model, examples, "empirical", LAYERS)])
-        for name in LAYERS
-    }
-    fisher = fg.StreamingFisher(model, split(examples, cuts), side=side, layers=list(LAYERS))
+    everything = of_sums(atoms(model, examples, "empirical", LAYERS), examples, "empirical")
+    gradients = {name: torch.stack([one[0][1][name][0] for one in everything]) for name in LAYERS}
+    fisher = fg.StreamingFisher(model, split(examples, cuts), side=side, layers=list(LAYERS), reduction="sum")
     generator = torch.Generator().manual_seed(0)
     blocks = {name: torch.randn(fisher[name].shape[0], 3, dtype=torch.float64, generator=generator) for name in LAYERS}
     products = fisher.multi_matmul(blocks)

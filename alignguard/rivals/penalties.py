@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import fishergeo as fg
-from alignguard.objective import response_loss
 from alignguard.rivals.base import Rival, Run, check_count, check_strength
 from alignguard.updates import base_name, lora_updates
 
@@ -62,7 +61,7 @@ def fisher_at_start(run: Run, structure: str, kind: str, examples: int, batch_si
         structure=structure,
         kind=kind,
         layers=list(names),
-        loss=response_loss if kind == "empirical" else None,
+        reduction="sum",
         seed=run.seed,
     )
     return {names[name]: operator for name, operator in fisher.items()}
