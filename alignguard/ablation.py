@@ -23,7 +23,7 @@ STUDIES = ("terms", "knobs", "rivals", "sweep")
 KNOBS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "max_rank": ((4, 16, 32, 64, 128), {"energy": 1.0}),  # with all energy allowed, m is what max_rank says
     "energy": ((0.5, 0.8, 0.95, 1.0), {}),
-    "lambda_alignment": ((1.0, 3.0, 10.0, 30.0, 100.0, 300.0), {}),
+    "lambda_alignment": ((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), {}),
     "lambda_task": ((0.0, 1e-3, 1e-2, 5e-2), {}),
     "alpha": ((0.0, 0.25, 0.5, 0.75, 1.0), {"lambda_collision": 0.01}),
     "beta": ((0.0, 1.0, 4.0, 10.0), {"lambda_collision": 0.01}),
@@ -37,9 +37,9 @@ KNOBS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 # what a tuning sweep tries of each: 12 settings, as of every rival
 SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "guard": {"lambda_alignment": (1.0, 3.0, 10.0, 30.0), "refresh_every": (25, 50, 100)},
+    "guard": {"lambda_alignment": (0.03, 0.1, 0.3, 1.0), "refresh_every": (25, 50, 100)},
     "kl": {"lambda_kl": (0.3, 1.0, 3.0, 10.0), "kl_every": (1, 4, 8)},
-    "guard and kl": {"lambda_alignment": (1.0, 3.0, 10.0), "lambda_kl": (0.1, 0.3), "kl_every": (4, 8)},
+    "guard and kl": {"lambda_alignment": (0.03, 0.1, 0.3), "lambda_kl": (0.1, 0.3), "kl_every": (4, 8)},
     "plain": {"learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "max_steps": (100, 200)},
 }
 GUARDS = ("guard", "kl", "guard and kl")  # curvature, KL to the base, and both: GuardConfig's own settings
