@@ -56,10 +56,10 @@ class DriftBudget:
     length: float = 0.0
     slope: float = 0.0
     step: int = -1
-    gain: float = 0.2
+    gain: float = 0.1
     slack: float = 0.5
     horizon: float = 10.0
-    smooth: float = 5.0
+    smooth: float = 2.0
     reach: float = 2.0
     trust: float = 0.5
     most: float = 10.0

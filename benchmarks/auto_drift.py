@@ -19,6 +19,7 @@ from typing import Any
 
 from rivals import SLACK, kept
 
+from alignguard.config import GuardConfig
 from alignguard.demo import TRAINING, versions
 from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
@@ -57,7 +58,10 @@ def main() -> None:
     shared = Bench.embedded()
     if args.task is not None:
         shared = dataclasses.replace(shared, task_train=f"{args.task}_train.jsonl", task_test=f"{args.task}_test.jsonl")
-    settings = [{"max_drift": b} for b in args.budgets] + [{"lambda_alignment": s} for s in STRENGTHS]
+    start = GuardConfig().lambda_alignment  # written out: a run is of the strength that it began with
+    settings = [{"max_drift": b, "lambda_alignment": start} for b in args.budgets] + [
+        {"lambda_alignment": s} for s in STRENGTHS
+    ]
     jobs = [make_job(str(s), GUARD, s, seed) for seed in args.seeds for s in settings]
     head = {"command": "python benchmarks/auto_drift.py", "versions": versions(), "training": TRAINING}
     ledger = Ledger(args.out.with_suffix(".runs.jsonl"), {**head, **shared.describe()})
