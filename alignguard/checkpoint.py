@@ -26,7 +26,7 @@ MARKER = "alignguard_complete.json"
 COUNTERS = "alignguard_guard.json"
 TENSORS = "alignguard_guard.safetensors"
 RUNNING = "alignguard_fisher.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None:
@@ -45,13 +45,22 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
     if guard is not None:
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, str] = {}
+        written: dict[int, str] = {}
+        aliases: dict[str, str] = {}  # q, k and v share their input factor, which is written once
         for name, layer in guard.layers.items():
             kinds[name] = type(layer.operator).__name__
-            tensors |= {f"layer|{name}|{role}": t for role, t in _operator_tensors(layer.operator).items()}
+            for role, tensor in _operator_tensors(layer.operator).items():
+                key = f"layer|{name}|{role}"
+                first = written.setdefault(id(tensor), key)
+                if first == key:
+                    tensors[key] = tensor
+                else:
+                    aliases[key] = first
         tensors |= {f"reference|{name}": tensor for name, tensor in guard.updates.references().items()}
         counters["guard"] = {
             "config": guard.config.to_dict(),
             "layers": kinds,
+            "aliases": aliases,
             "step": guard.step,
             "examples_read": guard.examples_read,
             "refreshes": guard.refreshes,
@@ -133,8 +142,9 @@ def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
     device = next(guard.model.parameters()).device
     grouped: dict[str, dict[str, Tensor]] = {}
     references: dict[str, Tensor] = {}
-    for key, read in read_tensors(folder / TENSORS).items():
-        tensor = read.to(device)
+    tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / TENSORS).items()}
+    aliases = kept.get("aliases", {})  # none in format 1
+    for key, tensor in (tensors | {key: tensors[first] for key, first in aliases.items()}).items():
         group, rest = key.split("|", 1)
         if group == "reference":
             references[rest] = tensor

@@ -15,6 +15,8 @@ from torch import Tensor
 from fishergeo.records import Record
 from fishergeo.symmetric_operator import SymmetricOperator
 
+Made = dict[tuple[int, ...], Tensor]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -120,8 +122,10 @@ class Accumulator:
         """Adds one batch of one layer."""
         raise NotImplementedError
 
-    def operator(self, count: float) -> SymmetricOperator:
-        """The operator after ``count`` units."""
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
+        """The operator after ``count`` units; ``made`` holds the tensors that layers before this one made of sums they
+        share with it, by the ids of those sums, and takes this one's.
+        """
         raise NotImplementedError
 
     @property

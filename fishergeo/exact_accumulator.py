@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.exact_operator import ExactOperator
 from fishergeo.records import Record
 from fishergeo.symmetric_operator import SymmetricOperator
@@ -79,7 +79,7 @@ class ExactAccumulator(Accumulator):
         self.finish()
         self.sums["gradients"].mul_(factor**0.5)
 
-    def operator(self, count: float) -> SymmetricOperator:
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """(pq, pq), matrix-free."""
         return ExactOperator(self.sums["gradients"], self.sums["inputs"], self.sums["lengths"], count)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo import storage
-from fishergeo.accumulators import Accumulator, Layout
+from fishergeo.accumulators import Accumulator, Layout, Made
 from fishergeo.identity import check_model, header_fields
 from fishergeo.losses import KINDS, REDUCTIONS
 from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS, check_choice
@@ -104,6 +104,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         self.header = header
         self.accumulators = accumulators
         self._operators: dict[str, SymmetricOperator] = {}
+        self._made: Made = {}
 
     def __getitem__(self, name: str) -> SymmetricOperator:
         if name not in self.accumulators:
@@ -112,7 +113,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         if name not in self._operators:
             if not self.header.count > 0:
                 raise ValueError("this Fisher has seen no supervised token")
-            self._operators[name] = self.accumulators[name].operator(self.header.count)
+            self._operators[name] = self.accumulators[name].operator(self.header.count, self._made)
         return self._operators[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -12,6 +12,8 @@ from torch import Tensor
 _SYRK: dict[torch.dtype, Any] = {torch.float32: scipy.linalg.blas.ssyrk, torch.float64: scipy.linalg.blas.dsyrk}
 _BLOCKED_FROM = 192
 """Below this size a triangle saves nothing over the whole product."""
+_TILE = 128
+"""Rows that are copied at a time, still in the cache when they are read again."""
 
 
 def add_gram_(total: Tensor, rows: Tensor) -> None:
@@ -59,10 +61,21 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
         total[start:stop, :stop].addmm_(x[:, start:stop].T, y[:, :stop])
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle is that of ``total``; a new tensor."""
-    lower = total.tril()
-    return lower + lower.tril(-1).T
+def mirrored(total: Tensor, divisor: float | Tensor = 1.0) -> Tensor:
+    """The symmetric matrix whose lower triangle is that of ``total`` over ``divisor``; a new tensor, the only one so large.
+
+    Args:
+        total: (d, d); its upper triangle is not read.
+        divisor: a number, or a tensor of one of the same dtype.
+    """
+    whole = torch.empty_like(total, memory_format=torch.contiguous_format)
+    for start in range(0, len(total), _TILE):
+        rows = whole[start : start + _TILE, : start + _TILE]
+        torch.div(total[start : start + _TILE, : start + _TILE], divisor, out=rows)
+        whole[:start, start : start + _TILE] = rows[:, :start].T
+        corner = rows[:, start:]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return whole
 
 
 class HalfGram:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.gram import HalfGram, mirrored
 from fishergeo.layer_operators import EigenKroneckerOperator, KroneckerOperator
 from fishergeo.moment_accumulators import add_squares_
@@ -117,11 +117,14 @@ class KfacAccumulator(Accumulator):
         accumulator.half = HalfGram(sums["output"], state.get("output buffer"), state.get("output waiting"))
         return accumulator
 
-    def operator(self, count: float) -> SymmetricOperator:
-        """kron(S, A), (pq, pq)."""
-        s = self.sums["output"] / count
-        a = self.sums["input"] / self.sums["tokens"].clamp_min(1e-300).to(s.dtype)
-        return KroneckerOperator(mirrored(s), mirrored(a))
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
+        """kron(S, A), (pq, pq). Layers whose input moment is one get one A."""
+        total, tokens = self.sums["input"], self.sums["tokens"]
+        made = {} if made is None else made
+        key = id(total), id(tokens)
+        if key not in made:
+            made[key] = mirrored(total, tokens.clamp_min(1e-300).to(total.dtype))
+        return KroneckerOperator(mirrored(self.sums["output"], count), made[key])
 
     def eigenbases(self) -> tuple[Tensor, Tensor]:
         """Orthogonal (p, p) and (q, q): the eigenvectors of S and A. Layers that share A share the second tensor."""
@@ -190,7 +193,7 @@ class EkfacAccumulator(Accumulator):
         self.sums["moments"].mul_(factor)
         self.sums["units"].mul_(factor)
 
-    def operator(self, count: float) -> SymmetricOperator:
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """kron(U, V) diag kron(U, V)ᵀ, (pq, pq); divided by its own units, which are fewer than the estimate's where
         the bases were fixed on the leading part of a single sweep.
         """

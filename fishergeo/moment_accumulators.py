@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.gram import add_gram_, add_product_, mirrored
 from fishergeo.layer_operators import DiagonalOperator
 from fishergeo.records import Record
@@ -40,9 +40,9 @@ class GramAccumulator(Accumulator):
             for one_near, one_far in zip(near, far, strict=True):
                 add_gram_(total, one_far.T @ one_near)
 
-    def operator(self, count: float) -> SymmetricOperator:
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """F, (p, p) or (q, q)."""
-        return DenseOperator(mirrored(self.sums["gram"] / count), self.layout.side)
+        return DenseOperator(mirrored(self.sums["gram"], count), self.layout.side)
 
 
 class DiagonalAccumulator(Accumulator):
@@ -58,7 +58,7 @@ class DiagonalAccumulator(Accumulator):
         a, d = self._cast(record, shared)
         add_squares_(self.sums["squares"], d, a)
 
-    def operator(self, count: float) -> SymmetricOperator:
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """(pq, pq)."""
         return DiagonalOperator(self.sums["squares"] / count)
 

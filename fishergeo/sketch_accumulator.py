@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.records import Record
 from fishergeo.sketch import PsdSketch, compress, factor_eigh, probe_matrix
 from fishergeo.sketch_operator import SketchOperator
@@ -80,7 +80,7 @@ class SketchAccumulator(Accumulator):
         accumulator.sketch.restore(state)
         return accumulator
 
-    def operator(self, count: float) -> SymmetricOperator:
+    def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """The leading ``rank`` pairs of F; ``full_trace`` is exact."""
         values, vectors = factor_eigh(self.sums["factor"], self.layout.rank)
         trace = self.sums["trace"][0] / count
