@@ -8,6 +8,11 @@ r"""Train the embedded aligned model from nothing: tokenizer, LLaMA, refusals an
     python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 6 --resume fifth --steps 400 --lr 4e-4 --seed 5 \
         --mix fourth --share 0.6
 
+A larger model, which does not ship, grows out of that one and is trained on: 13 million parameters, one leg.
+
+    python scripts/train_embedded.py DATA larger --bf16 --leg 5 --resume alignguard/embedded/model --grow --hidden 384 \
+        --layers 6 --batch 8 --steps 1000 --lr 8e-4 --seed 6
+
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
 answer to them is written by the templates in ``instructions.py``. Rows marked ``split: test`` are never read here.
@@ -461,6 +466,28 @@ def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, lon
             yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def grown(small: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
+    """A wider and deeper model that begins by saying what ``small`` says, nearly (Chen et al. 2016, arXiv 1511.05641).
+
+    The weights that are known stand in the corners of the new matrices; the others are random where they read and zero
+    where they write, so that new heads, neurons and layers are silent at first. The new places of the residual stream
+    are nearly empty, which its root mean square is corrected for.
+    """
+    large = LlamaForCausalLM(config)
+    emptier = (small.config.hidden_size / config.hidden_size) ** 0.5
+    known = small.state_dict()
+    with torch.no_grad():
+        for name, weight in large.state_dict().items():
+            if name.endswith("norm.weight"):
+                weight.fill_(emptier)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+            if name in known:
+                corner = weight[tuple(slice(size) for size in known[name].shape)]
+                corner.copy_(known[name] * (emptier if name.endswith("norm.weight") else 1))
+    return large
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("data", type=Path)
@@ -476,8 +503,9 @@ def main() -> None:
         "--stop-at", type=int, default=None, help="end the first leg here; the schedule stays that of --steps"
     )
     cli.add_argument(
-        "--resume", type=Path, default=None, help="folder of the first leg; its tokenizer and weights go on"
+        "--resume", type=Path, default=None, help="folder of an earlier leg; its tokenizer and weights go on"
     )
+    cli.add_argument("--grow", action="store_true", help="to --hidden and --layers, from the model of --resume")
     cli.add_argument("--first-step", type=int, default=0, help="steps done by the first leg")
     cli.add_argument(
         "--mix", type=Path, default=None, help="folder of an earlier leg whose weights the result is mixed with"
@@ -497,8 +525,8 @@ def main() -> None:
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 64,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -510,6 +538,8 @@ def main() -> None:
         if args.resume is None
         else LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
     )
+    if args.grow:
+        model = grown(model, config)
     model.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
     average = copy.deepcopy(model)  # of the weights along the last legs; the weights themselves before them
