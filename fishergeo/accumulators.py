@@ -136,6 +136,10 @@ class Accumulator:
     def finish(self) -> None:
         """Called once after the last batch."""
 
+    def finite(self) -> bool:
+        """Whether every entry of the sums is."""
+        return all(bool(torch.isfinite(tensor.sum())) for tensor in self.sums.values())
+
     def decay_(self, factor: float, done: set[int]) -> None:
         """Multiplies everything added so far; ``done`` holds ids of tensors that another layer has multiplied."""
         self.finish()

@@ -100,6 +100,11 @@ class KfacAccumulator(Accumulator):
         self.half.flush()
         self.moment.half.flush()
 
+    def finite(self) -> bool:
+        """By the diagonals: Σ|x_i x_j| is at most the larger of Σ x_i² and Σ x_j² (Cauchy-Schwarz)."""
+        diagonals = [self.sums[key].diagonal() for key in ("output", "input")]
+        return bool(torch.isfinite(torch.stack([each.sum() for each in diagonals])).all())
+
     def state(self) -> dict[str, Tensor]:
         """The sums and the rows that wait."""
         result = dict(self.sums)

@@ -55,13 +55,15 @@ def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
         (size, columns), the dtype of ``product``; the core is formed and factored in float64.
 
     Raises:
-        FloatingPointError: if Ωᵀ Y is far from positive semi-definite.
+        FloatingPointError: if Y is not finite, or Ωᵀ Y far from positive semi-definite.
     """
     y, w = product.double(), omega.double()
     norm = torch.linalg.matrix_norm(y)
+    if not bool(torch.isfinite(norm)):
+        raise FloatingPointError("a sum is not finite; pass dtype=torch.float64")
     if not bool(norm > 0):
         return torch.zeros_like(product)
-    core, own = w.T @ y, w.T @ w
+    core, own = w.T @ y, (omega.T @ omega).double()  # of the shift, which is of the size of rounding itself
     core = (core + core.T) / 2
     shift = float(torch.finfo(product.dtype).eps * norm)
     for _ in range(6):
@@ -225,7 +227,10 @@ class PsdSketch:
     def close(self) -> Tensor:
         """Ends the segment; :attr:`factor` then stands for everything added. Returns the factor."""
         if self._product is not None:
-            latest = nystrom_factor(self._product, self._basis())
+            try:
+                latest = nystrom_factor(self._product, self._basis())
+            except FloatingPointError as error:
+                raise FloatingPointError(f"layer {self.name!r}: {error}") from error
             known = torch.cat([self.factor, latest], 1) if self.factor.shape[1] else latest
             self.factor = compress(known, self.columns)
             self._last, self._omega, self._product = self._omega, None, None

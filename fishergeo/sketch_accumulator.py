@@ -13,6 +13,9 @@ from fishergeo.sketch import PsdSketch, compress, factor_eigh, probe_matrix
 from fishergeo.sketch_operator import SketchOperator
 from fishergeo.symmetric_operator import SymmetricOperator
 
+_WIDE = 512
+"""Columns from which halves of a kernel are multiplied as fast as all of it."""
+
 
 class SketchAccumulator(Accumulator):
     """A factor V with V Vᵀ ≤ Σ G Gᵀ (or Σ Gᵀ G) and the exact trace: O((p + q)·rank) memory, no (p, p) matrix.
@@ -43,7 +46,7 @@ class SketchAccumulator(Accumulator):
             self._stream(n, lambda i, j, omega: rows_product(near[i:j], (near[i:j] @ omega) * weights[i:j]))
         elif t * (size + far.shape[2]) <= size * far.shape[2]:
             between = kernel()
-            self.sums["trace"] += (between * torch.bmm(near, near.mT)).sum()
+            self.sums["trace"] += kernels_trace(between, near)
             self._stream(n, lambda i, j, omega: rows_product(near[i:j], torch.bmm(between[i:j], near[i:j] @ omega)))
         else:  # long sequences: the weight gradient of one example is smaller than its kernels
             for i in range(n):
@@ -121,3 +124,13 @@ class SketchAccumulator(Accumulator):
 def rows_product(near: Tensor, inner: Tensor) -> Tensor:
     """Σ_i N_iᵀ I_i for (n, T, size) and (n, T, k) blocks."""
     return near.flatten(0, 1).T @ inner.flatten(0, 1)
+
+
+def kernels_trace(kernel: Tensor, rows: Tensor) -> Tensor:
+    """Σ_i tr(K_i N_i N_iᵀ) for symmetric (n, T, T) and any (n, T, d); of wide rows' own kernels three quarters are formed."""
+    half = rows.shape[1] // 2 if rows.shape[2] >= _WIDE else 0
+    lower = kernel[:, half:] * torch.bmm(rows[:, half:], rows.mT)
+    if not half:
+        return lower.sum()
+    upper = kernel[:, :half, :half] * torch.bmm(rows[:, :half], rows[:, :half].mT)
+    return upper.sum() + lower[:, :, half:].sum() + 2 * lower[:, :, :half].sum()

@@ -123,7 +123,7 @@ class Sweep:
             for name, accumulator in group.items():
                 accumulator.finish()
                 # A sum is finite only if its terms are. Terms were; squares of numbers past 1e19 are not in float32.
-                if not all(bool(torch.isfinite(tensor.sum())) for tensor in accumulator.sums.values()):
+                if not accumulator.finite():
                     raise FloatingPointError(f"layer {name!r}: a sum is not finite; pass dtype=torch.float64")
 
     def _read(self, capture: Capture, number: int, batch: Any) -> None:

@@ -279,3 +279,19 @@ def test_leading_pairs_are_the_largest(dtype, k):
     assert_close(values.double(), torch.linalg.eigvalsh(factor @ factor.T).flip(0)[:k], tolerance)
     assert_close(vectors.T @ vectors, torch.eye(k, dtype=dtype), tolerance * 10)
     assert values.dtype == vectors.dtype == dtype
+
+
+@pytest.mark.parametrize("structure", ["kfac", "gram", "diagonal", "sketch"])
+@pytest.mark.parametrize("large", ["inputs", "gradients"])
+def test_squares_past_the_range_of_float32_are_refused_by_layer(structure, large):
+    model = torch.nn.Linear(3, 2)
+    x, scale = torch.ones(2, 3), 1.0
+    if large == "inputs":
+        x[1, 2] = 1e25
+        model.weight.data[:, 2] = 0
+    else:
+        scale = 1e25
+    loss = lambda model, x: scale * model(x).sum(1)
+    with pytest.raises(FloatingPointError, match="layer '': a sum is not finite; pass dtype"):
+        fg.estimate_fisher(model, [x], structure, rank=2, loss=loss)
+    assert fg.estimate_fisher(model, [x], structure, rank=2, loss=loss, dtype=torch.float64)[""].trace() > 0

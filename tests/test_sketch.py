@@ -9,6 +9,7 @@ from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny
 import fishergeo as fg
 from fishergeo.gram import add_gram_, mirrored
 from fishergeo.sketch import PsdSketch, compress, factor_eigh, nystrom_factor, probe_matrix
+from fishergeo.sketch_accumulator import kernels_trace
 
 
 def stream(size, count, decay, seed, rank=2):
@@ -196,3 +197,13 @@ def test_half_products_are_whole_once_mirrored(rows, size, dtype):
     add_gram_(total, x)
     add_gram_(total, x)
     assert torch.allclose(mirrored(total), 2 * x.T @ x, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(examples=st.integers(1, 3), tokens=st.integers(2, 9), width=st.sampled_from([3, 511, 512, 700]))
+def test_the_trace_of_two_kernels_is_that_of_their_product(examples, tokens, width):
+    generator = torch.Generator().manual_seed(tokens)
+    far = torch.randn(examples, tokens, 4, dtype=torch.float64, generator=generator)
+    near = torch.randn(examples, tokens, width, dtype=torch.float64, generator=generator)
+    expected = sum((f.T @ n).square().sum() for f, n in zip(far, near, strict=True))
+    assert float(kernels_trace(far @ far.mT, near)) == pytest.approx(float(expected), rel=1e-12)
