@@ -1,6 +1,7 @@
-"""What the embedded model refuses and answers on rows it never saw.
+"""What the embedded model, or another of `scripts/train_embedded.py`, refuses and answers on rows it never saw.
 
     python benchmarks/embedded_model.py --out benchmarks/results/embedded_model.json [--data FOLDER]
+    python benchmarks/embedded_model.py --out benchmarks/results/larger_model.json --model FOLDER
 
 The packaged DriftCheck prompts are always asked; with ``--data`` also the held-out Alpaca instructions (non-commercial,
 read for measurement only).
@@ -20,19 +21,27 @@ from alignguard.embedded import model_path
 from alignguard.files import write_text
 from alignguard.fit import load_model
 
+TRAINING = "training.json"  # what scripts/train_embedded.py leaves beside the weights
+
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--data", type=Path, default=None)
+    cli.add_argument("--model", type=Path, default=model_path())
     args = cli.parse_args()
-    model, tokenizer = load_model(model_path())
+    model, tokenizer = load_model(args.model)
     report = driftcheck(model.eval(), tokenizer)
     result = {
-        "command": "python benchmarks/embedded_model.py --data FOLDER",
+        "command": "python benchmarks/embedded_model.py"
+        + (" --data FOLDER" if args.data else "")
+        + ("" if args.model == model_path() else " --model FOLDER"),
         "versions": versions(),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "driftcheck": {name: asdict(estimate) for name, estimate in report.summary().items()},
     }
+    if (args.model / TRAINING).exists():
+        result["training"] = json.loads((args.model / TRAINING).read_text(encoding="utf-8"))
     by_source: dict[str, list[bool]] = {}
     for row in report.rows:
         by_source.setdefault(f"{row.category}/{row.id.rsplit('-', 1)[0].rsplit('_', 1)[0]}", []).append(

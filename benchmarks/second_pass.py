@@ -1,6 +1,7 @@
-"""What a second pass over the data adds to the one-pass sketch, on the embedded model: share of the exact energy.
+"""What a second pass over the data adds to the one-pass sketch, on a trained model: share of the exact energy.
 
     python benchmarks/second_pass.py --out benchmarks/results/second_pass.json
+    python benchmarks/second_pass.py --out benchmarks/results/second_pass_larger.json --model FOLDER
 
 Energy of a layer: tr(UᵀFU) over 32 vectors, divided by the sum of the 32 largest eigenvalues of the exact Gram matrix F
 of the same examples. Certificates are compared with the true residuals ‖F v − θ v‖.
@@ -27,9 +28,10 @@ def main() -> None:
     cli.add_argument("--examples", type=int, default=96)
     cli.add_argument("--columns", type=int, default=64)
     cli.add_argument("--k", type=int, default=32)
+    cli.add_argument("--model", type=Path, default=None, help="another model than the embedded one")
     args = cli.parse_args()
     torch.set_num_threads(1)
-    model, batches, layers = subject(args.examples)
+    model, batches, layers = subject(args.examples, args.model)
     sketch = fg.estimate_fisher(model, batches, structure="sketch", rank=args.columns, layers=layers)
     exact = fg.estimate_fisher(model, batches, structure="gram", layers=layers)
     stream = fg.StreamingFisher(model, batches, layers=layers)
@@ -62,7 +64,8 @@ def main() -> None:
         for column in ("one_pass", "two_passes", "lanczos")
     }  # fmt: skip
     result = {
-        "command": "python benchmarks/second_pass.py", "versions": versions(), "examples": args.examples,
+        "command": "python benchmarks/second_pass.py" + (" --model FOLDER" if args.model else ""),
+        "versions": versions(), "parameters": sum(p.numel() for p in model.parameters()), "examples": args.examples,
         "columns": args.columns, "k": args.k, "passes_of_second": passes_of_second,
         "lanczos_passes": stream.passes - passes_of_second, "summary": summary, "layers": table,
         "certificates_hold": all(r["certificates_hold"] for r in table.values()),

@@ -17,6 +17,7 @@ from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher
 from fishergeo.layers import LayerFilter, select_layers
 from fishergeo.losses import LossFunction
+from fishergeo.plan_parts import calibrated, leading, parts_of
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.structures import Structure
 
@@ -168,7 +169,7 @@ def plan(
         >>> plan.state_bytes == 4 * 4096**2
         True
     """
-    sample, sizes, count = _data(model, batches, batch_size, sequence_length, examples)
+    sample, rows, sizes = _data(model, batches, batch_size, sequence_length, examples)
     if flop_rate is not None and not flop_rate > 0:
         raise ValueError(f"flop_rate={flop_rate} must be positive")
     if flop_rate is not None and calibrate:
@@ -177,25 +178,35 @@ def plan(
     if calibrate and any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("calibrate=True needs a model on a real device; give flop_rate for one on the meta device")
     options = {"structure": structure, "layers": list(chosen), "loss": loss, "kind": kind, **options}
+    parts = parts_of(options, rows, sizes)
     dry = DryRun(model)
     blank = walk(sample, dry.blank)
     # What the first batch leaves behind (rows that wait to be multiplied) is alive while the second runs forward. Of a
     # sketch and of kept rows it is known by formula.
     name = structure if isinstance(structure, str) else structure.name
-    times = 1 if name in ("sketch", "exact") or len(sizes) == 1 else 2
+    times = [1 if name in ("sketch", "exact") or part.number == 1 else 2 for part in parts]
+    flops = 0.0
+    if len(parts) > 1:
+        # A blank batch counts as one example, so that many of them fix the bases; under decay the second counts less.
+        times[0] = times[0] if options.get("decay", 1.0) == 1 else 1
+        options |= leading(structure, times[0])
+        basis: dict[str, Any] = {}
+        for part in parts:
+            with dry.metered() as meter:
+                latest = estimate_fisher(dry.model, [blank], **part.options, **basis)
+            basis, flops = {"basis": latest}, flops + meter.flops * part.share
     with dry.metered() as meter:
-        fisher = estimate_fisher(dry.model, [blank] * times, **options)
-    flops = meter.flops / times
+        fisher = estimate_fisher(dry.model, [blank] * sum(times), **options)
+    share = sum(sizes) / max(sizes)
+    flops = flops or meter.flops / sum(times) * share
     with dry.metered() as plain_meter:
         plain_pass(dry.model, list(chosen), blank, kind, loss)
-    share = sum(sizes) / _elements(sample)
-    entries, later, joined = _layers(fisher, _rows(sample) * times, count, share / times)
+    entries, later, joined = _layers(fisher, _rows(sample) * sum(times), sum(rows), share / sum(times))
     seconds = plain_seconds = None
     if flop_rate is not None:
-        seconds, plain_seconds = (each * share / flop_rate for each in (flops, plain_meter.flops))
+        seconds, plain_seconds = flops / flop_rate, plain_meter.flops * share / flop_rate
     if calibrate:
-        short, long = lengths(_rows(sample), name == "sketch")
-        seconds = foretold(lambda n: estimate_fisher(model, [sample] * n, **options), short, long, share)
+        seconds = sum(calibrated(model, sample, parts, lengths(_rows(sample), name == "sketch")))
 
         def plain(count: int) -> None:
             for _ in range(count):
@@ -204,13 +215,13 @@ def plan(
         plain_seconds = foretold(plain, 1, 3, share)
     return Plan(
         structure=fisher.header.structure,
-        examples=count,
+        examples=sum(rows),
         batches=len(sizes),
         layers=tuple(entries),
         state_bytes=sum(entry.state_bytes for entry in entries),
         pass_bytes=sum(entry.pass_bytes for entry in entries),
         peak_bytes=max(meter.peak + later, joined),
-        flops=round(flops * share),
+        flops=round(flops),
         plain_flops=round(plain_meter.flops * share),
         seconds=seconds,
         plain_seconds=plain_seconds,
@@ -223,8 +234,8 @@ def _data(
     batch_size: int | None,
     sequence_length: int | None,
     examples: int | None,
-) -> tuple[Any, list[int], int]:
-    """The largest batch, the elements of every batch, the examples."""
+) -> tuple[Any, list[int], list[int]]:
+    """The largest batch, the examples of every batch, the elements of every batch."""
     named = {"batch_size": batch_size, "sequence_length": sequence_length, "examples": examples}
     if batches is None:
         for name, value in named.items():
@@ -235,22 +246,23 @@ def _data(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         ids = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
         whole, rest = divmod(examples, rows)
-        sizes = [2 * rows * sequence_length] * whole + [2 * rest * sequence_length] * (rest > 0)
-        return {"input_ids": ids, "labels": ids.clone()}, sizes, examples
+        counts = [rows] * whole + [rest] * (rest > 0)
+        return {"input_ids": ids, "labels": ids.clone()}, counts, [2 * count * sequence_length for count in counts]
     given = [name for name, value in named.items() if value is not None]
     if given:
         raise ValueError(f"batches and {given[0]} both describe the data; take one")
     if isinstance(batches, Iterator):
         raise ValueError("batches can be gone through only once and would be used up; pass a list or a loader")
-    largest, sizes, count = None, [], 0
+    largest: Any = None
+    counts, sizes = [], []
     for batch in batches:
         sizes.append(_elements(batch))
-        count += _rows(batch)
+        counts.append(_rows(batch))
         if sizes[-1] == max(sizes):
             largest = batch
     if not sizes or max(sizes) == 0:
         raise ValueError("batches hold no tensor")
-    return largest, sizes, count
+    return largest, counts, sizes
 
 
 def _tensors(batch: Any) -> list[Tensor]:

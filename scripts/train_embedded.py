@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import json
 import math
 import random
 import re
@@ -552,7 +553,7 @@ def main() -> None:
         lr=args.lr,
         betas=(0.9, 0.95),
     )
-    start, mean = time.time(), 0.0
+    start, mean, tokens = time.time(), 0.0, 0
     stream = batches(mixture, tokenizer, args.batch, 120, LEGS[args.leg - 1])
     last = args.stop_at or args.steps
     for step in range(args.first_step + 1, last + 1):
@@ -563,8 +564,10 @@ def main() -> None:
                 * min(1.0, (step - args.first_step) / 100)
                 * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
             )
+        batch = next(stream)
+        tokens += int(batch["attention_mask"].sum())
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = model(**next(stream)).loss
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -583,6 +586,9 @@ def main() -> None:
                     torch._foreach_lerp_(list(saved.parameters()), list(earlier.parameters()), 1 - args.share)
             saved.to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
             tokenizer.save_pretrained(args.out)
+            options = {key: value for key, value in vars(args).items() if isinstance(value, int | float)}
+            told = {"options": options, "step": step, "tokens": tokens, "loss": mean}
+            (args.out / "training.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

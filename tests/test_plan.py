@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fishergeo as fg
 from fishergeo.calibration import foretold, lengths, seconds
+from fishergeo.plan_parts import parts_of
 from fishergeo.sketch import PsdSketch
 
 STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "ekfac", "exact"]
@@ -219,3 +220,54 @@ def test_calibrated_seconds_are_those_of_the_run(structure):
         plan = fg.plan(model, structure, batches=batches, rank=16, calibrate=True)
         taken = seconds(lambda: fg.estimate_fisher(model, batches, structure=structure, rank=16), 3)
     assert taken / 4 < plan.seconds < 4 * taken
+
+
+@pytest.mark.parametrize("leading, as_structure", [(8, False), (72, True)])
+def test_one_sweep_of_ekfac_is_planned_by_where_its_bases_are_fixed(leading, as_structure):
+    torch.manual_seed(0)
+    model, batches = llama(layers=1), random_batches(80, 8, 32)
+    options = {"structure": "ekfac", "basis_examples": leading}
+    if as_structure:
+        options = {"structure": fg.Structure("ekfac", basis_examples=leading)}
+    # Processor time for wall-clock time, as below.
+    with patch("fishergeo.calibration.time.perf_counter", time.process_time):
+        plan = fg.plan(model, batches=batches, calibrate=True, **options)
+        taken = seconds(lambda: fg.estimate_fisher(model, batches, **options), 3)
+    peak, fisher = allocator_peak(lambda: fg.estimate_fisher(model, batches, **options))
+    assert plan.state_bytes == bytes_of(fisher)
+    assert 0.8 * peak <= plan.peak_bytes <= 1.2 * peak
+    assert taken / 4 < plan.seconds < 4 * taken
+    of_factors = fg.plan(model, "kfac", batches=batches).flops
+    of_moments = fg.plan(model, "ekfac", batches=batches, basis=fg.estimate_fisher(model, batches[:1], "kfac")).flops
+    assert plan.flops == pytest.approx((leading * of_factors + (80 - leading) * of_moments) / 80, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.lists(st.integers(1, 6), min_size=2, max_size=12),
+    decay=st.sampled_from([1.0, 0.9]),
+    leading=st.integers(1, 60),
+)
+def test_parts_end_where_the_sweep_turns(rows, decay, leading):
+    weight, turns = 0.0, None
+    for number, count in enumerate(rows):
+        for _ in range(count):
+            weight = decay * weight + 1
+        if turns is None and weight >= leading:
+            turns = number + 1
+    options = {"structure": "ekfac", "basis_examples": leading, "decay": decay}
+    if turns in (None, len(rows)):
+        with pytest.raises(ValueError, match="none is left for the moments"):
+            parts_of(options, rows, [10 * count for count in rows])
+        return
+    first, second = parts_of(options, rows, [10 * count for count in rows])
+    assert (first.number, second.number) == (turns, len(rows) - turns)
+    assert first.share * max(rows) == pytest.approx(sum(rows[:turns]))
+    assert second.share * max(rows) == pytest.approx(sum(rows[turns:]))
+
+
+def test_a_plan_that_leaves_no_example_for_the_moments_is_refused_like_the_run():
+    model, batches = llama(), random_batches(16, 8, 6)
+    for action in (fg.plan, fg.estimate_fisher):
+        with pytest.raises(ValueError, match="basis_examples=9: of 16 examples none"):
+            action(model, structure="ekfac", batches=batches, basis_examples=9)
