@@ -83,7 +83,7 @@ def main() -> None:
         "command": "python benchmarks/sketch.py" + (" --model FOLDER" if args.model else ""), "versions": versions(),
         "threads": 1, "parameters": sum(p.numel() for p in model.parameters()), "examples": args.examples,
         "columns": args.columns, "energy": energies, "worst": min(energies.values()),
-        "mean": statistics.mean(energies.values()), "trials": len(covered), "covered": statistics.mean(covered),
+        "mean": statistics.mean(energies.values()), "trials": len(covered), "covered": sum(covered) / len(covered),
         "time_ratios": ratios, "time_ratio": statistics.median(ratios),
     }  # fmt: skip
     write_text(args.out, json.dumps(result, indent=1) + "\n")
