@@ -1,4 +1,4 @@
-"""Curvature of one matrix: its Fisher, the projector on its leading output directions, and what an update costs there."""
+"""Curvature of one matrix: its Fisher and the projector on its leading output directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fishergeo as fg
 from alignguard.config import GuardConfig
-from alignguard.updates import Matrix, Update
+from alignguard.updates import Matrix
 
 WIDEST = 16384  # most outputs of a matrix whose output side is held whole
 
@@ -21,13 +21,11 @@ WIDEST = 16384  # most outputs of a matrix whose output side is held whole
 class LayerCurvature:
     """Fisher of one matrix; the leading directions of its output side are found when first asked for.
 
-    Split and terms are those of AlignGuard-LoRA (arXiv 2508.02079, section 4), the KFAC form of the alignment term that of
-    Chen and Garner (2024, arXiv 2402.12220). ``delta`` is everywhere an update ΔW, a ``LowRank`` or a tensor (p, q),
-    float32 or wider; terms are scalar tensors of its dtype.
+    The choice of directions is that of AlignGuard-LoRA (arXiv 2508.02079, section 4).
 
     Attributes:
         operator: the estimate, (p, p) or (pq, pq), its tensors contiguous.
-        config: energy, rank, projection and strengths.
+        config: energy, rank and projection.
         samples: supervised tokens that the estimate is made of; None where they are unknown.
     """
 
@@ -91,65 +89,6 @@ class LayerCurvature:
     def projector(self) -> fg.SoftProjector:
         """On eigenvectors of the output side, m of them."""
         return self._leading[1]
-
-    def alignment(self, delta: Update) -> Tensor:
-        """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without the split: P's columns are eigenvectors of S, so Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
-
-        A scalar. C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) on
-        factors, O(p·q·m + m·q²) and O(p·q·m) on a dense update. The whole update takes p in the place of m and needs no
-        eigenvectors.
-        """
-        if self.config.whole_update:
-            return self.operator.quadratic(delta)
-        inside = getattr(self.operator, "input_factor", None)
-        basis, values = self.projector.basis, self.values * self.projector.weights.square()
-        if isinstance(delta, Tensor):
-            rows = basis.to(delta.dtype).mT @ delta  # (m, q)
-            weighted = rows if inside is None else rows @ inside.to(delta.dtype)
-            return (weighted * rows).sum(1) @ values.to(delta.dtype)
-        right = delta.right
-        weighted = right if inside is None else right @ inside.to(right.dtype)
-        rows = basis.to(right.dtype).mT @ delta.left  # (m, r): u_jᵀ B
-        return ((rows @ (weighted @ right.mT)) * rows).sum(1) @ values.to(right.dtype)
-
-    def terms(self, delta: Update, scale: float = 1.0, layers: int = 1) -> dict[str, Tensor]:
-        """Every curvature term of the penalty, unweighted by the drift budget.
-
-        Args:
-            delta: ΔW.
-            scale: root mean square of W0, read only with ``scale_free``.
-            layers: number of guarded matrices, the same.
-
-        Returns:
-            Scalar tensors by name: ``alignment``, ``task``, ``overlap``, ``separation``, those with a strength above 0.
-        """
-        config, terms = self.config, dict[str, Tensor]()
-        if config.lambda_alignment:
-            terms["alignment"] = config.lambda_alignment * self.alignment(delta)
-        if not (config.lambda_task or config.lambda_collision):
-            return terms
-        part, rest = self.projector.split(delta)
-        share = 1.0
-        if config.scale_free:
-            part, rest, share = part / scale, rest / scale, 1.0 / layers
-        reduction = "mean" if config.scale_free else "sum"
-        if config.lambda_task:
-            squared = rest.square().sum() if isinstance(rest, Tensor) else rest.squared_norm()
-            size = delta.shape[-2] * delta.shape[-1] if config.scale_free else 1
-            terms["task"] = config.lambda_task * share * squared / size
-        if config.lambda_collision:
-            if config.alpha > 0:
-                overlap = fg.riemannian_overlap(part, rest, beta=config.beta, tau=config.tau, reduction=reduction)
-                terms["overlap"] = config.lambda_collision * config.alpha * share * overlap
-            if config.alpha < 1:
-                separation = fg.geodesic_separation(part, rest, metric=config.metric)
-                terms["separation"] = config.lambda_collision * (1 - config.alpha) * share * separation
-        return terms
-
-    def cosine(self, delta: Update) -> Tensor:
-        """How alike the inputs of the two parts are, a scalar in [0, 1]; see :func:`fishergeo.geodesic_separation`."""
-        part, rest = self.projector.split(delta)
-        return fg.geodesic_separation(part, rest, metric="input-gram")
 
     def turned_from(self, old: Tensor) -> float:
         """Mean principal angle to the span of an earlier estimate's leading directions, in degrees.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import fishergeo as fg
 from alignguard.budget import DriftBudget
@@ -20,6 +19,7 @@ from alignguard.freshness import Freshness
 from alignguard.objective import model_kind
 from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
 from alignguard.reference import Reference
+from alignguard.terms import CurvatureTerms
 from alignguard.updates import Matrix, WeightUpdates
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
@@ -50,7 +50,6 @@ class Guard:
 
     Attributes:
         updates: what is guarded and how ΔW is read.
-        layers: curvature by matrix.
         terms: the parts of the last penalty.
         examples_read: alignment examples read so far, each reading counted.
 
@@ -86,7 +85,6 @@ class Guard:
         self.rows = list(rows)
         random.Random(config.seed).shuffle(self.rows)
         held = self._hold_back()
-        self.layers: dict[str, LayerCurvature] = {}
         self.terms: dict[str, Tensor] = {}
         self.step = 0
         self.examples_read = 0
@@ -96,6 +94,7 @@ class Guard:
         self.running: fg.Fisher | None = None
         self._estimated_at: int | None = None
         self._scales: dict[str, float] = {}
+        self.layers = {}
         self._kind = model_kind(model)
         steady, limit = self.updates.base_is_reference, config.kl_cache_mb << 20
         self._anchor = Reference(model, self.rows, self._batch, steady, limit) if config.lambda_kl else None
@@ -139,6 +138,15 @@ class Guard:
             raise ValueError("measuring drift needs at least two alignment examples, one of them held back")
         held, self.rows = self.rows[-count:], self.rows[:-count]
         return held
+
+    @property
+    def layers(self) -> dict[str, LayerCurvature]:
+        """Curvature by matrix, empty before the first estimate."""
+        return self._curvature.layers
+
+    @layers.setter
+    def layers(self, layers: Mapping[str, LayerCurvature]) -> None:
+        self._curvature = CurvatureTerms(self.updates, layers, self.config, self._scale)
 
     @property
     def uses_curvature(self) -> bool:
@@ -269,36 +277,22 @@ class Guard:
     def penalty(self) -> Tensor:
         """The penalty at the present weights, a differentiable scalar, float32 or wider; its parts are left in ``terms``."""
         c = self.config
-        sums: dict[str, Tensor] = {}
-
-        def add(term: str, value: Tensor) -> None:
-            sums[term] = sums[term] + value if term in sums else value
-
         factor, scale = (1.0, 1.0) if self.budget is None else (self.budget.multiplier, self.budget.scale)
+        sums: dict[str, Tensor] = {}
         if self.uses_curvature:
             if not self.layers:
                 self.refresh()
-            for matrix in self.updates.matrices.values():
-                for term, value in self._terms_of(matrix).items():
-                    add(term, value * (factor * scale) if term == "alignment" and self.budget is not None else value)
+            sums = self._curvature.terms()
+            if self.budget is not None and "alignment" in sums:
+                sums["alignment"] = sums["alignment"] * (factor * scale)
         if self._anchor is not None and self.step % c.kl_every == 0:
             places = self._draw(c.kl_examples, self.step // c.kl_every)
-            add("kl", c.lambda_kl * factor * c.kl_every * self._anchor.divergence(places)[0].mean())
+            sums["kl"] = c.lambda_kl * factor * c.kl_every * self._anchor.divergence(places)[0].mean()
             self.examples_read += len(places)
         self.terms = {term: value.detach() for term, value in sums.items()}
         if not sums:
             return next(self.model.parameters()).new_zeros(())
         return torch.stack(list(sums.values())).sum()
-
-    def _terms_of(self, matrix: Matrix) -> dict[str, Tensor]:
-        layer, count = self.layers[matrix.name], len(self.updates.matrices)
-        scale = self._scale(matrix) if self.config.scale_free else 1.0
-        if matrix.rank is not None or not torch.is_grad_enabled():
-            return layer.terms(matrix.read(), scale, count)
-        # A dense ΔW is as large as its weight: the graph keeps none of them, the backward pass forms each again.
-        return checkpoint(
-            lambda: layer.terms(matrix.read(), scale, count), use_reentrant=False, preserve_rng_state=False
-        )
 
     def _scale(self, matrix: Matrix) -> float:
         """Root mean square of W0."""
@@ -309,11 +303,9 @@ class Guard:
 
     # what people look at
 
-    @torch.no_grad()
     def predicted_drift(self) -> float:
         """½ Σ tr(ΔWᵀFΔW) over the matrices: to second order the drift from the start in nats a response."""
-        parts = [self.layers[m.name].operator.quadratic(delta).double() for m, delta in self.updates.deltas()]
-        return 0.5 * float(torch.stack(parts).sum())
+        return self._curvature.drift()
 
     def measured_drift(self, examples: int = 16) -> float | None:
         """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.
@@ -329,12 +321,9 @@ class Guard:
             reference = Reference(self.model, self.rows[:examples], self._batch, True, 0)
         return None if reference is None else reference.drift(range(min(examples, len(reference.rows))))
 
-    @torch.no_grad()
     def cosine(self) -> float:
         """Mean over matrices of how alike the two parts' inputs are: <ΔW_AᵀΔW_A, ΔW_TᵀΔW_T> / (‖·‖‖·‖), in [0, 1]."""
-        if not self.layers:
-            return 0.0
-        return float(torch.stack([self.layers[m.name].cosine(delta) for m, delta in self.updates.deltas()]).mean())
+        return self._curvature.cosine()
 
     @torch.no_grad()
     def angle(self) -> float | None:

@@ -133,8 +133,8 @@ class WeightUpdates:
                 words = "a vector" if parameter.ndim < 2 else "not a linear map that the Fisher is known of"
                 self.skipped[name] = words
 
-    def deltas(self) -> Iterator[tuple[Matrix, Update]]:
-        """Every matrix with its ΔW at the present weights.
+    def check_active(self) -> None:
+        """Refuse to read ΔW of other adapters.
 
         Raises:
             RuntimeError: other adapters are active than when the guard was made.
@@ -144,6 +144,14 @@ class WeightUpdates:
                 f"adapters {list(self.model.active_adapters)} are active, the guard was made for {self._adapters}; "  # type: ignore[operator,arg-type]
                 "make a new guard"
             )
+
+    def deltas(self) -> Iterator[tuple[Matrix, Update]]:
+        """Every matrix with its ΔW at the present weights.
+
+        Raises:
+            RuntimeError: other adapters are active than when the guard was made.
+        """
+        self.check_active()
         for matrix in self.matrices.values():
             yield matrix, matrix.read()
 

@@ -50,6 +50,7 @@ from fishergeo.stability import (
     shard_agreement,
     split_half_agreement,
 )
+from fishergeo.stacked import stacked_congruence, stacked_quadratic
 from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
 from fishergeo.symmetric_operator import DenseOperator, SumOperator, SymmetricOperator
@@ -130,6 +131,8 @@ __all__ = [
     "sketch_shards",
     "spectral_density",
     "split_half_agreement",
+    "stacked_congruence",
+    "stacked_quadratic",
     "subspace_distance",
     "subspace_overlap",
     "trace",

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-# Entries and columns of a tile. On a CPU the seven live tiles should stay near the L2 cache (64K entries measured best
-# of 32K to 64K, r = 16); on an accelerator a tile should be large enough to hide the launches.
+# Entries and columns of a tile. On a CPU the live tiles should stay near the L2 cache, and a tile be large enough that
+# calls cost little beside it (64K entries measured best of 8K to 256K, r = 8 and 16); on an accelerator large enough to
+# hide the launches.
 CPU_TILE = 1 << 16
 DEVICE_TILE = 1 << 20
 TILE_COLUMNS = 512
-TILES = 7
+TILES = 6
+_ONE = torch.ones(())
 
 
 class _Workspace:
@@ -50,16 +52,18 @@ def _tile_value(a, t, base, beta: float, tau: float, d, s, x, scratch) -> torch.
     return scratch.abs_().sum(-1)
 
 
-def _tile_gradient(a, t, beta: float, d, s, x, by_a, by_t) -> None:
-    """Write the gradients by A and T from what `_tile_value` leaves; overwrites `d`, `s` and `x`, keeps `a` and `t`."""
-    torch.sign(x, out=by_a)
-    d.sign_().mul_(x.abs_())
-    torch.addcmul(s, s, s, value=-1, out=x)
-    d.mul_(x).mul_(beta)  # β·s·(1 − s)·sign(D)·|X|
-    by_a.mul_(s.mul_(beta).add_(1))  # η·sign(X)
-    torch.addcmul(d, by_a, a, out=by_t)
-    torch.addcmul(d, by_a, t, out=x)
-    by_a.copy_(x)
+def _tile_gradient(a, t, beta: float, d, s, x, by_t) -> torch.Tensor:
+    """Leave the gradients by A in `x`, which is returned, and by T in `by_t`, from what `_tile_value` leaves.
+
+    Overwrites `d` and `s`, keeps `a` and `t`. Where D is zero, whose sign is then 1, this is one of the subgradients.
+    """
+    torch.copysign(x, d, out=d)
+    torch.ops.aten.sigmoid_backward.grad_input(d, s, grad_input=d)  # s·(1 − s)·sign(D)·|X|
+    d.mul_(beta)
+    torch.add(_ONE, s, alpha=beta, out=s)
+    s.mul_(x.sign_())  # η·sign(X)
+    torch.addcmul(d, s, a, out=by_t)
+    return torch.addcmul(d, s, t, out=x)
 
 
 def _cut(base: torch.Tensor | None, b: int, i: slice, j: slice) -> torch.Tensor | None:
@@ -93,17 +97,17 @@ def factored_sweep(
     grad_la, grad_ra, grad_lt, grad_rt = grads
     work = _Workspace(la, p, q, la.dtype)
     for b in range(batch):
-        for i, j, (a, t, d, s, x, by_a, by_t) in work.blocks():
+        for i, j, (a, t, d, s, x, by_t) in work.blocks():
             torch.mm(la[b, i], ra[b, :, j], out=a)
             torch.mm(lt[b, i], rt[b, :, j], out=t)
             sums[b, i] += _tile_value(a, t, _cut(base, b, i, j), beta, tau, d, s, x, by_t)
             if not any(needs):
                 continue
-            _tile_gradient(a, t, beta, d, s, x, by_a, by_t)
+            by_a = _tile_gradient(a, t, beta, d, s, x, by_t)
             if grad_la is not None:
-                grad_la[b, i].addmm_(by_a, ra[b, :, j].T)
+                grad_la[b, i].T.addmm_(ra[b, :, j], by_a.T)  # with the few rows on the left, which BLAS does faster
             if grad_lt is not None:
-                grad_lt[b, i].addmm_(by_t, rt[b, :, j].T)
+                grad_lt[b, i].T.addmm_(rt[b, :, j], by_t.T)
             if grad_ra is not None:
                 grad_ra[b, :, j].addmm_(la[b, i].T, by_a)
             if grad_rt is not None:
@@ -120,7 +124,7 @@ def dense_sums(
     sums = part.new_zeros(batch, p, dtype=dtype)
     work = _Workspace(part, p, q, dtype)
     for b in range(batch):
-        for i, j, (wide_a, wide_t, d, s, x, scratch, _) in work.blocks():
+        for i, j, (wide_a, wide_t, d, s, x, scratch) in work.blocks():
             a, t = _widened(part[b, i, j], wide_a), _widened(rest[b, i, j], wide_t)
             sums[b, i] += _tile_value(a, t, _cut(base, b, i, j), beta, tau, d, s, x, scratch)
     return sums
@@ -140,10 +144,10 @@ def dense_gradients(
     grad_part, grad_rest = (torch.empty_like(part) if need else None for need in needs)
     work = _Workspace(part, p, q, torch.promote_types(part.dtype, torch.float32))
     for b in range(batch):
-        for i, j, (wide_a, wide_t, d, s, x, by_a, by_t) in work.blocks():
+        for i, j, (wide_a, wide_t, d, s, x, by_t) in work.blocks():
             a, t = _widened(part[b, i, j], wide_a), _widened(rest[b, i, j], wide_t)
             _tile_value(a, t, _cut(base, b, i, j), beta, tau, d, s, x, by_t)
-            _tile_gradient(a, t, beta, d, s, x, by_a, by_t)
+            by_a = _tile_gradient(a, t, beta, d, s, x, by_t)
             if grad_part is not None:
                 torch.mul(by_a, scale[b], out=grad_part[b, i, j])
             if grad_rest is not None:

@@ -242,8 +242,8 @@ def _inner(first, second) -> torch.Tensor:
     return first.inner(second) if isinstance(first, LowRank) else (first * second).sum(dim=(-2, -1))
 
 
-def _normalised(update: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
-    """The update over a constant of its own size: angles do not change, nor do gradients, and nothing underflows."""
+def _normalised(part, rest):
+    """Each update over a constant of its own size: angles do not change, nor do gradients, and nothing underflows."""
 
     def unit(matrix: torch.Tensor) -> torch.Tensor:
         if matrix.numel() == 0:
@@ -251,15 +251,33 @@ def _normalised(update: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
         size = matrix.detach().abs().amax(dim=(-2, -1), keepdim=True)
         return matrix / torch.where(size > 0, size, 1)
 
-    return LowRank(unit(update.left), unit(update.right)) if isinstance(update, LowRank) else unit(update)
+    if not isinstance(part, LowRank):
+        return unit(part), unit(rest)
+    right = unit(part.right)
+    return LowRank(unit(part.left), right), LowRank(
+        unit(rest.left), right if rest.right is part.right else unit(rest.right)
+    )
 
 
-def _gram_inner(first, second) -> torch.Tensor:
-    """⟨XᵀX, YᵀY⟩ = ‖XYᵀ‖², by factors or through the p×p product."""
-    if isinstance(first, LowRank):
-        return (first @ second.mT).squared_norm()
-    product = first @ second.mT
-    return (product * product).sum(dim=(-2, -1))
+def _gram_inners(first, second) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """⟨XᵀX, YᵀY⟩ = ‖XYᵀ‖² of two parts, and of each with itself: by the factors' small Gram matrices or by p×p products."""
+    if not isinstance(first, LowRank):
+        pairs = ((first, second), (first, first), (second, second))
+        return tuple((x @ y.mT).square().sum(dim=(-2, -1)) for x, y in pairs)  # type: ignore[return-value]
+    # ‖L R (L' R')ᵀ‖² = tr(M K M' Kᵀ) with M = LᵀL, K = R R'ᵀ, M' = L'ᵀL'.
+    left = [part.left.mT @ part.left for part in (first, second)]
+    if first.right is second.right:  # as parts of one split have it
+        image = [m @ (first.right @ first.right.mT) for m in left]
+        return _trace(image[0], image[1]), _trace(image[0], image[0]), _trace(image[1], image[1])
+    cross = first.right @ second.right.mT
+    own = [m @ (x.right @ x.right.mT) for m, x in zip(left, (first, second), strict=True)]
+    between = _trace(left[0] @ cross, left[1] @ cross.mT)
+    return between, _trace(own[0], own[0]), _trace(own[1], own[1])
+
+
+def _trace(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """tr(XY)."""
+    return (x * y.mT).sum(dim=(-2, -1))
 
 
 def _metric_squares(parts, images) -> tuple[torch.Tensor, torch.Tensor]:
@@ -322,18 +340,16 @@ def geodesic_separation(
     else:
         _check_metric(metric, part)
     work = torch.promote_types(part.dtype, torch.float32)
-    a, t = _normalised(part.to(work)), _normalised(rest.to(work))
+    a, t = _normalised(part.to(work), rest.to(work))
     if isinstance(metric, str) and metric != "euclidean":
-        if metric == "output-gram":
-            a, t = a.mT, t.mT
-        numerator, squares = _gram_inner(a, t), (_gram_inner(a, a), _gram_inner(t, t))
+        numerator, *squares = _gram_inners(a, t) if metric == "input-gram" else _gram_inners(a.mT, t.mT)
         power = 0.5
     else:
         if isinstance(metric, torch.Tensor):
             metric = metric.to(work)
         image_a, image_t = (a, t) if isinstance(metric, str) else (_apply_metric(metric, a), _apply_metric(metric, t))
         numerator = _inner(a, image_t) ** 2
-        squares = _metric_squares((a, t), (image_a, image_t))
+        squares = list(_metric_squares((a, t), (image_a, image_t)))
         power = 1.0
     zero = (squares[0] <= 0) | (squares[1] <= 0)
     denominator = (torch.where(zero, 1, squares[0]) * torch.where(zero, 1, squares[1])) ** power

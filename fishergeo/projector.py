@@ -4,6 +4,7 @@ An update ΔW (..., p, q) is split into ΔW_A = PΔW and ΔW_T = ΔW − ΔW_A. 
 parts keep its rank, and no p×p matrix is formed.
 """
 
+from collections.abc import Sequence
 from typing import Self, overload
 
 import torch
@@ -206,6 +207,39 @@ class SoftProjector(SubspaceMap):
         check_not_negative("values", checked)
         return cls(basis, checked / (checked + epsilon), side)
 
+    @classmethod
+    def stacked(cls, projectors: Sequence["SoftProjector"]) -> "SoftProjector":
+        """One projector with a batch dimension in the place of several, which may be of different ranks.
+
+        Narrower bases are filled up with columns of zeros and weight 0, which leaves every S as it is.
+
+        Args:
+            projectors: at least one, without batch, of one number of rows, side, dtype and device.
+
+        Returns:
+            SoftProjector of basis (L, p, m), m the largest rank. Nothing is copied where there is only one.
+
+        Raises:
+            TypeError: the dtypes differ.
+            ValueError: no projector, one with a batch, or other rows, sides or devices.
+        """
+        if not projectors:
+            raise ValueError("projectors is empty: at least one is needed")
+        first = projectors[0]
+        for each in projectors:
+            check_same_kind("a projector's basis", each.basis, "the first one's", first.basis)
+            if each.basis.ndim != 2 or len(each.basis) != len(first.basis) or each.side != first.side:
+                raise ValueError(f"{each!r} and {first!r} do not stack: one batch-free shape and side are needed")
+        if len(projectors) == 1:
+            return SoftProjector._made(first.basis[None], first.weights[None], first.side)
+        rank = max(each.rank for each in projectors)
+        basis = first.basis.new_zeros(len(projectors), len(first.basis), rank)
+        weights = first.weights.new_zeros(len(projectors), rank)
+        for place, each in enumerate(projectors):
+            basis[place, :, : each.rank] = each.basis
+            weights[place, : each.rank] = each.weights
+        return SoftProjector._made(basis, weights, first.side)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(basis={tuple(self.basis.shape)}, side={self.side!r})"
 
@@ -216,7 +250,7 @@ class SoftProjector(SubspaceMap):
 
     def to(self, *args, **kwargs) -> Self:
         """The projector moved or cast as by `torch.Tensor.to`, without checking it a second time."""
-        return self._with(self.basis.to(*args, **kwargs), self.weights.to(*args, **kwargs), self.side)
+        return self._made(self.basis.to(*args, **kwargs), self.weights.to(*args, **kwargs), self.side)
 
     def to_dense(self) -> torch.Tensor:
         """The matrix S, (..., p, p); for tests and small sizes."""
@@ -250,7 +284,7 @@ class SoftProjector(SubspaceMap):
             )
         check_broadcast("delta", delta.shape[:-2], "the projector's basis", self.basis.shape[:-2])
         if self.side == "input":
-            part, rest = self._with(self.basis, self.weights, "output").split(delta.mT)
+            part, rest = self._made(self.basis, self.weights, "output").split(delta.mT)
             return part.mT, rest.mT
         if isinstance(delta, LowRank):
             left = self._apply_left(delta.left)
@@ -258,8 +292,10 @@ class SoftProjector(SubspaceMap):
         dense = self._apply_left(delta)
         return dense, delta - dense
 
-    def _with(self, basis: torch.Tensor, weights: torch.Tensor, side: str) -> Self:
-        twin = object.__new__(type(self))
+    @classmethod
+    def _made(cls, basis: torch.Tensor, weights: torch.Tensor, side: str) -> Self:
+        """A projector whose parts need no check, being those of checked ones."""
+        twin = object.__new__(cls)
         twin.basis, twin.weights, twin.side = basis, weights, side
         return twin
 

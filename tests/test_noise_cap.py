@@ -11,6 +11,7 @@ import fishergeo as fg
 from alignguard.config import GuardConfig
 from alignguard.curvature import LayerCurvature
 from alignguard.guard import Guard
+from alignguard.terms import TermGroup
 
 
 def noisy(samples, size=24, signals=3, strength=40.0, seed=0):
@@ -49,8 +50,8 @@ def test_pure_noise_holds_nothing_and_the_penalty_is_still_finite():
     layer = LayerCurvature(fg.DenseOperator(matrix), GuardConfig(noise_edge=True, lambda_task=0.1, lambda_collision=0.1,
                                                                  whole_update=False), 200)  # fmt: skip
     assert len(layer.values) <= 1
-    delta = fg.LowRank(torch.ones(24, 2, dtype=torch.float64), torch.ones(2, 7, dtype=torch.float64))
-    assert all(bool(torch.isfinite(term)) for term in layer.terms(delta).values())
+    delta = fg.LowRank(torch.ones(1, 24, 2, dtype=torch.float64), torch.ones(1, 2, 7, dtype=torch.float64))
+    assert all(bool(torch.isfinite(term)) for term in TermGroup([layer], layer.config).terms(delta).values())
 
 
 def test_the_guard_counts_the_tokens_of_its_estimate():

@@ -1,0 +1,104 @@
+"""Many matrices of one shape at once: quadratic forms of a stack of updates, each by its own curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishergeo._arguments import check_tensor
+from fishergeo.layer_operators import KroneckerOperator
+from fishergeo.lowrank import LowRank
+from fishergeo.symmetric_operator import SymmetricOperator
+
+
+class _Congruence(torch.autograd.Function):
+    """R C Rᵀ of every matrix of a stack; the gradient (G + Gᵀ) R C reuses the large product of the value."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, *matrices)
+        ctx.products = _products(rows, matrices)
+        return ctx.products @ rows.mT
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *matrices = ctx.saved_tensors
+        # Where a second derivative is wanted, the products must depend on their inputs.
+        products = _products(rows, matrices) if torch.is_grad_enabled() else ctx.products
+        return (upstream + upstream.mT) @ products, *(None for _ in matrices)
+
+
+def _products(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """The stack of ``rows[i] @ matrices[i]``; the matrices stay where they are: a stack of them would be a copy."""
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return torch.stack([some @ matrix for some, matrix in zip(rows, matrices, strict=True)])
+    products = rows.new_empty(rows.shape)
+    for some, matrix, out in zip(rows, matrices, products, strict=True):
+        torch.mm(some, matrix, out=out)
+    return products
+
+
+def stacked_congruence(matrices: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """R_i C_i R_iᵀ for every matrix of a stack, differentiable in the rows; by definition.
+
+    The large matrices are neither stacked nor copied, and the backward pass does not multiply by them again. BLAS
+    reads a square matrix twice as fast with few rows on its left, so it is asked for R C rather than C Rᵀ.
+
+    Args:
+        matrices: L constant symmetric tensors (q, q), of the rows' dtype and device.
+        rows: (L, r, q), any floating dtype.
+
+    Returns:
+        Tensor (L, r, r), of the rows' dtype.
+
+    Raises:
+        TypeError: rows that are no floating tensor.
+        ValueError: rows that do not fit, another number of matrices, or a matrix that asks for a gradient.
+
+    Examples:
+        >>> fg.stacked_congruence([torch.eye(2), 2 * torch.eye(2)], torch.ones(2, 1, 2)).flatten().tolist()
+        [2.0, 4.0]
+    """
+    check_tensor("rows", rows, min_dim=3)
+    size = rows.shape[-1]
+    if rows.ndim != 3 or len(rows) != len(matrices) or any(matrix.shape != (size, size) for matrix in matrices):
+        shapes = sorted({tuple(matrix.shape) for matrix in matrices})
+        raise ValueError(f"rows has shape {tuple(rows.shape)}, which does not fit {len(matrices)} matrices of {shapes}")
+    if any(matrix.requires_grad for matrix in matrices):
+        raise ValueError("matrices are constants here and get no gradient; pass matrix.detach()")
+    return _Congruence.apply(rows, *matrices)  # type: ignore[no-untyped-call]
+
+
+def stacked_quadratic(operators: Sequence[SymmetricOperator], delta: LowRank | Tensor) -> Tensor:
+    """The quadratic forms of a stack of updates, each of its own operator, differentiable in the updates.
+
+    What :meth:`SymmetricOperator.quadratic` gives one by one; KFAC (Martens and Grosse 2015) on factors is batched,
+    tr((LᵀSL)(RARᵀ)), since with small matrices most of the time would go into calls.
+
+    Args:
+        operators: L operators, of updates (p, q), of one dtype and device.
+        delta: LowRank or dense tensor (L, p, q).
+
+    Returns:
+        Tensor (L,), of the operators' dtype.
+
+    Raises:
+        ValueError: another number of operators than updates, or an update that does not fit its operator.
+
+    Examples:
+        >>> op = fg.KroneckerOperator(torch.eye(2), torch.eye(3))
+        >>> fg.stacked_quadratic([op, op], torch.stack([torch.ones(2, 3), torch.zeros(2, 3)])).tolist()
+        [6.0, 0.0]
+    """
+    if delta.ndim != 3 or len(operators) != delta.shape[0]:
+        raise ValueError(f"delta has shape {tuple(delta.shape)}, which does not fit {len(operators)} operators")
+    if isinstance(delta, LowRank) and all(type(op) is KroneckerOperator for op in operators):
+        outputs, inputs = ([getattr(op, f"{side}_factor") for op in operators] for side in ("output", "input"))
+        if not any(factor.requires_grad for factor in (*outputs, *inputs)):
+            dtype = outputs[0].dtype
+            left, right = delta.left.to(dtype), delta.right.to(dtype)
+            return (stacked_congruence(outputs, left.mT) * stacked_congruence(inputs, right)).sum((-2, -1))
+    return torch.stack([op.quadratic(delta[place]) for place, op in enumerate(operators)])
