@@ -232,6 +232,8 @@ class Guard:
         and random state are left as they were.
         """
         c = self.config
+        if not c.averaging:
+            self.layers = {}  # or the old factors would stand beside the new ones; should this fail, penalty() tries anew
         chosen = [self.rows[place] for place in self._draw(c.refresh_examples, self.refreshes)]
         rows = sorted(chosen, key=lambda r: len(r["input_ids"]))
         fisher = pooled_fisher(rows, self.model, lambda mine: self._estimate(mine, progress))

@@ -83,7 +83,7 @@ class Capture:
         self._ran: set[str] = set()
         self._delivered: set[str] = set()
         self._in_backward = False
-        self._deliver: Callable[[Layer], None] = lambda layer: None
+        self._deliver: Callable[[Layer], None] | None = None
 
     def __enter__(self) -> Capture:
         for module in self.model.modules():
@@ -133,6 +133,9 @@ class Capture:
         self._ran.clear()
         self._delivered.clear()
         self._in_backward = False
+        # It refers back to this object and to what reads the records: a cycle, which would keep their sums in memory
+        # until the garbage collector happens to come.
+        self._deliver = None
 
     def _note_lengths(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._lengths |= lengths_of(args, kwargs)
@@ -208,6 +211,7 @@ class Capture:
                 if site.complete():
                     for layer in site.layers:
                         if all(other.complete() for other in self._sites_of[layer.name]):
+                            assert self._deliver is not None
                             self._deliver(layer)
 
             (output if leaf is None else leaf).register_hook(gradient_hook)

@@ -89,7 +89,7 @@ class HalfGram:
         waiting: (1,) long, how many.
     """
 
-    ROWS = 512
+    ROWS = 128  # at 64 a product waits for memory; every layer's buffer is this long, so more is paid for in memory
 
     def __init__(self, total: Tensor, buffer: Tensor | None = None, waiting: Tensor | None = None) -> None:
         self.total = total
