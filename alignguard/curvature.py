@@ -51,6 +51,9 @@ class LayerCurvature:
         projector would have held, which so weighs one half.
         """
         output, c = self._output, self.config
+        if isinstance(output, Tensor) and c.projection == "hard" and not c.noise_edge:  # no other pair is asked for
+            values, vectors = fg.leading_eigenpairs(output, c.energy, self.total, c.max_rank)
+            return values, fg.Projector(vectors)
         values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
         if isinstance(output, Tensor):
             values, vectors = values.flip(0), vectors.flip(1)

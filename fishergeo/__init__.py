@@ -14,6 +14,7 @@ from fishergeo.frequent_directions import FrequentDirections
 from fishergeo.grassmann import Grassmann, karcher_mean
 from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
 from fishergeo.layer_operators import DiagonalOperator, EigenKroneckerOperator, KroneckerOperator
+from fishergeo.leading import leading_eigenpairs
 from fishergeo.lowrank import LowRank
 from fishergeo.noise_edge import (
     gavish_donoho_factor,
@@ -115,6 +116,7 @@ __all__ = [
     "lanczos",
     "lanczos_layers",
     "layer_cosines",
+    "leading_eigenpairs",
     "log_euclidean_distance",
     "marchenko_pastur_edge",
     "nystrom",

@@ -1,0 +1,88 @@
+"""As many leading eigenpairs of a dense curvature as hold a share of its trace, without finding the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fishergeo._arguments import check_integer, check_number, check_tensor
+from fishergeo.rank import rank_for_energy
+
+BLOCK = 16
+SMALLEST = 512  # below this LAPACK finds every pair in the time that a few steps take
+SETTLED = 1000  # a pair has settled when its residual is this many eps of the largest eigenvalue
+
+
+def leading_eigenpairs(
+    matrix: Tensor, energy: float = 0.8, total: float | None = None, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The fewest leading eigenpairs of a positive semi-definite matrix that hold a share of its trace.
+
+    A curvature has few large eigenvalues, so a block Krylov space of a few dozen columns holds them (Golub and
+    Underwood 1977), at a fraction of the full decomposition's p³. The space grows, every column orthogonalised against
+    all, until the pairs have settled: ‖M v − θ v‖ ≤ 1000·eps·θ_1, far below what an estimate of a curvature is good
+    for. Small matrices, and spectra so flat that the space would reach a third of the matrix, go to LAPACK. The same
+    matrix always gives the same bits on the CPU.
+
+    Args:
+        matrix: symmetric (p, p), float32 or float64; that it is symmetric is taken for granted, for looking at all of it
+            would cost as much as a step.
+        energy: the share, in (0, 1].
+        total: the trace, where it is known.
+        most: pairs at most; no bound if None.
+
+    Returns:
+        Values (m,), descending and not negative, and orthonormal vectors (p, m) in columns, of the matrix's dtype; m is
+        what :func:`rank_for_energy` says, at most ``most``.
+
+    Raises:
+        TypeError: no floating tensor.
+        ValueError: a matrix that is not square, or a share or bound out of range.
+
+    Examples:
+        >>> values, vectors = fg.leading_eigenpairs(torch.diag(torch.tensor([1.0, 8.0, 1.0])))
+        >>> values.tolist(), vectors.abs().flatten().tolist()
+        ([8.0], [0.0, 1.0, 0.0])
+    """
+    if check_tensor("matrix", matrix, min_dim=2).ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+    size = len(matrix)
+    check_number("energy", energy, low=1e-12, high=1)
+    most = size if most is None else min(check_integer("most", most, low=1), size)
+    matrix = matrix.detach()
+    whole = float(matrix.trace()) if total is None else total
+    found = _settled(matrix, energy, whole, most) if size >= SMALLEST and energy < 1 and whole > 0 else None
+    if found is None:
+        values, vectors = torch.linalg.eigh(matrix)
+        values = values.flip(0).clamp_min(0)  # rounding leaves tiny negative ones
+        m = min(rank_for_energy(values, whole, energy), most)
+        found = values[:m], vectors.flip(1)[:, :m]
+    return found[0].contiguous(), found[1].contiguous()
+
+
+def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Tensor, Tensor] | None:
+    """The pairs from a growing Krylov space; None where it would become too large."""
+    size, limit = len(matrix), SETTLED * torch.finfo(matrix.dtype).eps
+    start = torch.randn(size, BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = torch.linalg.qr(start.to(matrix)).Q
+    basis, images = matrix.new_empty(size, 0), matrix.new_empty(size, 0)
+    projected = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
+    while 3 * (basis.shape[1] + BLOCK) <= size:
+        image = matrix @ block
+        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        cross = (basis.mT @ image).double()
+        top = torch.cat([projected, cross[: len(projected)]], 1)
+        projected = torch.cat([top, cross.mT], 0)
+        values, rotation = torch.linalg.eigh(projected)  # of the lower triangle
+        values, rotation = values.flip(0), rotation.flip(1).to(matrix.dtype)
+        reached = values.clamp_min(0).cumsum(0) >= energy * total * (1 - 1e-12)
+        m = min(int(reached.to(torch.int64).argmax()) + 1 if bool(reached.any()) else size, most)
+        if m <= len(values):
+            theta, vectors = values[:m].to(matrix.dtype), basis @ rotation[:, :m]
+            residuals = images @ rotation[:, :m] - vectors * theta
+            if float(residuals.norm(dim=0).max()) <= limit * float(values[0]):
+                return theta.clamp_min(0), vectors
+        for _ in range(2):  # once is not enough where the image lies almost within the space
+            image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
+        block = image
+    return None

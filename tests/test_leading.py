@@ -1,0 +1,90 @@
+"""Leading eigenpairs by energy: what a full decomposition says, whatever the size and the spectrum."""
+
+import pytest
+import torch
+from geometry_cases import gaussian, orthonormal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fishergeo as fg
+from fishergeo import leading
+
+
+def curvature(size, values, seed=0, dtype=torch.float64):
+    vectors = orthonormal(seed, size, len(values))
+    return ((vectors * torch.as_tensor(values, dtype=torch.float64)) @ vectors.mT).to(dtype)
+
+
+def reference(matrix, energy):
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    m = int((values.cumsum(0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
+    return values[:m], vectors[:, :m]
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.95])
+def test_a_large_matrix_gives_the_pairs_of_the_full_decomposition(dtype, tol, energy, monkeypatch):
+    matrix = curvature(600, 0.8 ** torch.arange(200), dtype=dtype)
+    values, vectors = reference(matrix, energy)
+    monkeypatch.setattr(torch.linalg, "eigh", _only_small(torch.linalg.eigh))
+    found, basis = fg.leading_eigenpairs(matrix, energy)
+    assert len(found) == len(values) and found.dtype == basis.dtype == dtype
+    torch.testing.assert_close(found.double(), values, rtol=1e-5, atol=0)
+    assert float((basis.double() @ basis.double().mT - vectors @ vectors.mT).norm()) < tol
+    fg.Projector(basis)
+
+
+def _only_small(eigh):
+    def small(matrix, *more):
+        assert len(matrix) < 300, "all pairs of the large matrix were found"
+        return eigh(matrix, *more)
+
+    return small
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(0.05, 1.0), st.integers(0, 99))
+def test_small_matrices_follow_the_rule_of_energy(size, rank, energy, seed):
+    root = gaussian(seed, size, rank)
+    matrix = root @ root.mT
+    found, basis = fg.leading_eigenpairs(matrix, energy)
+    values, vectors = reference(matrix, energy)
+    assert abs(len(found) - len(values)) <= (energy > 0.999) * size
+    m = len(values) if len(values) == len(found) else 0
+    torch.testing.assert_close(found[:m], values[:m], rtol=1e-9, atol=1e-9)
+    assert float(found.sum()) >= energy * float(matrix.trace()) * (1 - 1e-9)
+
+
+def test_a_flat_spectrum_and_one_of_low_rank_come_out_right(monkeypatch):
+    flat = curvature(520, torch.linspace(1, 2, 520))
+    found, basis = fg.leading_eigenpairs(flat, 0.5)
+    torch.testing.assert_close(found, reference(flat, 0.5)[0], rtol=1e-10, atol=0)
+    thin = curvature(520, [5.0, 1.0])
+    found, basis = fg.leading_eigenpairs(thin, 0.99)
+    torch.testing.assert_close(found, torch.tensor([5.0, 1.0], dtype=torch.float64), rtol=1e-10, atol=0)
+    zero, none = fg.leading_eigenpairs(torch.zeros(520, 520))
+    assert len(zero) == 0 and none.shape == (520, 0)
+
+
+def test_a_bound_on_the_rank_and_a_known_trace_are_heeded():
+    matrix = curvature(600, 0.8 ** torch.arange(200))
+    assert len(fg.leading_eigenpairs(matrix, 0.8, most=3)[0]) == 3
+    more = len(fg.leading_eigenpairs(matrix, 0.4, total=2 * float(matrix.trace()))[0])
+    assert more == len(fg.leading_eigenpairs(matrix, 0.8)[0])
+    one, two = (fg.leading_eigenpairs(matrix)[1] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_the_space_that_grows_is_the_one_that_settles():
+    assert leading._settled(curvature(600, torch.linspace(1, 2, 600)), 0.9, 900.0, 600) is None
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: fg.leading_eigenpairs(torch.ones(2, 3)), "square"),
+    (lambda: fg.leading_eigenpairs(torch.eye(3), energy=1.5), "energy"),
+    (lambda: fg.leading_eigenpairs(torch.eye(3), most=0), "most"),
+])  # fmt: skip
+def test_what_has_no_leading_pairs_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
