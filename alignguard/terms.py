@@ -64,7 +64,7 @@ class TermGroup:
         if self.config.whole_update:
             return fg.stacked_quadratic(operators, delta)
         basis = self.projector.basis.to(delta.dtype)
-        right = basis.mT @ delta if isinstance(delta, Tensor) else delta.right
+        right = (delta.mT @ basis).mT if isinstance(delta, Tensor) else delta.right
         if isinstance(operators[0], fg.KroneckerOperator):
             gram = fg.stacked_congruence([operator.input_factor.to(delta.dtype) for operator in operators], right)
         else:
@@ -72,8 +72,8 @@ class TermGroup:
         if isinstance(delta, Tensor):
             squares = gram.diagonal(dim1=-2, dim2=-1)  # (L, m)
         else:
-            rows = basis.mT @ delta.left  # (L, m, r): u_jᵀ B
-            squares = ((rows @ gram) * rows).sum(-1)
+            columns = delta.left.mT @ basis  # (L, r, m): Bᵀ u_j, and gram is symmetric
+            squares = ((gram @ columns) * columns).sum(-2)
         return (squares * self.spectrum.to(delta.dtype)).sum(-1)
 
     def terms(self, delta: Update) -> dict[str, Tensor]:

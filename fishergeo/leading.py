@@ -8,7 +8,7 @@ from torch import Tensor
 from fishergeo._arguments import check_integer, check_number, check_tensor
 from fishergeo.rank import rank_for_energy
 
-BLOCK = 16
+BLOCK = 16  # and a 64th of the matrix, if that is more
 SMALLEST = 512  # below this LAPACK finds every pair in the time that a few steps take
 SETTLED = 1000  # a pair has settled when its residual is this many eps of the largest eigenvalue
 
@@ -63,25 +63,31 @@ def leading_eigenpairs(
 def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Tensor, Tensor] | None:
     """The pairs from a growing Krylov space; None where it would become too large."""
     size, limit = len(matrix), SETTLED * torch.finfo(matrix.dtype).eps
-    start = torch.randn(size, BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    width = max(BLOCK, size // 64)
+    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = torch.linalg.qr(start.to(matrix)).Q
     basis, images = matrix.new_empty(size, 0), matrix.new_empty(size, 0)
     projected = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
-    while 3 * (basis.shape[1] + BLOCK) <= size:
+    looked = 0
+    while 3 * (basis.shape[1] + width) <= size:
         image = matrix @ block
         basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
         cross = (basis.mT @ image).double()
         top = torch.cat([projected, cross[: len(projected)]], 1)
         projected = torch.cat([top, cross.mT], 0)
-        values, rotation = torch.linalg.eigh(projected)  # of the lower triangle
-        values, rotation = values.flip(0), rotation.flip(1).to(matrix.dtype)
-        reached = values.clamp_min(0).cumsum(0) >= energy * total * (1 - 1e-12)
-        m = min(int(reached.to(torch.int64).argmax()) + 1 if bool(reached.any()) else size, most)
-        if m <= len(values):
-            theta, vectors = values[:m].to(matrix.dtype), basis @ rotation[:, :m]
-            residuals = images @ rotation[:, :m] - vectors * theta
-            if float(residuals.norm(dim=0).max()) <= limit * float(values[0]):
-                return theta.clamp_min(0), vectors
+        # The trace over the space is the most that its pairs can hold, so the pairs are not asked for before it will do.
+        held = float(projected.trace()) >= energy * total or len(projected) >= most
+        if held and len(projected) >= 1.15 * looked:
+            looked = len(projected)
+            values, rotation = torch.linalg.eigh(projected)  # of the lower triangle
+            values, rotation = values.flip(0), rotation.flip(1).to(matrix.dtype)
+            reached = values.clamp_min(0).cumsum(0) >= energy * total * (1 - 1e-12)
+            m = min(int(reached.to(torch.int64).argmax()) + 1 if bool(reached.any()) else size, most)
+            if m <= len(values):
+                theta, vectors = values[:m].to(matrix.dtype), basis @ rotation[:, :m]
+                residuals = images @ rotation[:, :m] - vectors * theta
+                if float(residuals.norm(dim=0).max()) <= limit * float(values[0]):
+                    return theta.clamp_min(0), vectors
         for _ in range(2):  # once is not enough where the image lies almost within the space
             image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
         block = image
