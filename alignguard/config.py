@@ -105,7 +105,7 @@ class GuardConfig:
 
     structure: str = "kfac"
     kind: str = "empirical"
-    lambda_alignment: float = 10.0
+    lambda_alignment: float = 1.0
     whole_update: bool = True
     lambda_task: float = 0.0
     lambda_collision: float = 0.0
@@ -117,7 +117,7 @@ class GuardConfig:
     max_rank: int | None = None
     noise_edge: bool = False
     sketch_rank: int = 64
-    refresh_every: int = 100
+    refresh_every: int = 25
     first_refresh: int | None = 10
     refresh_examples: int = 16
     lambda_kl: float = 0.0

@@ -5,7 +5,7 @@
 
 Runs the guard with each budget, and over 12 fixed strengths, for each seed. A budget's run is judged twice: by the drift
 measured at its end over the budget, and by what it keeps over what the best strength keeps among those that reach its
-task accuracy less half a point.
+task accuracy less half a point. Without strengths (``--strengths``) the first of the two is all there is.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def judged(runs: list[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, A
             continue
         swept = [r for r in runs if r["seed"] == run["seed"] and "max_drift" not in r["settings"]]
         able = [r for r in swept if r["task"] >= run["task"] - SLACK]
-        best = max((kept(r, base) for r in able), default=float("nan"))
+        best = max((kept(r, base) for r in able), default=None)
         found.append(
             {
                 "budget": budget, "seed": run["seed"], "drift": run["drift"], "drift_over_budget": run["drift"] / budget,
-                "task": run["task"], "kept": kept(run, base), "kept_over_best_of_sweep": kept(run, base) / best,
+                "task": run["task"], "kept": kept(run, base), "kept_over_best_of_sweep": None if best is None else kept(run, base) / best,
             }
         )  # fmt: skip
     return found
@@ -52,6 +52,7 @@ def main() -> None:
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--task", help="path of a task of benchmarks/tasks.py, without _train.jsonl")
     cli.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.3])
+    cli.add_argument("--strengths", type=float, nargs="*", default=STRENGTHS, help="λ_A of the sweep")
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
@@ -60,7 +61,7 @@ def main() -> None:
         shared = dataclasses.replace(shared, task_train=f"{args.task}_train.jsonl", task_test=f"{args.task}_test.jsonl")
     start = GuardConfig().lambda_alignment  # written out: a run is of the strength that it began with
     settings = [{"max_drift": b, "lambda_alignment": start} for b in args.budgets] + [
-        {"lambda_alignment": s} for s in STRENGTHS
+        {"lambda_alignment": s} for s in args.strengths
     ]
     jobs = [make_job(str(s), GUARD, s, seed) for seed in args.seeds for s in settings]
     head = {"command": "python benchmarks/auto_drift.py", "versions": versions(), "training": TRAINING}

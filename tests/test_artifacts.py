@@ -57,7 +57,7 @@ def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, to
 
 def test_the_model_card_tells_data_strengths_drift_and_versions(folder, task_rows, alignment_rows):
     for name, config, words in (
-        ("a", GuardConfig(), "λ_A = 10"), ("b", GuardConfig(max_drift=0.5, held_back=1), "Drift budget: 0.5 nats"),
+        ("a", GuardConfig(), "λ_A = 1"), ("b", GuardConfig(max_drift=0.5, held_back=1), "Drift budget: 0.5 nats"),
     ):  # fmt: skip
         fit(folder / "model", task_rows, alignment_rows, config, folder / name, training=TRAINING, lora={"r": 2})
         card = (folder / name / "adapter" / "README.md").read_text()
