@@ -39,7 +39,12 @@ KNOBS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "guard": {"lambda_alignment": (0.03, 0.1, 0.3, 1.0), "refresh_every": (25, 50, 100)},
     "kl": {"lambda_kl": (0.3, 1.0, 3.0, 10.0), "kl_every": (1, 4, 8)},
-    "guard and kl": {"lambda_alignment": (0.03, 0.1, 0.3), "lambda_kl": (0.1, 0.3), "kl_every": (4, 8)},
+    "guard and kl": {
+        "lambda_alignment": (0.03, 0.1, 0.3),
+        "lambda_kl": (0.1, 0.3),
+        "kl_every": (4, 8),
+        "refresh_every": (100,),
+    },
     "plain": {"learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "max_steps": (100, 200)},
 }
 GUARDS = ("guard", "kl", "guard and kl")  # curvature, KL to the base, and both: GuardConfig's own settings
@@ -126,7 +131,10 @@ def rivals_plan(
         if name == "safelora" and unaligned is None:
             continue
         own_of = {"guard": base, "guard and kl": base, "kl": ANCHOR, "safelora": {"unaligned": unaligned}}
-        usual = {"kl": {"lambda_kl": 1.0}, "guard and kl": {"lambda_kl": 0.3, "kl_every": 4}}
+        usual = {
+            "kl": {"lambda_kl": 1.0},
+            "guard and kl": {"lambda_alignment": 0.3, "lambda_kl": 0.3, "kl_every": 4, "refresh_every": 100},
+        }
         fixed, chosen = dict(own_of.get(name, {})), dict((settings or {}).get(name, usual.get(name, {})))
         for entry in settings_of(name) if whole_grid else [chosen]:
             shown = ", ".join(f"{k}={label(k, v)}" for k, v in entry.items())
