@@ -32,8 +32,8 @@ class DriftBudget:
         max_drift: D_max in nats a response.
         multiplier: μ, on λ_A and λ_KL alike.
         scale: on λ_A alone.
-        drift: last measurement.
-        predicted: the prediction at its weights, by the curvature of now; 0 before the first.
+        drift: last measurement, nats a response.
+        predicted: the prediction at its weights, by the curvature of now, nats a response; 0 before the first.
         length: smoothed x.
         slope: smoothed ẋ.
         step: of the last update, −1 before the first.
