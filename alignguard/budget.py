@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-ROUNDING = 1e-12  # nats a response
+from alignguard.freshness import NOISE
+
+ROUNDING = 1e-12  # nats a response: predictions below this are of weights that have not moved
 
 
 @dataclass
@@ -73,7 +75,7 @@ class DriftBudget:
             drift: measured, nats a response.
             predicted: ½ Σ tr(ΔWᵀFΔW) at the same weights, nats a response.
         """
-        if not (drift > ROUNDING and predicted > ROUNDING):
+        if not (drift > NOISE and predicted > ROUNDING):
             return
         if self.predicted > 0:
             stale = math.log(drift / predicted) - math.log(self.drift / self.predicted)

@@ -157,12 +157,12 @@ def test_sharded_parameters_are_refreshed_without_waiting_for_each_other(tmp_pat
 
 def _fit(folder, base, task, kept, world_size):
     training = {"max_steps": 6, "per_device_train_batch_size": 4 // world_size, "use_cpu": True, "logging_steps": 1,
-                "train_sampling_strategy": "sequential", "warmup_steps": 0, "learning_rate": 2.0, "optim": "sgd",
+                "train_sampling_strategy": "sequential", "warmup_steps": 0, "learning_rate": 1.0, "optim": "sgd",
                 "max_grad_norm": 0.0}  # fmt: skip
     if world_size > 1:
         training["ddp_backend"] = "gloo"
     config = GuardConfig(adaptive=True, max_drift=0.05, refresh_every=1, measure_every=1, refresh_budget=1.0,
-                         held_back=2, refresh_examples=2, refresh_tolerance=0.01, lambda_alignment=5.0)  # fmt: skip
+                         held_back=2, refresh_examples=2, refresh_tolerance=0.01, lambda_alignment=0.1)  # fmt: skip
     result = fit(base, task, kept, config, folder, lora={"r": 2}, training=training)
     assert world()[1] == world_size
     rank = world()[0]
