@@ -36,6 +36,6 @@ class Replay(Rival):
 
     def rows(self, task: Sequence[Encoded], run: Run) -> list[Encoded]:
         """The task's rows and after them the replayed ones of ``run``; the trainer shuffles all."""
-        count = math.ceil(self.share / (1 - self.share) * len(task))
+        count = math.ceil(self.share / (1 - self.share) * len(task) - 1e-10)  # 15.000000000000002 rows are 15
         replayed = [{**run.alignment[i % len(run.alignment)], "replayed": True} for i in range(count)]
         return [*task, *replayed]
