@@ -21,7 +21,7 @@ ROWS = [
 
 @given(
     st.floats(0.1, 30.0), st.floats(0.02, 0.2), st.floats(0.3, 3.0), st.integers(100, 300),
-    st.floats(0.97, 1.0), st.sampled_from([25, 50, 100]),
+    st.just(1.0) | st.floats(0.97, 1.0), st.sampled_from([25, 50, 100]),
 )  # fmt: skip
 def test_the_budget_is_met_by_a_model_that_drifts_where_the_task_pulls(pull, rate, wrong, steps, stale, every):
     """A quadratic world: ΔW falls towards `pull`, the guard draws it back to 0; measured drift is `wrong` × the fresh prediction.
@@ -41,9 +41,9 @@ def test_the_budget_is_met_by_a_model_that_drifts_where_the_task_pulls(pull, rat
         x += rate * fade * (pull - x - factor * x) / (1 + rate * factor)
         sees = max(sees * stale, 1 / 50)
     drift, free = wrong * 0.5 * x * x, wrong * 0.5 * pull * pull
-    assert drift <= 2 * bound, (
-        "a short run, or one renewed at its very end, may end above it (1.62 at most of 6000 tried)"
-    )
+    if stale == 1:
+        assert drift <= (1.35 if rate * steps > 5 else 1.5) * bound, "a run too short to settle may end a little higher"
+    assert drift <= 2 * bound, "one that goes blind, and is renewed at its very end, too (1.62 at most of 6000 tried)"
     if free > 4 * bound and rate * steps > 10:
         assert drift >= 0.8 * bound, "what is allowed is used"
 
