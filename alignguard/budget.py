@@ -17,10 +17,14 @@ class DriftBudget:
     The bound is D ≤ D_max. As D grows with the square of ΔW, the controller works on the length √D, which grows about
     evenly: with x = √(D/D_max), smoothed over ``smooth`` updates, and its slope ẋ a step,
 
-        e = clip(x − 1 + horizon·ẋ, −slack, 1),    log μ ← log μ + gain·e·steps.
+        e = clip(x − 1 + horizon·ẋ, −slack, 1),    log ν ← log ν + gain·e·steps,    μ = ν·pull(x).
 
-    The slope looks ``horizon`` steps ahead, which damps: μ rises before the bound is crossed. Far below the bound μ falls
-    slower than it rises above it, so that a guard is not let go before the drift has begun. μ stays in [``low``, ``high``].
+    The slope looks ``horizon`` steps ahead, which damps: ν rises before the bound is crossed. Below the bound ν falls
+    slower than it rises above it, so that a guard is not let go before the drift has begun. ν stays in [``low``, ``high``].
+
+    pull(x) is x above the bound, at most 2, and 1 before the bound is first reached. From then on it falls to 0 within
+    the last ``margin`` below the bound: what is inside is not pulled further in, for a task that has stopped pushing
+    outward would never bring it back, and a drift allowed and not used is task accuracy given away.
 
     D is the last measurement, times what the prediction ½ Σ tr(ΔWᵀFΔW) has grown by since, at most ``reach`` either way:
     a quadratic that has gone stale may be wrong by orders of magnitude and still says whether the update grows. Before
@@ -32,6 +36,7 @@ class DriftBudget:
 
     Attributes:
         max_drift: D_max in nats a response.
+        strength: ν.
         multiplier: μ, on λ_A and λ_KL alike.
         scale: on λ_A alone.
         drift: last measurement, nats a response.
@@ -39,18 +44,21 @@ class DriftBudget:
         length: smoothed x.
         slope: smoothed ẋ.
         step: of the last update, −1 before the first.
-        gain: growth of log μ a step where e = 1.
+        reached: whether x has been 1.
+        gain: growth of log ν a step where e = 1.
         slack: most that e may be below 0.
+        margin: of x, below 1, over which the pull ends.
         horizon: steps that the slope looks ahead.
         smooth: updates over which x and its slope are smoothed.
         reach: most that the prediction may change a measurement by, as a factor.
         trust: most that log ``scale`` may change by at a measurement.
         most: largest scale, and over one the least.
-        low: least μ.
-        high: largest μ.
+        low: least ν.
+        high: largest ν.
     """
 
     max_drift: float
+    strength: float = 1.0
     multiplier: float = 1.0
     scale: float = 1.0
     drift: float = 0.0
@@ -58,9 +66,11 @@ class DriftBudget:
     length: float = 0.0
     slope: float = 0.0
     step: int = -1
+    reached: bool = False
     gain: float = 0.1
-    slack: float = 0.5
-    horizon: float = 10.0
+    slack: float = 0.25
+    margin: float = 0.05
+    horizon: float = 5.0
     smooth: float = 2.0
     reach: float = 2.0
     trust: float = 0.5
@@ -114,8 +124,15 @@ class DriftBudget:
         self.slope += share * (slope - self.slope)
         self.length, self.step = smoothed, step
         error = min(max(smoothed - 1 + self.horizon * self.slope, -self.slack), 1.0)
-        self.multiplier = min(max(self.multiplier * math.exp(self.gain * error * passed), self.low), self.high)
+        self.strength = min(max(self.strength * math.exp(self.gain * error * passed), self.low), self.high)
+        self.multiplier = self.strength * self._pull(smoothed)
         return self.multiplier
+
+    def _pull(self, length: float) -> float:
+        self.reached = self.reached or length >= 1
+        if not self.reached:
+            return 1.0
+        return min(length, 2.0) if length >= 1 else max(1 - (1 - length) / self.margin, 0.0)
 
     def state(self) -> dict[str, float]:
         """Everything, as JSON."""
