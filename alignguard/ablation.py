@@ -28,7 +28,7 @@ KNOBS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "alpha": ((0.0, 0.25, 0.5, 0.75, 1.0), {"lambda_collision": 0.01}),
     "beta": ((0.0, 1.0, 4.0, 10.0), {"lambda_collision": 0.01}),
     "tau": ((0.001, 0.01, 0.1), {"lambda_collision": 0.01}),
-    "structure": (("kfac", "gram", "sketch"), {}),  # both sides, and the output side twice
+    "structure": (("kfac", "kfac-sketch", "gram", "sketch"), {}),  # both sides twice, and the output side twice
     "kind": (("empirical", "mc", "margin"), {}),
     "refresh_every": ((10, 25, 50, 100, NEVER), {}),
     "refresh_examples": ((4, 16, 32, 64, 256), {}),

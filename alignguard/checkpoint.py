@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 import fishergeo as fg
@@ -79,6 +80,13 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
 def _operator_tensors(operator: Any) -> dict[str, Tensor]:
     if isinstance(operator, fg.KroneckerOperator):
         return {"output_factor": operator.output_factor, "input_factor": operator.input_factor}
+    if isinstance(operator, fg.SpectralKroneckerOperator):
+        factors = {"output": operator.output_factor, "input": operator.input_factor}
+        return {
+            f"{side}_{role}": tensor
+            for side, factor in factors.items()
+            for role, tensor in {**_operator_tensors(factor), "rest": torch.tensor(factor.rest).double()}.items()
+        }
     if isinstance(operator, fg.SpectralOperator):
         trace = {} if operator.full_trace is None else {"full_trace": operator.full_trace}
         return {"eigenvalues": operator.values, "eigenvectors": operator.vectors, **trace}
@@ -90,6 +98,19 @@ def _operator_tensors(operator: Any) -> dict[str, Tensor]:
 def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
     if kind == "KroneckerOperator":
         return fg.KroneckerOperator(parts["output_factor"], parts["input_factor"])
+    if kind == "SpectralKroneckerOperator":
+        return fg.SpectralKroneckerOperator(
+            *(
+                fg.SpectralOperator(
+                    parts[f"{side}_eigenvalues"],
+                    parts[f"{side}_eigenvectors"],
+                    parts.get(f"{side}_full_trace"),
+                    side,
+                    float(parts[f"{side}_rest"]),
+                )
+                for side in ("output", "input")
+            )
+        )
     if kind == "SpectralOperator":
         return fg.SpectralOperator(parts["eigenvalues"], parts["eigenvectors"], parts.get("full_trace"))
     return fg.DenseOperator(parts["matrix"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STRUCTURES = ("kfac", "gram", "sketch")
+STRUCTURES = ("kfac", "kfac-sketch", "gram", "sketch")
 KINDS = ("empirical", "mc", "margin")
 METRICS = ("input-gram", "euclidean")
 PROJECTIONS = ("hard", "soft")
@@ -42,8 +42,9 @@ class GuardConfig:
     dual ascent finds (:class:`alignguard.budget.DriftBudget`).
 
     Attributes:
-        structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"gram"`` (the paper's one-sided F, exact)
-            or ``"sketch"`` (the same F through one pass of O((p+q)·rank) memory).
+        structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"kfac-sketch"`` (both sides, each through one
+            pass of O((p+q)·rank) memory), ``"gram"`` (the paper's one-sided F, exact) or ``"sketch"`` (the same F
+            through such a pass).
         kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see ``fishergeo.estimate_fisher``), of whole
             responses. λ_A is a price per nat with the first two; a margin is a difference of logits.
         lambda_alignment: λ_A, per nat: F is the Fisher of a whole response (with the default ``kind``), so
@@ -60,7 +61,7 @@ class GuardConfig:
         max_rank: most eigenvectors that P may have; None sets no bound.
         noise_edge: leave out of P, whatever ``energy`` asks for, eigenvectors whose eigenvalue pure noise of as many
             supervised tokens could have (Marchenko and Pastur 1967, see :func:`fishergeo.rank_by_noise_edge`).
-        sketch_rank: columns of the sketch.
+        sketch_rank: columns of a sketch, eigenpairs that are known of what it stands for.
         refresh_every: optimizer steps between two estimates of F.
         first_refresh: optimizer steps before the second estimate of F, which is the first at weights that have moved;
             None, or more than ``refresh_every``, waits for that. A new adapter moves fastest where the F of its start

@@ -54,9 +54,12 @@ class LayerCurvature:
         if isinstance(output, Tensor) and c.projection == "hard" and not c.noise_edge:  # no other pair is asked for
             values, vectors = fg.leading_eigenpairs(output, c.energy, self.total, c.max_rank)
             return values, fg.Projector(vectors)
-        values, vectors = torch.linalg.eigh(output) if isinstance(output, Tensor) else output.eigh()
         if isinstance(output, Tensor):
-            values, vectors = values.flip(0), vectors.flip(1)
+            values, vectors = (found.flip(-1) for found in torch.linalg.eigh(output))
+        elif isinstance(output, fg.SpectralOperator):  # those it knows; the rest of a sketched factor has no directions
+            values, vectors = output.values, output.vectors
+        else:
+            values, vectors = output.eigh()
         values = values.clamp_min(0)  # rounding leaves tiny negative ones
         m = min(fg.rank_for_energy(values, self.total, c.energy), c.max_rank or len(values), vectors.shape[1])
         if c.noise_edge:
@@ -118,6 +121,8 @@ def contiguous(operator: Any) -> Any:
     """The operator with its tensors laid out as a file lays them out: products of other strides round otherwise."""
     if isinstance(operator, fg.KroneckerOperator):
         return fg.KroneckerOperator(operator.output_factor.contiguous(), operator.input_factor.contiguous())
+    if isinstance(operator, fg.SpectralKroneckerOperator):
+        return fg.SpectralKroneckerOperator(contiguous(operator.output_factor), contiguous(operator.input_factor))
     if isinstance(operator, fg.SpectralOperator):
         vectors, trace = operator.vectors.contiguous(), operator.full_trace
         return fg.SpectralOperator(operator.values.contiguous(), vectors, trace, operator.side, operator.rest)
@@ -135,10 +140,10 @@ def check_widths(matrices: Iterable[Matrix], config: GuardConfig) -> None:
         ValueError: naming the matrix.
     """
     for matrix in matrices:
-        if config.structure != "sketch" and matrix.shape[0] > WIDEST:
+        if not config.structure.endswith("sketch") and matrix.shape[0] > WIDEST:
             raise ValueError(
                 f"{matrix.plain} has {matrix.shape[0]} outputs, and structure={config.structure!r} would hold the square "
-                f"of that; take structure='sketch', or exclude={matrix.plain!r}"
+                f"of that; take structure='kfac-sketch', or exclude={matrix.plain!r}"
             )
 
 

@@ -17,7 +17,8 @@ from alignguard.fit import Prepared
 def curvature_bytes(guard: Any) -> int:
     """Bytes that curvatures and bases of all guarded matrices take at most, in float32.
 
-    KFAC holds p² and q² and a basis of at most p²; the one-sided Gram p² and the basis; a sketch p·rank and its basis.
+    KFAC holds p² and q² and a basis of at most p²; the one-sided Gram p² and the basis; a sketch p·rank and its basis,
+    one of both sides (p + q)·rank and that basis.
     """
     total = 0
     for matrix in guard.updates.matrices.values():
@@ -28,7 +29,8 @@ def curvature_bytes(guard: Any) -> int:
         elif guard.config.structure == "gram":
             total += p * p + basis
         else:
-            total += 2 * p * min(p, guard.config.sketch_rank)
+            rank = guard.config.sketch_rank
+            total += 2 * p * min(p, rank) + (q * min(q, rank) if guard.config.structure == "kfac-sketch" else 0)
     return 4 * total if guard.uses_curvature else 0
 
 

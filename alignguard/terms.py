@@ -56,7 +56,7 @@ class TermGroup:
     def alignment(self, delta: Update) -> Tensor:
         """‖F^½ ΔW‖², or ‖F^½ ΔW_A‖² without ``whole_update``: P's columns are eigenvectors of S, so Σ_j w_j² λ_j u_jᵀΔW C ΔWᵀu_j.
 
-        (L,). C is the input factor of KFAC, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) a
+        (L,). C is the input factor of KFAC, sketched or not, the identity for the one-sided forms; O(p·m·r + q²·r) and O(p·m·r + q·r²) a
         matrix on factors, O(p·q·m + m·q²) and O(p·q·m) on a dense update. The whole update takes p in the place of m
         and needs no eigenvectors.
         """
@@ -67,6 +67,9 @@ class TermGroup:
         right = (delta.mT @ basis).mT if isinstance(delta, Tensor) else delta.right
         if isinstance(operators[0], fg.KroneckerOperator):
             gram = fg.stacked_congruence([operator.input_factor.to(delta.dtype) for operator in operators], right)
+        elif isinstance(operators[0], fg.SpectralKroneckerOperator):
+            factors = [operator.input_factor for operator in operators]
+            gram = fg.stacked_congruence(factors, right.to(factors[0].dtype)).to(delta.dtype)
         else:
             gram = right @ right.mT
         if isinstance(delta, Tensor):

@@ -39,6 +39,7 @@ from fishergeo.spd import (
     log_euclidean_distance,
 )
 from fishergeo.spectral_density import SpectralDensity, effective_dimension, spectral_density
+from fishergeo.spectral_kronecker import SpectralKroneckerOperator
 from fishergeo.spectrum import ConvergenceError, ConvergenceWarning, Spectrum
 from fishergeo.stability import (
     Agreement,
@@ -90,6 +91,7 @@ __all__ = [
     "SketchOperator",
     "SoftProjector",
     "SpectralDensity",
+    "SpectralKroneckerOperator",
     "SpectralOperator",
     "Spectrum",
     "Sphere",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fishergeo.records import Record
+from fishergeo.sketch import PsdSketch
 from fishergeo.symmetric_operator import SymmetricOperator
 
 Made = dict[tuple[int, ...], Tensor]
@@ -89,9 +90,14 @@ class Accumulator:
         layout: of the layer.
         sums: name -> tensor, every one additive over examples unless a subclass says otherwise.
 
+    Attributes:
+        sketches: those at work, whose memory a plan counts by formula.
+
     Raises:
         ValueError: if a sum is missing or of another shape than the layout asks for.
     """
+
+    sketches: tuple[PsdSketch, ...] = ()
 
     def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
         for key, shape in self.expected(layout).items():

@@ -344,7 +344,9 @@ def _check_options(
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64: sums in less lose their small terms")
     rotated = [one for one in wanted.values() if one.name == "ekfac"]
-    if unit == "token" and any(one.sharing == "reduce" for one in wanted.values() if one.name in ("kfac", "ekfac")):
+    if unit == "token" and any(
+        one.sharing == "reduce" for one in wanted.values() if one.name in ("kfac", "kfac-sketch", "ekfac")
+    ):
         raise ValueError("sharing='reduce' sums over an example's tokens, which unit='token' takes one by one")
     if (basis is not None or basis_examples is not None) and not rotated:
         raise ValueError("basis= and basis_examples= are of use to structure='ekfac' only")

@@ -18,9 +18,9 @@ from fishergeo.fisher import Fisher
 from fishergeo.layers import LayerFilter, select_layers
 from fishergeo.losses import LossFunction
 from fishergeo.plan_parts import calibrated, leading, parts_of
-from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.structures import Structure
 
+SKETCHED = ("sketch", "kfac-sketch")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -184,7 +184,7 @@ def plan(
     # What the first batch leaves behind (rows that wait to be multiplied) is alive while the second runs forward. Of a
     # sketch and of kept rows it is known by formula.
     name = structure if isinstance(structure, str) else structure.name
-    times = [1 if name in ("sketch", "exact") or part.number == 1 else 2 for part in parts]
+    times = [1 if name in (*SKETCHED, "exact") or part.number == 1 else 2 for part in parts]
     flops = 0.0
     if len(parts) > 1:
         # A blank batch counts as one example, so that many of them fix the bases; under decay the second counts less.
@@ -206,7 +206,7 @@ def plan(
     if flop_rate is not None:
         seconds, plain_seconds = flops / flop_rate, plain_meter.flops * share / flop_rate
     if calibrate:
-        seconds = sum(calibrated(model, sample, parts, lengths(_rows(sample), name == "sketch")))
+        seconds = sum(calibrated(model, sample, parts, lengths(_rows(sample), name in SKETCHED)))
 
         def plain(count: int) -> None:
             for _ in range(count):
@@ -304,12 +304,11 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
                 later, rows, size = later + whole - size, rows + whole, whole
             state += size
         kept, widest, held = kept + rows, max(widest, rows), state
-        if isinstance(accumulator, SketchAccumulator):
-            sketch = accumulator.sketch
+        for sketch in accumulator.sketches:
             column = len(sketch.factor) * sketch.factor.element_size()
             (before, _), (during, after) = sketch.widths(first), sketch.widths(examples)
             state += column * (after - sketch.factor.shape[1])
-            held = state + column * (during - after + accumulator.layout.probes)
+            held += column * (during - sketch.factor.shape[1] + accumulator.layout.probes)
             later += column * max(during - before, 0)
         entries.append(LayerPlan(name, fisher.header.shapes[name], state, held))
     return entries, later, kept + widest

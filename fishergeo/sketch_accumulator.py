@@ -29,6 +29,7 @@ class SketchAccumulator(Accumulator):
         self.sketch = PsdSketch(
             layout.size, layout.rank, layout.seed, layout.name, factor.dtype, factor.device, factor, sums.get("probed")
         )
+        self.sketches = (self.sketch,)
 
     @classmethod
     def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fishergeo._arguments import check_tensor
 from fishergeo.layer_operators import KroneckerOperator
 from fishergeo.lowrank import LowRank
+from fishergeo.operators import SpectralOperator
+from fishergeo.spectral_kronecker import SpectralKroneckerOperator
 from fishergeo.symmetric_operator import SymmetricOperator
 
 
@@ -31,6 +34,33 @@ class _Congruence(torch.autograd.Function):
         return (upstream + upstream.mT) @ products, *(None for _ in matrices)
 
 
+class _SpectralCongruence(torch.autograd.Function):
+    """R (U diag(w) Uᵀ + ρI) Rᵀ of every matrix of a stack, w = λ − ρ; the gradient reuses the products R U of the value."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, rest: Tensor, *bases: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, rest, *bases)
+        ctx.products = _padded_products(rows, bases, weights.shape[-1])
+        return (ctx.products * weights) @ ctx.products.mT + rest * (rows @ rows.mT)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, rest, *bases = ctx.saved_tensors
+        products = ctx.products
+        if torch.is_grad_enabled():  # a second derivative is wanted: they must depend on the rows
+            products = _padded_products(rows, bases, weights.shape[-1])
+        both = upstream + upstream.mT
+        inside = both @ (products * weights)
+        outside = [one[:, : basis.shape[1]] @ basis.mT for one, basis in zip(inside, bases, strict=True)]
+        return torch.stack(outside) + rest * (both @ rows), None, None, *(None for _ in bases)
+
+
+def _padded_products(rows: Tensor, bases: Sequence[Tensor], width: int) -> Tensor:
+    """The stack of ``rows[i] @ bases[i]``, (L, r, width), zeros where a basis is narrower."""
+    parts = [some @ basis for some, basis in zip(rows, bases, strict=True)]
+    return torch.stack([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
 def _products(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """The stack of ``rows[i] @ matrices[i]``; the matrices stay where they are: a stack of them would be a copy."""
     if torch.is_grad_enabled() and rows.requires_grad:
@@ -41,21 +71,22 @@ def _products(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def stacked_congruence(matrices: Sequence[Tensor], rows: Tensor) -> Tensor:
+def stacked_congruence(matrices: Sequence[Tensor | SpectralOperator], rows: Tensor) -> Tensor:
     """R_i C_i R_iᵀ for every matrix of a stack, differentiable in the rows; by definition.
 
     The large matrices are neither stacked nor copied, and the backward pass does not multiply by them again. BLAS
     reads a square matrix twice as fast with few rows on its left, so it is asked for R C rather than C Rᵀ.
 
     Args:
-        matrices: L constant symmetric tensors (q, q), of the rows' dtype and device.
+        matrices: L constant symmetric tensors (q, q), or L operators known through some eigenpairs, of the rows' dtype
+            and device.
         rows: (L, r, q), any floating dtype.
 
     Returns:
         Tensor (L, r, r), of the rows' dtype.
 
     Raises:
-        TypeError: rows that are no floating tensor.
+        TypeError: rows that are no floating tensor, or tensors and operators in one stack.
         ValueError: rows that do not fit, another number of matrices, or a matrix that asks for a gradient.
 
     Examples:
@@ -67,8 +98,17 @@ def stacked_congruence(matrices: Sequence[Tensor], rows: Tensor) -> Tensor:
     if rows.ndim != 3 or len(rows) != len(matrices) or any(matrix.shape != (size, size) for matrix in matrices):
         shapes = sorted({tuple(matrix.shape) for matrix in matrices})
         raise ValueError(f"rows has shape {tuple(rows.shape)}, which does not fit {len(matrices)} matrices of {shapes}")
-    if any(matrix.requires_grad for matrix in matrices):
+    operators = [matrix for matrix in matrices if isinstance(matrix, SpectralOperator)]
+    if operators and len(operators) < len(matrices):
+        raise TypeError("matrices must be tensors or SpectralOperators, not both in one stack")
+    constants = [one for op in operators for one in (op.values, op.vectors)] or matrices
+    if any(constant.requires_grad for constant in constants):  # type: ignore[union-attr]
         raise ValueError("matrices are constants here and get no gradient; pass matrix.detach()")
+    if operators:
+        weights = pad_sequence([op.values - op.rest for op in operators], batch_first=True)[:, None]
+        rest = rows.new_tensor([op.rest for op in operators])[:, None, None]
+        bases = [op.vectors for op in operators]
+        return _SpectralCongruence.apply(rows, weights.to(rows.dtype), rest, *bases)  # type: ignore[no-untyped-call]
     return _Congruence.apply(rows, *matrices)  # type: ignore[no-untyped-call]
 
 
@@ -95,9 +135,10 @@ def stacked_quadratic(operators: Sequence[SymmetricOperator], delta: LowRank | T
     """
     if delta.ndim != 3 or len(operators) != delta.shape[0]:
         raise ValueError(f"delta has shape {tuple(delta.shape)}, which does not fit {len(operators)} operators")
-    if isinstance(delta, LowRank) and all(type(op) is KroneckerOperator for op in operators):
+    kinds = {type(op) for op in operators}
+    if isinstance(delta, LowRank) and kinds in ({KroneckerOperator}, {SpectralKroneckerOperator}):
         outputs, inputs = ([getattr(op, f"{side}_factor") for op in operators] for side in ("output", "input"))
-        if not any(factor.requires_grad for factor in (*outputs, *inputs)):
+        if not any(isinstance(factor, Tensor) and factor.requires_grad for factor in (*outputs, *inputs)):
             dtype = outputs[0].dtype
             left, right = delta.left.to(dtype), delta.right.to(dtype)
             return (stacked_congruence(outputs, left.mT) * stacked_congruence(inputs, right)).sum((-2, -1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fishergeo.accumulators import Accumulator
 from fishergeo.exact_accumulator import ExactAccumulator
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
+from fishergeo.kronecker_sketch import KfacSketchAccumulator
 from fishergeo.moment_accumulators import DiagonalAccumulator, GramAccumulator
 from fishergeo.sketch_accumulator import SketchAccumulator
 
@@ -16,6 +17,7 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
     "gram": GramAccumulator,
     "diagonal": DiagonalAccumulator,
     "kfac": KfacAccumulator,
+    "kfac-sketch": KfacSketchAccumulator,
     "ekfac": EkfacAccumulator,
     "exact": ExactAccumulator,
 }
@@ -30,10 +32,10 @@ class Structure:
     """One structure to estimate, with options of its own.
 
     Args:
-        name: ``"sketch"``, ``"gram"``, ``"diagonal"``, ``"kfac"``, ``"ekfac"`` or ``"exact"``.
+        name: ``"sketch"``, ``"gram"``, ``"diagonal"``, ``"kfac"``, ``"kfac-sketch"``, ``"ekfac"`` or ``"exact"``.
         side: ``"output"`` or ``"input"``, for gram and sketch.
-        rank: eigenpairs of the sketch, at least 1.
-        sharing: ``"expand"`` or ``"reduce"``, for kfac and the basis of ekfac.
+        rank: eigenpairs of the sketch, or of each factor of kfac-sketch, at least 1.
+        sharing: ``"expand"`` or ``"reduce"``, for kfac, kfac-sketch and the basis of ekfac.
         basis_examples: for ekfac: None takes two passes, the first of which finds the eigenbases on all data. A
             number takes one sweep: the bases are fixed by the first batches that hold so many examples, and the
             moments are those of the examples after them.
@@ -88,7 +90,7 @@ def named_structures(
         structure: one name or :class:`Structure`, several, or several under names of one's own.
         side: of structures that are only named; so are all options that follow.
         rank: of sketches.
-        sharing: of kfac and ekfac.
+        sharing: of kfac, kfac-sketch and ekfac.
         basis_examples: of ekfac.
         probes: of sketches.
 

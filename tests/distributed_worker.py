@@ -37,7 +37,7 @@ def main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     model = tiny_llama()
-    for structure, rank_of_sketch in (("gram", 4), ("diagonal", 4), ("kfac", 4), ("sketch", 20)):
+    for structure, rank_of_sketch in (("gram", 4), ("diagonal", 4), ("kfac", 4), ("sketch", 20), ("kfac-sketch", 20)):
         mine = estimate(model, batches_of(rank), structure, rank=rank_of_sketch)
         fg.all_reduce(mine).save(folder / f"{structure}-{rank}")
         fg.all_reduce(mine if rank == 0 else None).save(folder / f"{structure}-alone-{rank}")

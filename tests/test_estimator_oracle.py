@@ -16,6 +16,8 @@ STRUCTURES = {
     "diagonal": "diagonal",
     "kfac": "kfac",
     "reduce": fg.Structure("kfac", sharing="reduce"),
+    "kfac-sketch": fg.Structure("kfac-sketch", rank=9),
+    "kfac-sketch reduce": fg.Structure("kfac-sketch", rank=9, sharing="reduce"),
     "ekfac": "ekfac",
     "ekfac reduce": fg.Structure("ekfac", sharing="reduce"),
     "exact": "exact",
@@ -100,6 +102,8 @@ def test_every_structure_and_kind_agrees_with_the_loop_over_single_examples(kind
             assert_close(fishers[key][name].output_factor, factors[0])
             assert_close(fishers[key][name].input_factor, factors[1])
             assert_close(fishers[key][name].to_dense(), torch.kron(*factors))
+            sketched = fishers[key.replace("kfac", "kfac-sketch") if key == "kfac" else f"kfac-sketch {key}"][name]
+            assert_close(sketched.to_dense(), torch.kron(*factors))
         check_ekfac(fishers["ekfac"][name], (s[name], a), gradients)
         check_ekfac(fishers["ekfac reduce"][name], (s_reduced[name], a_reduced), gradients)
         trace = squares[name].sum()

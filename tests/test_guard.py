@@ -173,7 +173,7 @@ def test_kl_is_zero_at_the_start_and_equals_the_formula(tiny_llama, tokenizer, a
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
 
 
-@pytest.mark.parametrize("structure", ["kfac", "gram", "sketch"])
+@pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "gram", "sketch"])
 def test_refresh_leaves_no_trace(tiny_llama, tokenizer, alignment_rows, structure):
     model = adapted(tiny_llama, dtype=torch.float32).train()
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}

@@ -138,7 +138,7 @@ def test_a_foreign_folder_is_not_resumed_into(tmp_path, data):
     assert [p.name for p in folder.iterdir()] == ["precious.txt"]
 
 
-@pytest.mark.parametrize("structure", ["kfac", "gram", "sketch"])
+@pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "gram", "sketch"])
 @pytest.mark.parametrize(("projection", "edge"), [("hard", False), ("soft", False), ("hard", True)])
 def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection, edge):
     config = GuardConfig(structure=structure, projection=projection, sketch_rank=4, lambda_task=0.1, scale_free=True,

@@ -14,7 +14,7 @@ from fishergeo.orthogonal import orthonormalise
 from fishergeo.records import Record
 
 EXAMPLES = make_examples([4, 6, 5, 3, 6])
-EVERY = ["gram", "sketch", "diagonal", "kfac", "ekfac", "exact"]
+EVERY = ["gram", "sketch", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]
 
 
 def estimate(batches, structure=EVERY, model=None, **options):
@@ -59,7 +59,7 @@ def test_factors_of_a_bfloat16_model_are_not_summed_in_bfloat16():
 def test_padding_enters_no_factor(side):
     padded = collate([*EXAMPLES, make_examples([12])[0]], side)
     padded = {key: value[:-1] for key, value in padded.items()}  # twice as wide as any example left
-    clean = estimate([collate([e]) for e in EXAMPLES], ["kfac", "gram", "diagonal", "exact"])
+    clean = estimate([collate([e]) for e in EXAMPLES], ["kfac", "kfac-sketch", "gram", "diagonal", "exact"])
     for key, fisher in estimate([padded], list(clean)).items():
         for name in LAYERS:
             assert_close(fisher[name].to_dense(), clean[key][name].to_dense())

@@ -27,11 +27,14 @@ def forms(matrix):
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
     top = fg.SpectralOperator(values[:10].contiguous(), vectors[:, :10].contiguous(), matrix.trace())
     kron = fg.KroneckerOperator(matrix, torch.eye(5, dtype=torch.float64))
-    return {"gram": fg.DenseOperator(matrix), "kfac": kron, "sketch": top}
+    sketched = fg.SpectralOperator(top.values, top.vectors, top.full_trace, rest=float(values[10:].mean()))
+    inside = fg.SpectralOperator(torch.ones(2).double(), torch.eye(5, 2).double(), side="input", rest=1.0)
+    both = fg.SpectralKroneckerOperator(sketched, inside)
+    return {"gram": fg.DenseOperator(matrix), "kfac": kron, "sketch": top, "kfac-sketch": both}
 
 
 @pytest.mark.parametrize("samples", [400, 60, 16])
-@pytest.mark.parametrize("structure", ["gram", "kfac", "sketch"])
+@pytest.mark.parametrize("structure", ["gram", "kfac", "sketch", "kfac-sketch"])
 def test_directions_within_noise_are_left_out(structure, samples):
     matrix = noisy(samples)
     operator = forms(matrix)[structure]

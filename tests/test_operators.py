@@ -49,6 +49,10 @@ CASES = {
     "spectral with rest": lambda: fg.SpectralOperator(torch.tensor([3.0, 0.1]).double(), orthogonal(P, 2), rest=0.7),
     "diagonal": lambda: fg.DiagonalOperator(random(P, Q).square()),
     "kronecker": lambda: fg.KroneckerOperator(psd(P), psd(Q, 1)),
+    "spectral kronecker": lambda: fg.SpectralKroneckerOperator(
+        fg.SpectralOperator(torch.tensor([3.0, 1.0]).double(), orthogonal(P, 2), rest=0.2),
+        fg.SpectralOperator(torch.tensor([2.0, 0.1]).double(), orthogonal(Q, 2, 1), side="input", rest=0.5),
+    ),
     "eigen-kronecker": lambda: fg.EigenKroneckerOperator(orthogonal(P, P), orthogonal(Q, Q, 1), random(P, Q).square()),
     "exact of few": lambda: exact(5),
     "exact of many": lambda: exact(20),

@@ -16,7 +16,7 @@ from fishergeo.calibration import foretold, lengths, seconds
 from fishergeo.plan_parts import parts_of
 from fishergeo.sketch import PsdSketch
 
-STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "ekfac", "exact"]
+STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]
 
 
 def llama(hidden=64, ff=172, layers=2, vocabulary=256, heads=4, kv_heads=2, **options):

@@ -32,7 +32,7 @@ def moved(dtype=torch.float32):
     return model
 
 
-STRUCTURES = {"kfac": {}, "gram": {}, "sketch": {"sketch_rank": 64}}
+STRUCTURES = {"kfac": {}, "kfac-sketch": {"sketch_rank": 64}, "gram": {}, "sketch": {"sketch_rank": 64}}
 
 
 def curvature(structure, count, dtype=torch.float32, **options):

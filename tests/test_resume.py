@@ -20,6 +20,7 @@ STRUCTURES = {
     "diagonal": "diagonal",
     "kfac": "kfac",
     "reduce": fg.Structure("kfac", sharing="reduce"),
+    "kfac-sketch": fg.Structure("kfac-sketch", rank=3),
     "ekfac": "ekfac",
     "one sweep": fg.Structure("ekfac", basis_examples=5),
     "exact": "exact",

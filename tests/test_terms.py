@@ -28,6 +28,17 @@ def stack(structure, count, p=9, q=7, r=3, dtype=torch.float64):
     inputs = [semidefinite(50 + i, q, 0.3).to(dtype) for i in range(count)]
     if structure == "kfac":
         operators = [fg.KroneckerOperator(s, a) for s, a in zip(outputs, inputs, strict=True)]
+    elif structure == "kfac-sketch":
+        operators = [
+            fg.SpectralKroneckerOperator(
+                *(
+                    fg.SpectralOperator(w[k:].flip(0), v[:, k:].flip(1), w.sum(), side, float(w[:k].mean()))
+                    for side, k in (("output", 3 - i % 2), ("input", 2 + i % 2))
+                    for w, v in [torch.linalg.eigh(s if side == "output" else a)]
+                )
+            )
+            for i, (s, a) in enumerate(zip(outputs, inputs, strict=True))
+        ]
     elif structure == "gram":
         operators = [fg.DenseOperator(s) for s in outputs]
     else:
@@ -42,14 +53,15 @@ def stack(structure, count, p=9, q=7, r=3, dtype=torch.float64):
 
 def formula(operator, config, delta, scale, share):
     """The penalty of one matrix from dense matrices alone."""
-    s = operator.output_factor if hasattr(operator, "output_factor") else operator.to_dense()
-    inside = operator.input_factor if hasattr(operator, "input_factor") else torch.eye(delta.shape[1]).to(delta)
+    output = getattr(operator, "output_factor", operator)
+    inside = getattr(operator, "input_factor", torch.eye(delta.shape[1]).to(delta))
+    s, inside = (x if isinstance(x, torch.Tensor) else x.to_dense() for x in (output, inside))
     values, vectors = (x.flip(-1) for x in torch.linalg.eigh(s))
     values = values.clamp_min(0)
-    total = values.sum() if not isinstance(operator, fg.SpectralOperator) else operator.full_trace
+    total = output.full_trace if isinstance(output, fg.SpectralOperator) else values.sum()
     m = int((values.cumsum(0) < config.energy * total * (1 - 1e-12)).sum()) + 1
     if config.projection == "soft":
-        known = len(operator.values) if isinstance(operator, fg.SpectralOperator) else len(values)
+        known = len(output.values) if isinstance(output, fg.SpectralOperator) else len(values)
         weights = (values / (values + values[m - 1]))[:known]
         p = (vectors[:, :known] * weights) @ vectors[:, :known].mT
     else:
@@ -69,7 +81,7 @@ def formula(operator, config, delta, scale, share):
     )
 
 
-@pytest.mark.parametrize("structure", ["kfac", "gram", "sketch"])
+@pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "gram", "sketch"])
 @pytest.mark.parametrize("projection", ["hard", "soft"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole update", "aligned part"])
 @pytest.mark.parametrize("scale_free", [True, False], ids=["scale-free", "sums"])
@@ -117,17 +129,22 @@ def test_matrices_in_groups_of_several_ranks_and_shapes_are_charged_like_each_al
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
-def test_congruences_and_their_two_derivatives_are_those_of_the_formula(count, r, q, seed):
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99), st.booleans())
+def test_congruences_and_their_two_derivatives_are_those_of_the_formula(count, r, q, seed, known):
     matrices = [semidefinite(seed + i, q, 0.1) for i in range(count)]
     rows = gaussian(seed + 77, count, r, q).requires_grad_()
-    torch.testing.assert_close(fg.stacked_congruence(matrices, rows), rows @ torch.stack(matrices) @ rows.mT)
+    dense = torch.stack(matrices)
+    if known:
+        pairs = [[x.flip(-1)[..., : 1 + (seed + i) % q] for x in torch.linalg.eigh(m)] for i, m in enumerate(matrices)]
+        matrices = [fg.SpectralOperator(*pair, rest=0.1 * (seed % 3)) for pair in pairs]
+        dense = torch.stack([op.to_dense() for op in matrices])
+    torch.testing.assert_close(fg.stacked_congruence(matrices, rows), rows @ dense @ rows.mT)
     assert torch.autograd.gradcheck(lambda x: fg.stacked_congruence(matrices, x), (rows,))
     assert torch.autograd.gradgradcheck(lambda x: fg.stacked_congruence(matrices, x), (rows,))
 
 
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("structure", ["kfac", "gram", "sketch"])
+@pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "gram", "sketch"])
 def test_stacked_quadratics_are_those_of_each_operator(structure, dense):
     operators, left, right = stack(structure, 3)
     delta = left @ right if dense else fg.LowRank(left, right)
@@ -158,6 +175,9 @@ def test_stacks_that_do_not_fit_are_refused():
         fg.stacked_congruence([torch.eye(7)], gaussian(0, 2, 3, 7))
     with pytest.raises(ValueError, match="does not fit"):
         fg.stacked_congruence([torch.eye(6)], gaussian(0, 1, 3, 7))
+    with pytest.raises(TypeError, match="not both"):
+        some = fg.SpectralOperator(torch.ones(1), torch.eye(7)[:, :1])
+        fg.stacked_congruence([torch.eye(7), some], gaussian(0, 2, 3, 7))
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
