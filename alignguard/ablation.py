@@ -47,6 +47,8 @@ SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "plain": {"learning_rate": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "max_steps": (100, 200)},
 }
+# what the guard's own sweeps vary strengths of: both factors exact, twice the examples of the default
+EXACT = {"structure": "kfac", "refresh_examples": 16}
 GUARDS = ("guard", "kl", "guard and kl")  # curvature, KL to the base, and both: GuardConfig's own settings
 ANCHOR = {"lambda_alignment": 0.0, "lambda_task": 0.0, "lambda_collision": 0.0}  # KL to the base alone
 
@@ -130,7 +132,8 @@ def rivals_plan(
     for name in (*GUARDS, *RIVALS):
         if name == "safelora" and unaligned is None:
             continue
-        own_of = {"guard": base, "guard and kl": base, "kl": ANCHOR, "safelora": {"unaligned": unaligned}}
+        guarded = {**EXACT, **base} if whole_grid else base
+        own_of = {"guard": guarded, "guard and kl": guarded, "kl": ANCHOR, "safelora": {"unaligned": unaligned}}
         usual = {
             "kl": {"lambda_kl": 1.0},
             "guard and kl": {"lambda_alignment": 0.3, "lambda_kl": 0.3, "kl_every": 4, "refresh_every": 100},

@@ -104,7 +104,7 @@ class GuardConfig:
         ValueError: structure must be one of ('kfac', 'gram', 'sketch'), not 'hessian'
     """
 
-    structure: str = "kfac"
+    structure: str = "kfac-sketch"
     kind: str = "empirical"
     lambda_alignment: float = 1.0
     whole_update: bool = True
@@ -120,7 +120,7 @@ class GuardConfig:
     sketch_rank: int = 64
     refresh_every: int = 25
     first_refresh: int | None = 10
-    refresh_examples: int = 16
+    refresh_examples: int = 8
     lambda_kl: float = 0.0
     kl_examples: int = 2
     kl_every: int = 1

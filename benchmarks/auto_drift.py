@@ -59,9 +59,10 @@ def main() -> None:
     shared = Bench.embedded()
     if args.task is not None:
         shared = dataclasses.replace(shared, task_train=f"{args.task}_train.jsonl", task_test=f"{args.task}_test.jsonl")
-    start = GuardConfig().lambda_alignment  # written out: a run is of the strength that it began with
-    settings = [{"max_drift": b, "lambda_alignment": start} for b in args.budgets] + [
-        {"lambda_alignment": s} for s in args.strengths
+    config = GuardConfig()  # written out: a run is of the defaults that it was made with
+    used = {name: getattr(config, name) for name in ("structure", "refresh_every", "refresh_examples")}
+    settings = [{**used, "max_drift": b, "lambda_alignment": config.lambda_alignment} for b in args.budgets] + [
+        {**used, "lambda_alignment": s} for s in args.strengths
     ]
     jobs = [make_job(str(s), GUARD, s, seed) for seed in args.seeds for s in settings]
     head = {"command": "python benchmarks/auto_drift.py", "versions": versions(), "training": TRAINING}

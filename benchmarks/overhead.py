@@ -37,7 +37,7 @@ from alignguard.guard import Guard
 TERMS = {"lambda_task": 0.01, "lambda_collision": 0.01, "whole_update": False}
 GUARDS: dict[str, dict[str, Any]] = {
     "default": {},
-    "default, refreshed every 25 from 32": {"refresh_every": 25, "refresh_examples": 32},
+    "exact factors, refreshed every 25 from 16": {"structure": "kfac", "refresh_examples": 16},
     "one-pass sketch, whole update": {"structure": "sketch"},
     "kl to the base, every step": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
     "kl to the base, every 4th": {"lambda_alignment": 0.0, "lambda_kl": 0.3, "kl_every": 4},

@@ -37,7 +37,7 @@ SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equa
 METHODS = [
     *GUARDS,
     *(name for name in RIVALS if name != "safelora"),
-    *("paper", "paper, refreshed", "kl, every step", "guard, refreshed rarely"),
+    *("paper", "paper, refreshed", "kl, every step", "guard, refreshed rarely", "guard, sketched"),
 ]
 # arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps; its
 # strengths a tenth of what second-hand sources give, which cost the task 2 to 5 points here
@@ -50,6 +50,13 @@ FIXED: dict[str, dict[str, Any]] = {
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
     "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
     # a strength that makes up for an estimate gone stale, and costs the task; it was the default before the sweep
+    # the default: both factors sketched, half the alignment examples, at the strength and schedule that the sweep chose
+    "guard, sketched": {
+        "structure": "kfac-sketch",
+        "lambda_alignment": 1.0,
+        "refresh_every": 25,
+        "refresh_examples": 8,
+    },
     "guard, refreshed rarely": {
         "structure": "kfac",
         "lambda_alignment": 10.0,
