@@ -81,39 +81,34 @@ def _operator_tensors(operator: Any) -> dict[str, Tensor]:
     if isinstance(operator, fg.KroneckerOperator):
         return {"output_factor": operator.output_factor, "input_factor": operator.input_factor}
     if isinstance(operator, fg.SpectralKroneckerOperator):
-        factors = {"output": operator.output_factor, "input": operator.input_factor}
-        return {
-            f"{side}_{role}": tensor
-            for side, factor in factors.items()
-            for role, tensor in {**_operator_tensors(factor), "rest": torch.tensor(factor.rest).double()}.items()
-        }
+        return _spectral_tensors(operator.output_factor, "output_") | _spectral_tensors(operator.input_factor, "input_")
     if isinstance(operator, fg.SpectralOperator):
-        trace = {} if operator.full_trace is None else {"full_trace": operator.full_trace}
-        return {"eigenvalues": operator.values, "eigenvectors": operator.vectors, **trace}
+        return _spectral_tensors(operator, "")
     if isinstance(operator, fg.DenseOperator):
         return {"matrix": operator.matrix}
     raise TypeError(f"a curvature of kind {type(operator).__name__} cannot be saved")
+
+
+def _spectral_tensors(operator: fg.SpectralOperator, side: str) -> dict[str, Tensor]:
+    trace = {} if operator.full_trace is None else {f"{side}full_trace": operator.full_trace}
+    rest = {f"{side}rest": torch.tensor(operator.rest, dtype=torch.float64)} if operator.rest else {}
+    return {f"{side}eigenvalues": operator.values, f"{side}eigenvectors": operator.vectors, **trace, **rest}
 
 
 def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
     if kind == "KroneckerOperator":
         return fg.KroneckerOperator(parts["output_factor"], parts["input_factor"])
     if kind == "SpectralKroneckerOperator":
-        return fg.SpectralKroneckerOperator(
-            *(
-                fg.SpectralOperator(
-                    parts[f"{side}_eigenvalues"],
-                    parts[f"{side}_eigenvectors"],
-                    parts.get(f"{side}_full_trace"),
-                    side,
-                    float(parts[f"{side}_rest"]),
-                )
-                for side in ("output", "input")
-            )
-        )
+        return fg.SpectralKroneckerOperator(_spectral(parts, "output_", "output"), _spectral(parts, "input_", "input"))
     if kind == "SpectralOperator":
-        return fg.SpectralOperator(parts["eigenvalues"], parts["eigenvectors"], parts.get("full_trace"))
+        return _spectral(parts, "", "output")
     return fg.DenseOperator(parts["matrix"])
+
+
+def _spectral(parts: dict[str, Tensor], prefix: str, side: str) -> fg.SpectralOperator:
+    rest = float(parts[f"{prefix}rest"]) if f"{prefix}rest" in parts else 0.0
+    vectors, trace = parts[f"{prefix}eigenvectors"], parts.get(f"{prefix}full_trace")
+    return fg.SpectralOperator(parts[f"{prefix}eigenvalues"], vectors, trace, side, rest)
 
 
 def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_one_sided_penalty_and_gradient_equal_the_dense_formula(tiny_llama, toke
 @pytest.mark.parametrize("whole", [True, False], ids=["whole update", "aligned part"])
 def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer, alignment_rows, whole):
     model = adapted(tiny_llama)
-    config = GuardConfig(lambda_alignment=2.0, energy=0.7, refresh_examples=4, whole_update=whole)
+    config = GuardConfig(structure="kfac", lambda_alignment=2.0, energy=0.7, refresh_examples=4, whole_update=whole)
     guard = Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config)
     penalty = guard.penalty()
     penalty.backward()
@@ -210,7 +210,8 @@ def test_refreshes_come_when_they_are_due(tiny_llama, tokenizer, alignment_rows,
 def test_refresh_reads_the_present_weights(tiny_llama, tokenizer, alignment_rows):
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)
-    guard = Guard.from_alignment(model, rows, GuardConfig(refresh_every=2, refresh_examples=4))
+    config = GuardConfig(structure="kfac", refresh_every=2, refresh_examples=4)
+    guard = Guard.from_alignment(model, rows, config)
     name = next(iter(guard.layers))
     first = guard.layers[name].operator.output_factor
     for p in model.parameters():
@@ -221,7 +222,7 @@ def test_refresh_reads_the_present_weights(tiny_llama, tokenizer, alignment_rows
     guard.begin_step(2)
     moved = guard.layers[name].operator.output_factor
     assert not torch.allclose(moved, first)
-    fresh = Guard.from_alignment(model, rows, GuardConfig(refresh_every=2, refresh_examples=4))
+    fresh = Guard.from_alignment(model, rows, config)
     torch.testing.assert_close(moved, fresh.layers[name].operator.output_factor)
     assert guard.examples_read == 8
 
