@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,16 +144,6 @@ class WeightUpdates:
                 f"adapters {list(self.model.active_adapters)} are active, the guard was made for {self._adapters}; "  # type: ignore[operator,arg-type]
                 "make a new guard"
             )
-
-    def deltas(self) -> Iterator[tuple[Matrix, Update]]:
-        """Every matrix with its ΔW at the present weights.
-
-        Raises:
-            RuntimeError: other adapters are active than when the guard was made.
-        """
-        self.check_active()
-        for matrix in self.matrices.values():
-            yield matrix, matrix.read()
 
     def references(self) -> dict[str, Tensor]:
         """Copies that ΔW is measured from, by matrix and role, in the model's dtype; empty for plain LoRA.

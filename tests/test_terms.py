@@ -121,7 +121,7 @@ def test_matrices_in_groups_of_several_ranks_and_shapes_are_charged_like_each_al
     config = GuardConfig(refresh_examples=4, whole_update=False, **STRENGTHS)
     guard = Guard.from_alignment(model, rows(4), config)
     assert len({(m.shape, m.rank) for m in guard.updates.matrices.values()}) > 1
-    deltas = {m.name: delta.to_dense().detach() for m, delta in guard.updates.deltas()}
+    deltas = {name: matrix.read().to_dense().detach() for name, matrix in guard.updates.matrices.items()}
     alone = sum(formula(layer.operator, config, deltas[name], 1.0, 1.0) for name, layer in guard.layers.items())
     torch.testing.assert_close(guard.penalty(), alone, rtol=1e-10, atol=0)
     exact = sum(0.5 * layer.operator.quadratic(deltas[name]) for name, layer in guard.layers.items())
