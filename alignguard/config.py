@@ -101,7 +101,7 @@ class GuardConfig:
         >>> alignguard.GuardConfig(structure="hessian")
         Traceback (most recent call last):
             ...
-        ValueError: structure must be one of ('kfac', 'gram', 'sketch'), not 'hessian'
+        ValueError: structure must be one of ('kfac', 'kfac-sketch', 'gram', 'sketch'), not 'hessian'
     """
 
     structure: str = "kfac-sketch"

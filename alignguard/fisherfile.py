@@ -119,3 +119,5 @@ def _check_values(path: str | Path, fisher: fg.Fisher) -> None:
             squares = fisher.header.structure in ("gram", "kfac") and tensor.ndim == 2
             if squares and bool((tensor.diagonal() < 0).any()):
                 raise ValueError(f"fisher: {path}: the {key} of {name} has a negative diagonal; {advice}")
+            if tensor.numel() == 1 and float(tensor) < 0:  # a trace, or a weight
+                raise ValueError(f"fisher: {path}: the {key} of {name} is negative; {advice}")
