@@ -22,9 +22,9 @@ class DriftBudget:
     The slope looks ``horizon`` steps ahead, which damps: ν rises before the bound is crossed. Below the bound ν falls
     slower than it rises above it, so that a guard is not let go before the drift has begun. ν stays in [``low``, ``high``].
 
-    pull(x) is x above the bound, at most 2, and 1 before the bound is first reached. From then on it falls to 0 within
-    the last ``margin`` below the bound: what is inside is not pulled further in, for a task that has stopped pushing
-    outward would never bring it back, and a drift allowed and not used is task accuracy given away.
+    pull(x) = clip(x⁴, 1, 2): just above the bound μ grows at once, for late in a run, when the rate is low, ν alone would
+    come too late. Inside the bound the guard holds on with ν: a task that has stopped pushing outward gains nothing
+    by being let go, and what is kept would be given away.
 
     D is the last measurement, times what the prediction ½ Σ tr(ΔWᵀFΔW) has grown by since, at most ``reach`` either way:
     a quadratic that has gone stale may be wrong by orders of magnitude and still says whether the update grows. Before
@@ -44,10 +44,8 @@ class DriftBudget:
         length: smoothed x.
         slope: smoothed ẋ.
         step: of the last update, −1 before the first.
-        reached: whether x has been 1.
         gain: growth of log ν a step where e = 1.
         slack: most that e may be below 0.
-        margin: of x, below 1, over which the pull ends.
         horizon: steps that the slope looks ahead.
         smooth: updates over which x and its slope are smoothed.
         reach: most that the prediction may change a measurement by, as a factor.
@@ -66,15 +64,13 @@ class DriftBudget:
     length: float = 0.0
     slope: float = 0.0
     step: int = -1
-    reached: bool = False
     gain: float = 0.1
     slack: float = 0.25
-    margin: float = 0.05
     horizon: float = 5.0
     smooth: float = 2.0
     reach: float = 2.0
     trust: float = 0.5
-    most: float = 10.0
+    most: float = 100.0
     low: float = 1e-4
     high: float = 1e4
 
@@ -125,14 +121,8 @@ class DriftBudget:
         self.length, self.step = smoothed, step
         error = min(max(smoothed - 1 + self.horizon * self.slope, -self.slack), 1.0)
         self.strength = min(max(self.strength * math.exp(self.gain * error * passed), self.low), self.high)
-        self.multiplier = self.strength * self._pull(smoothed)
+        self.multiplier = self.strength * min(max(smoothed**4, 1.0), 2.0)
         return self.multiplier
-
-    def _pull(self, length: float) -> float:
-        self.reached = self.reached or length >= 1
-        if not self.reached:
-            return 1.0
-        return min(length, 2.0) if length >= 1 else max(1 - (1 - length) / self.margin, 0.0)
 
     def state(self) -> dict[str, float]:
         """Everything, as JSON."""

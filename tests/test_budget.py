@@ -48,48 +48,25 @@ def test_the_budget_is_met_by_a_model_that_drifts_where_the_task_pulls(pull, rat
         assert drift >= 0.8 * bound, "what is allowed is used"
 
 
-@given(
-    st.floats(3.0, 30.0), st.floats(0.02, 0.2), st.integers(100, 300), st.floats(0.97, 1.0), st.sampled_from([25, 50])
-)
-def test_a_task_that_stops_pushing_is_not_pulled_in_further(push, rate, steps, stale, every):
-    """It drifts in a burst at the start, past the bound, and never again: the guard brings it back to the bound and no further."""
-    budget, x, bound, sees, most = DriftBudget(0.5), 0.0, 0.5, 1.0, 0.0
-    for step in range(steps):
-        if step and step % every == 0:
-            budget.renewed(sees * 0.5 * x * x, 0.5 * x * x)
-            sees = 1.0
-        predicted = sees * 0.5 * x * x
-        if step % 5 == 0:
-            budget.measured(0.5 * x * x, predicted)
-        factor = budget.update(step, predicted) * budget.scale * sees
-        x += rate * (1 - step / steps) * (push * math.exp(-step / 20) - factor * x) / (1 + rate * factor)
-        sees, most = max(sees * stale, 1 / 50), max(most, x)
-    if budget.reached:
-        assert 0.8 * bound <= 0.5 * x * x
-    if 0.5 * most * most > bound:
-        assert 0.5 * x * x < 0.5 * most * most
-
-
-def test_the_pull_ends_within_the_bound_once_it_was_reached():
+def test_the_pull_is_steep_just_above_the_bound_and_never_more_than_twice_the_strength():
     budget = DriftBudget(1.0, smooth=1e-6)  # as read, unsmoothed
-    assert budget.update(0, 0.25) == budget.strength < 1, "not reached yet: the guard holds, a little less each step"
-    assert budget.update(1, 4.0) == 2 * budget.strength
-    assert budget.update(2, 2.25) == pytest.approx(1.5 * budget.strength)
-    half = (1 - budget.margin / 2) ** 2
-    assert budget.update(3, half) == pytest.approx(budget.strength / 2)
-    assert budget.update(4, 0.25) == 0.0 < budget.strength
+    assert budget.update(0, 0.25) == budget.strength < 1, "inside, the guard holds, a little less each step"
+    assert budget.update(1, 1.21) == pytest.approx(1.21**2 * budget.strength)
+    assert budget.update(2, 4.0) == 2 * budget.strength
+    held = budget.strength
+    assert 0.9 * held < budget.update(3, 0.25) == budget.strength < held
 
 
 def test_the_multiplier_is_bounded_and_a_step_is_counted_once():
     budget = DriftBudget(1.0)
     for step in range(2000):
         budget.update(step, 0.0)
-    assert budget.multiplier == budget.strength == budget.low and not budget.reached
+    assert budget.multiplier == budget.strength == budget.low
     before = budget.state()
     assert budget.update(1999, 5.0) == before["multiplier"] and budget.state() == before
     for step in range(2000, 6000):
         budget.update(step, 1e6)
-    assert budget.strength == budget.high and budget.multiplier == 2 * budget.high and budget.reached
+    assert budget.strength == budget.high and budget.multiplier == 2 * budget.high
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(-1, 1e6), st.floats(0, 1e6)), max_size=20))
@@ -99,7 +76,7 @@ def test_whatever_is_measured_the_multiplier_stays_within_its_bounds(events):
         (budget.renewed if fresh else budget.measured)(first, second)
         factor = budget.update(step, second)
         assert budget.low <= budget.strength <= budget.high and 1 / budget.most <= budget.scale <= budget.most
-        assert math.isfinite(budget.slope) and 0 <= factor <= 2 * budget.strength
+        assert math.isfinite(budget.slope) and budget.strength <= factor <= 2 * budget.strength
         assert budget.present(second) >= 0
 
 
