@@ -15,6 +15,23 @@ from fishergeo.records import Record
 from fishergeo.symmetric_operator import SymmetricOperator
 
 
+def input_rows(record: Record, shared: Shared, sharing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (n, T, q) whose squares sum up to the input moment, (n, 1, q) with "reduce", and their weight, a scalar."""
+    a = shared.get(record.source, f"inputs {dtype}", lambda: record.inputs.to(dtype))
+    if record.mask is None:
+        lengths = torch.full((len(a),), a.shape[1], dtype=torch.float64, device=a.device)
+    else:
+        lengths = record.mask.sum(1, dtype=torch.float64)
+    counted = lengths
+    if sharing == "reduce":
+        a = (a.sum(1) / lengths.clamp_min(1).to(a.dtype)[:, None])[:, None]
+        counted = (lengths > 0).double()
+    if shared.weights is not None:
+        a = a * shared.weights.sqrt().to(a.dtype).view(-1, 1, 1)
+        counted = counted * shared.weights
+    return a, counted.sum()
+
+
 class InputMoment:
     """Σ w a aᵀ over tokens ("expand") or over examples' mean tokens ("reduce"), held once for layers that share it.
 
@@ -43,22 +60,9 @@ class InputMoment:
                 )
             return
         self._latest = (shared.number, record.source)
-        a = shared.get(record.source, f"inputs {self.total.dtype}", lambda: record.inputs.to(self.total.dtype))
-        if record.mask is None:
-            lengths = torch.full((len(a),), a.shape[1], dtype=torch.float64, device=a.device)
-        else:
-            lengths = record.mask.sum(1, dtype=torch.float64)
-        weights = shared.weights
-        if sharing == "reduce":
-            rows = a.sum(1) / lengths.clamp_min(1).to(a.dtype)[:, None]
-            counted = (lengths > 0).double()
-        else:
-            rows, counted = a, lengths
-        if weights is not None:
-            rows = rows * weights.sqrt().to(a.dtype).view(-1, *[1] * (rows.ndim - 1))
-            counted = counted * weights
-        self.half.add(rows.reshape(-1, a.shape[2]))
-        self.tokens += counted.sum()
+        rows, counted = input_rows(record, shared, sharing, self.total.dtype)
+        self.half.add(rows.flatten(0, 1))
+        self.tokens += counted
 
     def eigenvectors(self) -> Tensor:
         """(q, q), of the finished sum; computed once."""

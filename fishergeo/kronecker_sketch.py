@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.kronecker_accumulators import input_rows
 from fishergeo.operators import SpectralOperator
 from fishergeo.records import Record
 from fishergeo.sketch import PsdSketch, compress, factor_eigh
@@ -50,20 +51,9 @@ class KfacSketchAccumulator(Accumulator):
         self._stream("output", d.sum(1, keepdim=True) if reduce else d)
         if shared.draw:
             return
-        a = shared.get(record.source, f"inputs {self.dtype}", lambda: record.inputs.to(self.dtype))
-        if record.mask is None:
-            lengths = torch.full((len(a),), a.shape[1], dtype=torch.float64, device=a.device)
-        else:
-            lengths = record.mask.sum(1, dtype=torch.float64)
-        counted = lengths
-        if reduce:
-            a = (a.sum(1) / lengths.clamp_min(1).to(a.dtype)[:, None])[:, None]
-            counted = (lengths > 0).double()
-        if shared.weights is not None:
-            a = a * shared.weights.sqrt().to(a.dtype).view(-1, 1, 1)
-            counted = counted * shared.weights
+        a, counted = input_rows(record, shared, self.layout.sharing, self.dtype)
         self._stream("input", a)
-        self.sums["tokens"] += counted.sum()
+        self.sums["tokens"] += counted
 
     def _stream(self, side: str, rows: Tensor) -> None:
         """Adds Σ XᵀX of (n, T, size) rows; segments end at the same example however they are batched."""
