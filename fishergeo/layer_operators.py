@@ -114,7 +114,63 @@ class _TiledSquares(torch.autograd.Function):
         return None, grad_left, grad_right
 
 
-class KroneckerOperator(SymmetricOperator):
+class FactoredKronecker(SymmetricOperator):
+    """What kron(S, A) on vec(W), row-major, is whatever form its two factors have: tensors, or operators."""
+
+    side = "both"
+    output_factor: Any
+    input_factor: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(pq, pq)."""
+        size = self.output_factor.shape[0] * self.input_factor.shape[0]
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        found: torch.dtype = self.output_factor.dtype
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        found: torch.device = self.output_factor.device
+        return found
+
+    def diagonal(self) -> Tensor:
+        """(pq,)."""
+        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal()).flatten()
+
+    def trace(self) -> Tensor:
+        """tr(S)·tr(A), a scalar tensor."""
+        traces: Tensor = self.output_factor.trace() * self.input_factor.trace()
+        return traces
+
+    def rotated(self) -> EigenKroneckerOperator:
+        """The same operator in the eigenbases of its factors."""
+        raise NotImplementedError
+
+    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest products of the factors' eigenvalues (k,), and the Kronecker products of their vectors (pq, k).
+
+        Raises:
+            ValueError: if k is not between 1 and pq.
+        """
+        return self.rotated().eigh(k)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        return self.rotated()._map(function)
+
+    def _eigenvalues(self) -> Tensor:
+        return self.rotated()._eigenvalues()
+
+    def _check_delta(self, rows: int, columns: int) -> None:
+        check_layer_shape(self.output_factor.shape[0], self.input_factor.shape[0], rows, columns)
+
+
+class KroneckerOperator(FactoredKronecker):
     """kron(S, A) on vec(W), row-major: vec(ΔW) goes to vec(S ΔW A) (KFAC: Martens and Grosse 2015).
 
     Args:
@@ -132,8 +188,6 @@ class KroneckerOperator(SymmetricOperator):
         18.0
     """
 
-    side = "both"
-
     def __init__(self, output_factor: Tensor, input_factor: Tensor) -> None:
         for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
             if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
@@ -141,34 +195,10 @@ class KroneckerOperator(SymmetricOperator):
         self.output_factor = output_factor
         self.input_factor = input_factor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        size = len(self.output_factor) * len(self.input_factor)
-        return size, size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.output_factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.output_factor.device
-
     def _matmat(self, block: Tensor) -> Tensor:
         p, q = len(self.output_factor), len(self.input_factor)
         cube = block.T.reshape(-1, p, q)
         return (self.output_factor @ cube @ self.input_factor).reshape(-1, p * q).T
-
-    def diagonal(self) -> Tensor:
-        """(pq,)."""
-        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal()).flatten()
-
-    def trace(self) -> Tensor:
-        """tr(S)·tr(A), a scalar tensor."""
-        return self.output_factor.trace() * self.input_factor.trace()
 
     def to_dense(self) -> Tensor:
         """(pq, pq)."""
@@ -179,23 +209,6 @@ class KroneckerOperator(SymmetricOperator):
         s, u = torch.linalg.eigh(self.output_factor.double())
         a, v = torch.linalg.eigh(self.input_factor.double())
         return EigenKroneckerOperator(u.to(self.dtype), v.to(self.dtype), torch.outer(s, a).to(self.dtype))
-
-    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest products of the factors' eigenvalues (k,), and the Kronecker products of their vectors (pq, k).
-
-        Raises:
-            ValueError: if k is not between 1 and pq.
-        """
-        return self.rotated().eigh(k)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
-        return self.rotated()._map(function)
-
-    def _eigenvalues(self) -> Tensor:
-        return self.rotated()._eigenvalues()
-
-    def _check_delta(self, rows: int, columns: int) -> None:
-        check_layer_shape(len(self.output_factor), len(self.input_factor), rows, columns)
 
     def _quadratic_dense(self, delta: Tensor) -> Tensor:
         return ((self.output_factor @ delta) * (delta @ self.input_factor)).sum()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fishergeo.layer_operators import EigenKroneckerOperator, check_layer_shape
+from fishergeo.layer_operators import EigenKroneckerOperator, FactoredKronecker
 from fishergeo.operators import SpectralOperator
-from fishergeo.symmetric_operator import SymmetricOperator
 
 
-class SpectralKroneckerOperator(SymmetricOperator):
+class SpectralKroneckerOperator(FactoredKronecker):
     """kron(S, A) on vec(W), row-major, with S = U diag(λ) Uᵀ + ρ(I − U Uᵀ) and A alike: KFAC of sketched factors.
 
     The form of KFAC (Martens and Grosse 2015); memory and products go by the eigenpairs that are known. Functions of
@@ -34,7 +31,8 @@ class SpectralKroneckerOperator(SymmetricOperator):
         9.0
     """
 
-    side = "both"
+    output_factor: SpectralOperator
+    input_factor: SpectralOperator
 
     def __init__(self, output_factor: SpectralOperator, input_factor: SpectralOperator) -> None:
         for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
@@ -43,40 +41,12 @@ class SpectralKroneckerOperator(SymmetricOperator):
         self.output_factor = output_factor
         self.input_factor = input_factor
 
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        return self.output_factor.shape[0], self.input_factor.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        p, q = self._sizes
-        return p * q, p * q
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.output_factor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.output_factor.device
-
     def _matmat(self, block: Tensor) -> Tensor:
-        p, q = self._sizes
+        p, q = self.output_factor.shape[0], self.input_factor.shape[0]
         columns = block.shape[1]
         rows = self.output_factor @ block.reshape(p, q * columns)
         inside = rows.reshape(p, q, columns).transpose(0, 1).reshape(q, p * columns)
         return (self.input_factor @ inside).reshape(q, p, columns).transpose(0, 1).reshape(p * q, columns)
-
-    def diagonal(self) -> Tensor:
-        """(pq,)."""
-        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal()).flatten()
-
-    def trace(self) -> Tensor:
-        """tr(S)·tr(A), a scalar tensor."""
-        return self.output_factor.trace() * self.input_factor.trace()
 
     def to_dense(self) -> Tensor:
         """(pq, pq)."""
@@ -86,23 +56,6 @@ class SpectralKroneckerOperator(SymmetricOperator):
         """The same operator in complete eigenbases of its factors."""
         (s, u), (a, v) = (_complete(factor) for factor in (self.output_factor, self.input_factor))
         return EigenKroneckerOperator(u, v, torch.outer(s, a))
-
-    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest products of the factors' eigenvalues (k,), and the Kronecker products of their vectors (pq, k).
-
-        Raises:
-            ValueError: if k is not between 1 and pq.
-        """
-        return self.rotated().eigh(k)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
-        return self.rotated()._map(function)
-
-    def _eigenvalues(self) -> Tensor:
-        return self.rotated()._eigenvalues()
-
-    def _check_delta(self, rows: int, columns: int) -> None:
-        check_layer_shape(*self._sizes, rows, columns)
 
     def _quadratic_dense(self, delta: Tensor) -> Tensor:
         return ((self.output_factor @ delta) * (self.input_factor @ delta.T).T).sum()
