@@ -138,7 +138,7 @@ def _jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_ablate(args: argparse.Namespace) -> None:
-    """Run what the output folder does not hold yet, then write its table and figures.
+    """Run what the output folder does not hold yet, then write its table, its figures and all numbers as JSON.
 
     Raises:
         FileNotFoundError, ValueError: bad options or data, named before the first run.
@@ -153,6 +153,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         print(f"{len(jobs)} runs on {args.processes} processes, results in {args.output_dir}")
         return
     from alignguard import ablation
+    from alignguard.demo import versions
     from alignguard.experiment import measure_base, run_job
     from alignguard.frontier import Point
     from alignguard.ledger import Ledger, run_jobs
@@ -176,11 +177,12 @@ def run_ablate(args: argparse.Namespace) -> None:
     if methods and {"rivals", "sweep"} & set(args.study):
         drawn = frontier_plot(methods, base=Point(base["task"], base["refusal"], "base"))
         write_text(args.output_dir / "frontier.svg", standalone(drawn))
+    told: dict[str, Any] = {"versions": versions(), "bench": head, "base": base, "runs": rows}
     if bench.parts is not None:
-        found = ablation.stability(rows, bench.parts)
-        write_text(args.output_dir / "stability.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        told["stability"] = found = ablation.stability(rows, bench.parts)
         for name, layers in found.items():
             mean, least = sum(layers.values()) / len(layers), min(layers.values())
             print(f"cosine of ΔW_A between seeds, {name}: mean {mean:.3f}, least {least:.3f} of {len(layers)} layers")
+    write_text(args.output_dir / "ablation.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     print(text)
-    print(f"written to {args.output_dir}: runs.jsonl, table.md, ablation.svg")
+    print(f"written to {args.output_dir}: ablation.json, table.md, ablation.svg")

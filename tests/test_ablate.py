@@ -198,6 +198,13 @@ def test_a_tiny_ablation_writes_its_table_and_figure_and_is_not_run_twice(files,
     row = json.loads(lines[-1])["result"]
     assert {"task", "refusal", "kl", "step_time", "alignment_examples"} <= set(row) and len(row["refused"]) == 3
     assert len(list((files / "out" / "parts").glob("*.safetensors"))) == 2
+    told = json.loads((files / "out" / "ablation.json").read_text())
+    assert [run["job"]["name"] for run in told["runs"]] == [
+        "task alone",
+        "refresh_examples = 2",
+        "refresh_examples = 4",
+    ]
+    assert told["runs"][-1]["result"] == row and {"versions", "bench", "base", "stability"} <= set(told)
     before = (files / "out" / "runs.jsonl").read_bytes()
     monkeypatch.setattr("alignguard.experiment.run_job", lambda *given: pytest.fail("ran again"))
     assert main(command(files, *study)) == 0
