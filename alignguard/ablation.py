@@ -56,7 +56,7 @@ ANCHOR = {"lambda_alignment": 0.0, "lambda_task": 0.0, "lambda_collision": 0.0} 
 def terms_plan(
     base: Mapping[str, Any], seeds: Sequence[int], stability: float = 0.01, collision: float = 0.01
 ) -> list[dict[str, Any]]:
-    """The paper's terms added one by one, and each collision term taken away alone.
+    """The paper's terms added one by one, and the Fisher term and each collision term taken away alone.
 
     A term keeps its weight from row to row: with α between 0 and 1 the collision strength is divided between the two
     terms, so where one stands alone the strength is that term's share.
@@ -81,6 +81,8 @@ def terms_plan(
     for metric in METRICS:
         alone = {"lambda_collision": collision, "alpha": 0.0, "metric": metric}
         rows.append((f"− overlap ({metric})", GUARD, {**stable, **alone}))
+    every = {"lambda_collision": 2 * collision, "alpha": 0.5, "metric": METRICS[0]}
+    rows.append((f"− Fisher ({METRICS[0]})", GUARD, {**stable, **every, "lambda_alignment": 0.0}))
     return [make_job(name, method, settings, seed, "terms") for name, method, settings in rows for seed in seeds]
 
 

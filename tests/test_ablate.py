@@ -76,6 +76,8 @@ def test_terms_are_added_one_by_one_with_the_weights_they_had():
     for name, settings in jobs.items():
         c = GuardConfig.from_dict(settings)
         weights[name] = (c.lambda_task, c.lambda_collision * c.alpha, c.lambda_collision * (1 - c.alpha))
+    unguarded = [name for name, settings in jobs.items() if settings.get("lambda_alignment") == 0]
+    assert unguarded == [f"− Fisher ({METRICS[0]})"] and weights[unguarded[0]] == (0.02, 0.05, 0.05)
     assert weights["+ Fisher"] == (0, 0, 0) and weights["+ stability"] == (0.02, 0, 0)
     assert weights["+ overlap"] == (0.02, 0.05, 0)
     for metric in METRICS:
