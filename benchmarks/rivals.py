@@ -11,6 +11,8 @@ learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the 
 
     python benchmarks/tasks.py DATA runs/tasks
     python benchmarks/rivals.py report --task sst2 --seeds 0 1 2 --out benchmarks/results/rivals_sst2.json
+
+So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_rate import SEED, bench
+from transformers import AutoConfig
 
 from alignguard.ablation import ANCHOR, GUARDS, rivals_plan
 from alignguard.demo import TRAINING, versions
@@ -46,11 +49,14 @@ PAPER = {
     "structure": "gram", "whole_update": False, "lambda_alignment": 0.3, "lambda_task": 0.001, "lambda_collision": 0.001,
     "alpha": 0.5, "metric": "euclidean", "energy": 0.8, "lambda_kl": 0.0, "first_refresh": None,
 }  # fmt: skip
+EXPERTS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 FIXED: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
     "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
-    # a strength that makes up for an estimate gone stale, and costs the task; it was the default before the sweep
     # the default: both factors sketched, half the alignment examples, at the strength and schedule that the sweep chose
     "guard, sketched": {
         "structure": "kfac-sketch",
@@ -58,6 +64,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "refresh_every": 25,
         "refresh_examples": 8,
     },
+    # a strength that makes up for an estimate gone stale, and costs the task; it was the default before the sweep
     "guard, refreshed rarely": {
         "structure": "kfac",
         "lambda_alignment": 10.0,
@@ -154,6 +161,10 @@ def report(args: argparse.Namespace) -> None:
     if args.task is not None:
         files = {f"task_{part}": str(args.tasks / f"{args.task}_{part}.jsonl") for part in ("train", "test")}
         shared, command = dataclasses.replace(shared, **files), f"{command} --task {args.task}"
+    if args.model is not None:
+        lora = EXPERTS if AutoConfig.from_pretrained(args.model).model_type == "mixtral" else {}
+        shared = dataclasses.replace(shared, model=str(args.model), lora=lora)
+        command = f"{command} --model {args.model.name}"
     sweep(shared, jobs, args.out, args.processes, command)
 
 
@@ -164,6 +175,7 @@ def main() -> None:
     cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
     cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
     cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
+    cli.add_argument("--model", type=Path, help="folder of another aligned model than the embedded one (report alone)")
     cli.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
