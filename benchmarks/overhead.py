@@ -8,7 +8,7 @@ Python and torch in it. ``--large`` takes a random LLaMA of 100 million paramete
 stands in the file of the other is kept.
 
 A refresh is counted at its share, one in ``refresh_every`` steps: the embedded model is trained for so many steps that
-this is what happens; the large one, whose steps take seconds, for five around a refresh, and ``overhead`` is then
+this is what happens; the large one, whose steps take seconds, for ``--pairs`` around a refresh, and ``overhead`` is then
 (guarded step without refresh + seconds of a refresh / refresh_every) / plain step. ``refresh_seconds`` is what the step
 with the refresh takes beyond the others' median, new eigenvectors included.
 """
@@ -79,7 +79,8 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
             start = time.perf_counter()
             guard.numbers()
             logging += time.perf_counter() - start
-    warm = 2 if len(numbers) > 20 else 1
+    sampled = numbers != list(range(len(numbers)))  # a few steps around a refresh, which comes too often among them
+    warm = 1 if sampled else 2
     usual = [place for place in range(warm, len(numbers)) if place not in fresh]
     refreshes = [place for place in fresh if place >= warm]
     plain, guarded = (sum(s[warm:]) for s in seconds)
@@ -90,7 +91,7 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
         "overhead": guarded / plain, "with_logging_every_5_steps": (guarded + logging) / plain,
         "refreshes_counted": len(refreshes) / (len(numbers) - warm),
     }  # fmt: skip
-    if warm == 1:
+    if sampled:
         plain, guarded = (sum(s[place] for place in usual) / len(usual) for s in seconds)
         row = {
             "overhead": (guarded + refresh / config.refresh_every) / plain,
@@ -160,6 +161,7 @@ def main() -> None:
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--large", action="store_true")
     cli.add_argument("--steps", type=int, default=102, help="of the embedded model")
+    cli.add_argument("--pairs", type=int, default=20, help="of steps of the large model, plain and guarded")
     cli.add_argument("--batch", type=int, default=16, help="of the large model")
     cli.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
     args = cli.parse_args()
@@ -167,7 +169,7 @@ def main() -> None:
     subject, make, batch = ("random LLaMA, 100M", large, args.batch) if args.large else ("embedded", embedded, 16)
     numbers, few = list(range(args.steps)), list(range(12))
     if args.large:
-        numbers, few = [0, *range(7, 12)], [0, 10]
+        numbers, few = [0, *range(7, 7 + args.pairs)], [0, 10]
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     command = "OMP_NUM_THREADS=1 python benchmarks/overhead.py [--large]"
     result |= {"command": command, "versions": versions(), "threads": torch.get_num_threads()}
