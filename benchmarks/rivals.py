@@ -41,6 +41,7 @@ METHODS = [
     *GUARDS,
     *(name for name in RIVALS if name != "safelora"),
     *("paper", "paper, refreshed", "kl, every step", "guard, refreshed rarely", "guard, sketched"),
+    *("guard, leading part", "guard, leading part, soft"),
     *("plain, best rate", "guard, sketched, best rate"),
 ]
 # arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps; its
@@ -53,17 +54,16 @@ EXPERTS = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
+SKETCHED = {"structure": "kfac-sketch", "lambda_alignment": 1.0, "refresh_every": 25, "refresh_examples": 8}
 FIXED: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
     "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
     # the default: both factors sketched, half the alignment examples, at the strength and schedule that the sweep chose
-    "guard, sketched": {
-        "structure": "kfac-sketch",
-        "lambda_alignment": 1.0,
-        "refresh_every": 25,
-        "refresh_examples": 8,
-    },
+    "guard, sketched": SKETCHED,
+    # ΔW_A in place of the whole update, by a hard projector and a soft one
+    "guard, leading part": {**SKETCHED, "whole_update": False},
+    "guard, leading part, soft": {**SKETCHED, "whole_update": False, "projection": "soft"},
     # a strength that makes up for an estimate gone stale, and costs the task; it was the default before the sweep
     "guard, refreshed rarely": {
         "structure": "kfac",
