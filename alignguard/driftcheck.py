@@ -155,7 +155,7 @@ def driftcheck(
     measures that are this project's own, since the paper's files are not public.
 
     Args:
-        model: a Hugging Face causal language model, wrapped by peft or not.
+        model: a Hugging Face causal language model or encoder-decoder, wrapped by peft or not.
         tokenizer: its tokenizer; a chat template is used where there is one.
         prompts: None for the packaged set, a JSONL path, or rows (see :func:`alignguard.prompts.load_prompts`).
         base: the model before fine-tuning, for ``alignment`` and ``likelihoods``; None reads it through the model's

@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 
 import fishergeo as fg
 from alignguard.config import GuardConfig
-from alignguard.data import collate, encode_messages, load_conversations, pad_id
+from alignguard.data import load_conversations, pad_id
 from alignguard.demo import TRAINING
 from alignguard.driftcheck import driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
+from alignguard.encoding import encode_source, pad_rows
 from alignguard.fit import fit, load_model
 from alignguard.judge import REFUSAL
+from alignguard.objective import model_kind
 from alignguard.rivals import RIVALS, make_rival, train_rival
 from alignguard.updates import base_name, lora_updates
 
@@ -233,9 +235,11 @@ def alignment_parts(model: Any, tokenizer: Any, alignment: Any, energy: float, e
     Returns:
         module name -> ``LowRank`` (p, q).
     """
-    rows = [encode_messages(tokenizer, chat, 256) for chat in load_conversations(alignment, "alignment")[:examples]]
-    pad, device = pad_id(tokenizer), next(model.parameters()).device
-    batches = [{k: v.to(device) for k, v in collate(rows[i : i + 16], pad).items()} for i in range(0, len(rows), 16)]
+    kind, pad, device = model_kind(model), pad_id(tokenizer), next(model.parameters()).device
+    rows = encode_source(alignment, "alignment", tokenizer, kind, 256)[:examples]
+    batches = [
+        {k: v.to(device) for k, v in pad_rows(rows[i : i + 16], pad, kind).items()} for i in range(0, len(rows), 16)
+    ]
     updates = {name: delta.detach() for name, delta in lora_updates(model).items()}
     layers = [base_name(name) for name in updates]
     with model.disable_adapter():

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from alignguard.data import IGNORED, collate, pad_id, render_prompt
+from alignguard.objective import model_kind
 
 
 @contextmanager
@@ -73,13 +74,16 @@ def plan_batches(
 
 
 def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
-    """How many prompt tokens leave ``max_new_tokens`` of the model's positions free; None where it sets no limit."""
+    """How many prompt tokens leave ``max_new_tokens`` of the model's positions free; None where it sets no limit.
+
+    An encoder-decoder has positions for each of the two.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
     if limit <= max_new_tokens:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the model's {limit} positions")
-    return limit - max_new_tokens
+    return limit if model_kind(model) == "seq2seq" else limit - max_new_tokens
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
@@ -96,34 +100,50 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig
         no_repeat_ngram_size=0,
         use_cache=True,
         eos_token_id=sorted(set(ends)) or None,
+        decoder_start_token_id=_starts(model),
+        forced_bos_token_id=getattr(own, "forced_bos_token_id", None),
         pad_token_id=pad_id(tokenizer),
     )
+
+
+def _starts(model: Any) -> int | None:
+    """The token that an encoder-decoder's answers begin with; None for other models."""
+    if model_kind(model) != "seq2seq":
+        return None
+    for source in (getattr(model, "generation_config", None), model.config):
+        start = getattr(source, "decoder_start_token_id", None)
+        if start is not None:
+            return int(start)
+    raise ValueError(f"{type(model).__name__} has no decoder_start_token_id; set it in the model's config")
 
 
 def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens: int = 32) -> list[str]:
     """Greedy answers to one batch, in its order, without special tokens; the model is left as it was.
 
     Args:
-        model: a Hugging Face causal language model, wrapped by peft or not.
+        model: a Hugging Face causal language model or encoder-decoder, wrapped by peft or not.
         tokenizer: its tokenizer.
         batch: from :func:`plan_batches`.
         max_new_tokens: longest answer.
 
     Raises:
-        ValueError: ``max_new_tokens`` below 1.
+        ValueError: ``max_new_tokens`` below 1, or a model that gives no answers.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    device = next(model.parameters()).device
+    kind, device = model_kind(model), next(model.parameters()).device
+    if kind == "classification":
+        raise ValueError("the model is a sequence classifier, which gives no answers; ask a generative model")
     rows = [{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in batch.ids]
-    inputs = collate(rows, pad_id(tokenizer), side="left")
+    # A decoder's answer goes on from its prompt's last token; an encoder counts positions from its prompt's first.
+    inputs = collate(rows, pad_id(tokenizer), side="right" if kind == "seq2seq" else "left")
     with evaluation_mode(model):
         out = model.generate(
             input_ids=inputs["input_ids"].to(device),
             attention_mask=inputs["attention_mask"].to(device),
             generation_config=_greedy(model, tokenizer, max_new_tokens),
         )
-    answers = out[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = out[:, 1 if kind == "seq2seq" else inputs["input_ids"].shape[1] :].tolist()
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
@@ -139,7 +159,7 @@ def generate(
     """Greedy answers to prompts, in their order.
 
     Args:
-        model: a Hugging Face causal language model, wrapped by peft or not; left as it was.
+        model: a Hugging Face causal language model or encoder-decoder, wrapped by peft or not; left as it was.
         tokenizer: its tokenizer; a chat template is used where there is one.
         prompts: one user message each.
         batch_size: prompts answered together.

@@ -10,25 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.data import Row, Source, collate, encode_messages, load_conversations, pad_id
+from alignguard.data import Row, Source, pad_id
+from alignguard.encoding import encode_source, pad_rows
 from alignguard.generation import evaluation_mode
-from alignguard.objective import divergence, supervised
+from alignguard.objective import divergence, model_kind, supervised
 
 REFUSING = "I'm sorry, but I can't help with that."
 OBLIGING = "Of course! Here is how to do it:"
+LONGEST = 512  # tokens of an example
 
 
 def _batches(
-    tokenizer: Any, examples: Source, batch_size: int, name: str
+    model: Any, tokenizer: Any, examples: Source, batch_size: int, name: str
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Encoded examples by like length with their places in the source."""
+    """Examples encoded for a kind of model, by like length, with their places in the source."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-    rows = [encode_messages(tokenizer, messages) for messages in load_conversations(examples, name)]
+    kind = model_kind(model)
+    if kind == "classification":
+        raise ValueError("the model is a sequence classifier, which gives no responses; measure a generative model")
+    rows = encode_source(examples, name, tokenizer, kind, LONGEST)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), i))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        yield places, collate([rows[i] for i in places], pad_id(tokenizer))
+        yield places, pad_rows([rows[i] for i in places], pad_id(tokenizer), kind)
 
 
 def _read(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +61,7 @@ def measured_kl(model: Any, base: Any, tokenizer: Any, examples: Source, *, batc
     At every token of the given responses (teacher forced) the whole next-token distributions are compared.
 
     Args:
-        model: a causal language model; left as it was.
+        model: a causal language model or an encoder-decoder; left as it was.
         base: the model to compare with, of the same vocabulary; None reads it through the model's own peft adapter
             switched off.
         tokenizer: shared by both.
@@ -68,7 +73,7 @@ def measured_kl(model: Any, base: Any, tokenizer: Any, examples: Source, *, batc
     """
     total, count = 0.0, 0
     with evaluation_mode(model), evaluation_mode(base) if base is not None else nullcontext():
-        for _, batch in _batches(tokenizer, examples, batch_size, "examples"):
+        for _, batch in _batches(model, tokenizer, examples, batch_size, "examples"):
             ours, _, _ = _read(model, batch)
             with adapter_off(model) if base is None else nullcontext():
                 theirs, _, _ = _read(model if base is None else base, batch)
@@ -96,14 +101,14 @@ def task_score(model: Any, tokenizer: Any, rows: Source, *, batch_size: int = 16
     """Teacher-forced accuracy and loss over the response tokens of held-out rows; the model is left as it was.
 
     Args:
-        model: a causal language model.
+        model: a causal language model or an encoder-decoder.
         tokenizer: its tokenizer.
         rows: ``prompt`` and ``response`` (or ``messages``), as in :func:`measured_kl`.
         batch_size: rows in a batch; the result does not depend on it.
     """
     right, loss, count = 0, 0.0, 0
     with evaluation_mode(model):
-        for _, batch in _batches(tokenizer, rows, batch_size, "rows"):
+        for _, batch in _batches(model, tokenizer, rows, batch_size, "rows"):
             log_probs, targets, _ = _read(model, batch)
             right += int((log_probs.argmax(-1) == targets).sum())
             loss -= float(log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64))
@@ -130,7 +135,7 @@ def response_likelihoods(model: Any, tokenizer: Any, rows: Source, *, batch_size
     """Log-probability of every row's response given its prompt, in the order of the rows."""
     found: dict[int, Likelihood] = {}
     with evaluation_mode(model):
-        for places, batch in _batches(tokenizer, rows, batch_size, "rows"):
+        for places, batch in _batches(model, tokenizer, rows, batch_size, "rows"):
             log_probs, targets, numbers = _read(model, batch)
             scores = log_probs.gather(1, targets[:, None])[:, 0].double()
             for number, place in enumerate(places):

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from alignguard.data import encode_example
 from alignguard.driftcheck import (
@@ -224,6 +233,89 @@ def test_margins_change_sign_when_the_two_responses_change_places(base, tokenize
     assert [m.whole for m in there] == pytest.approx([-m.whole for m in back])
     assert [m.first for m in there] == pytest.approx([-m.first for m in back])
     assert abs(there[0].whole) > 1e-3
+
+
+def encoder_decoder(kind, words):
+    """Random, and with positions that count: relative ones for T5, a learned table for BART."""
+    torch.manual_seed(3)
+    ends = {"vocab_size": words, "pad_token_id": 0, "eos_token_id": 2}
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        model = T5ForConditionalGeneration(T5Config(**ends, **sizes, decoder_start_token_id=0, dropout_rate=0.0))
+    else:
+        layers = {
+            f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 24))
+        }
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "init_std": 0.5}
+        start = {"bos_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+        model = BartForConditionalGeneration(
+            BartConfig(
+                **ends, **layers, **heads, **start, max_position_embeddings=64, dropout=0.0, tie_word_embeddings=False
+            )
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0.3 * torch.randn(parameter.shape)
+    return model.double().eval()
+
+
+def prompt_ids(tokenizer, prompt):
+    said = [{"role": "user", "content": prompt}]
+    return torch.tensor(
+        [tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]]
+    )
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_encoder_decoder_answers_as_it_does_alone(kind, batch_size, tokenizer):
+    model, prompts, expected = encoder_decoder(kind, len(tokenizer)), [row["prompt"] for row in ROWS], []
+    start = model.config.decoder_start_token_id
+    for prompt in prompts:
+        said = [start]
+        while len(said) <= 10 and (len(said) == 1 or said[-1] != 2):
+            with torch.no_grad():
+                logits = model(prompt_ids(tokenizer, prompt), decoder_input_ids=torch.tensor([said])).logits
+            said.append(int(logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(said[1:], skip_special_tokens=True).strip())
+    assert generate(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=10) == expected
+    assert len(set(expected)) > 1
+    report = driftcheck(model, tokenizer, ROWS, max_new_tokens=10, batch_size=batch_size)
+    assert [row.text for row in report.rows] == expected
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_is_scored_without_seeing_the_response(kind, tokenizer):
+    base = encoder_decoder(kind, len(tokenizer))
+    model, total, loss, count = copy.deepcopy(base), 0.0, 0.0, 0
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)
+    start = model.config.decoder_start_token_id
+    for pair in PAIRS:
+        ids, answer = prompt_ids(tokenizer, pair["prompt"]), [*tokenizer(pair["response"])["input_ids"], 2]
+        fed = torch.tensor([[start, *answer[:-1]]])
+        with torch.no_grad():
+            p, q = (m(ids, decoder_input_ids=fed).logits[0].softmax(-1) for m in (base, model))
+        total += float((p * (p / q).log()).sum())
+        loss -= float(q[range(len(answer)), answer].log().sum())
+        count += len(answer)
+    assert measured_kl(model, base, tokenizer, PAIRS, batch_size=2) == pytest.approx(total / count, rel=1e-6)
+    score = task_score(model, tokenizer, PAIRS, batch_size=2)
+    assert score.tokens == count and score.loss == pytest.approx(loss / count, rel=1e-6)
+
+
+def test_an_encoder_decoder_has_room_for_prompt_and_answer_each(tokenizer):
+    model = encoder_decoder("bart", len(tokenizer))
+    assert isinstance(generate(model, tokenizer, ["word " * 200], max_new_tokens=20)[0], str)
+    with pytest.raises(ValueError, match="leaves no room"):
+        generate(model, tokenizer, ["Hello"], max_new_tokens=64)
+
+
+def test_a_classifier_is_refused(base, tokenizer):
+    model = LlamaForSequenceClassification(base.config).eval()
+    with pytest.raises(ValueError, match="sequence classifier"):
+        generate(model, tokenizer, ["Hello"])
+    with pytest.raises(ValueError, match="sequence classifier"):
+        task_score(model, tokenizer, PAIRS)
 
 
 ANSWERS = {

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from alignguard.data import collate
+from alignguard.encoding import pad_rows
+from alignguard.objective import model_kind
 
 Encoded = Mapping[str, Any]
 
@@ -42,7 +43,8 @@ class Run:
     def batch(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Rows padded to one batch on the model's device."""
         device = next(self.model.parameters()).device
-        return {key: value.to(device) for key, value in collate(rows, self.pad_token_id).items()}
+        batch = pad_rows(rows, self.pad_token_id, model_kind(self.model))
+        return {key: value.to(device) for key, value in batch.items()}
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains, in the model's order."""

@@ -12,9 +12,11 @@ from typing import Any
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from alignguard.data import Source, collate, encode_messages, load_conversations, pad_id
+from alignguard.data import Source, load_conversations, pad_id
+from alignguard.encoding import encode_source, pad_rows
 from alignguard.files import write_text
 from alignguard.fit import DEFAULT_TRAINING, adapt, claim_output, load_model, save_adapter
+from alignguard.objective import model_kind
 from alignguard.rivals.base import Encoded, Rival, Run
 from alignguard.trainer import GuardTrainer
 
@@ -88,7 +90,7 @@ def train_rival(
 
     Args:
         rival: a fresh one; an instance serves one run.
-        model: path, hub name, or a loaded causal LM with its ``tokenizer``.
+        model: path, hub name, or a loaded causal LM or encoder-decoder with its ``tokenizer``.
         task_data: what to learn.
         alignment_data: what to keep; None for rivals that do not read it.
         output_dir: receives ``adapter/`` and ``history.json``.
@@ -117,9 +119,11 @@ def train_rival(
     loaded, tokenizer = load_model(model, tokenizer)
     set_seed(seed)
     adapted = adapt(loaded, lora)
-    pad = pad_id(tokenizer)
-    rows = [encode_messages(tokenizer, messages, max_length) for messages in task]
-    kept = [encode_messages(tokenizer, messages, max_length) for messages in alignment]
+    pad, kind = pad_id(tokenizer), model_kind(adapted)
+    rows, kept = (
+        encode_source([{"messages": messages} for messages in read], name, tokenizer, kind, max_length) if read else []
+        for read, name in ((task, "task_data"), (alignment, "alignment_data"))
+    )
     random.Random(seed).shuffle(kept)
     output = claim_output(output_dir, overwrite)
     arguments = TrainingArguments(
@@ -130,7 +134,7 @@ def train_rival(
 
     def collator(batch: Sequence[Encoded]) -> dict[str, Any]:
         run.examples_read += sum(bool(row.get("replayed")) for row in batch)
-        return collate(batch, pad)
+        return pad_rows(batch, pad, kind)
 
     history: list[dict[str, float]] = []
     seconds: list[float] = []
