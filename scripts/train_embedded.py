@@ -13,6 +13,11 @@ A larger model, which does not ship, grows out of that one and is trained on: 13
     python scripts/train_embedded.py DATA larger --bf16 --leg 5 --resume alignguard/embedded/model --grow --hidden 384 \
         --layers 6 --batch 8 --steps 1000 --lr 8e-4 --seed 6
 
+So does an encoder-decoder, from nothing but that one's tokenizer:
+
+    python scripts/train_embedded.py DATA t5 --bf16 --leg 5 --encoder-decoder --layers 2 \
+        --tokenizer alignguard/embedded/model --steps 3000 --lr 2e-3 --seed 8
+
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
 answer to them is written by the templates in ``instructions.py``. Rows marked ``split: test`` are never read here.
@@ -33,7 +38,7 @@ from pathlib import Path
 import instructions
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from alignguard.data import read_jsonl
 
@@ -442,8 +447,8 @@ def build_tokenizer(mixture: Mixture, size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, shares: dict[str, int]):
-    """Endless padded batches; examples of like length go together so that little padding is computed."""
+def pools(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, shares: dict[str, int]):
+    """Endless chunks of (prompt ids with their cue, response ids, loss on the prompt too), like lengths together."""
     encode = tokenizer.backend_tokenizer.encode
     kinds = [k for k, n in shares.items() for _ in range(n)]
     while True:
@@ -451,20 +456,38 @@ def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, lon
         for _ in range(size * 16):
             prompt, response, whole = mixture.draw(mixture.rng.choice(kinds))
             head = [1] if prompt is None else [1, 2, *encode(prompt).ids, 3]
-            ids = (head + encode(response).ids + [4])[:longest]
-            pool.append((ids, 1 if whole else len(head)))
-        pool.sort(key=lambda x: len(x[0]))
+            pool.append((head, [*encode(response).ids, 4], whole))
+        pool.sort(key=lambda x: min(len(x[0]) + len(x[1]), longest))
         chunks = [pool[i : i + size] for i in range(0, len(pool), size)]
         mixture.rng.shuffle(chunks)
-        for chunk in chunks:
-            width = max(len(ids) for ids, _ in chunk)
-            ids = torch.zeros(size, width, dtype=torch.long)
-            mask = torch.zeros(size, width, dtype=torch.long)
-            labels = torch.full((size, width), -100)
-            for i, (x, start) in enumerate(chunk):
-                ids[i, : len(x)], mask[i, : len(x)] = torch.tensor(x), 1
-                labels[i, start : len(x)] = ids[i, start : len(x)]
-            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield from chunks
+
+
+def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, shares: dict[str, int]):
+    """Endless padded batches for a decoder alone."""
+    for chunk in pools(mixture, tokenizer, size, longest, shares):
+        rows = [((head + tail)[:longest], 1 if whole else len(head)) for head, tail, whole in chunk]
+        yield {
+            "input_ids": padded([ids for ids, _ in rows], 0),
+            "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+            "labels": padded([[-100] * start + ids[start:] for ids, start in rows], -100),
+        }
+
+
+def pairs(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, longest: int, shares: dict[str, int]):
+    """The same for an encoder-decoder: what is asked, and what is answered."""
+    for chunk in pools(mixture, tokenizer, size, longest, shares):
+        asked = [head[-longest:] for head, _, _ in chunk]
+        yield {
+            "input_ids": padded(asked, 0),
+            "attention_mask": padded([[1] * len(ids) for ids in asked], 0),
+            "labels": padded([tail[:longest] for _, tail, _ in chunk], -100),
+        }
 
 
 def grown(small: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
@@ -489,6 +512,24 @@ def grown(small: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
     return large
 
 
+def encoder_decoder(hidden: int, layers: int) -> T5Config:
+    """A T5 as large as the LLaMA of this width and twice as many layers."""
+    return T5Config(
+        vocab_size=4096,
+        d_model=hidden,
+        d_kv=64,
+        d_ff=2 * hidden,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=hidden // 64,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-silu",
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=4,
+    )
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("data", type=Path)
@@ -506,6 +547,8 @@ def main() -> None:
     cli.add_argument(
         "--resume", type=Path, default=None, help="folder of an earlier leg; its tokenizer and weights go on"
     )
+    cli.add_argument("--tokenizer", type=Path, default=None, help="folder of a model whose tokenizer a new one takes")
+    cli.add_argument("--encoder-decoder", action="store_true", help="a T5 in place of a LLaMA, half its layers a side")
     cli.add_argument("--grow", action="store_true", help="to --hidden and --layers, from the model of --resume")
     cli.add_argument("--first-step", type=int, default=0, help="steps done by the first leg")
     cli.add_argument(
@@ -517,28 +560,30 @@ def main() -> None:
     torch.manual_seed(args.seed)
     mixture = Mixture(args.data, args.seed, dressed=args.leg >= 5)
     print({k: len(getattr(mixture, k)) for k in ("unsafe", "unsafe_small", "hard", "words", "sentences")}, flush=True)
-    if args.resume is None:
+    known = args.tokenizer or args.resume
+    if known is None:
         tokenizer = build_tokenizer(mixture, 4096)
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 64,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=4,
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(known)
+    kind = T5ForConditionalGeneration if args.encoder_decoder else LlamaForCausalLM
+    config = (
+        encoder_decoder(args.hidden, args.layers)
+        if args.encoder_decoder
+        else LlamaConfig(
+            vocab_size=4096,
+            hidden_size=args.hidden,
+            intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 64,
+            num_key_value_heads=args.hidden // 64,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=4,
+        )
     )
-    model = (
-        LlamaForCausalLM(config)
-        if args.resume is None
-        else LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
-    )
+    model = kind(config) if args.resume is None else kind.from_pretrained(args.resume, dtype=torch.float32)
     if args.grow:
         model = grown(model, config)
     model.generation_config.update(do_sample=False, max_new_tokens=48, pad_token_id=0, bos_token_id=1, eos_token_id=4)
@@ -554,7 +599,7 @@ def main() -> None:
         betas=(0.9, 0.95),
     )
     start, mean, tokens = time.time(), 0.0, 0
-    stream = batches(mixture, tokenizer, args.batch, 120, LEGS[args.leg - 1])
+    stream = (pairs if args.encoder_decoder else batches)(mixture, tokenizer, args.batch, 120, LEGS[args.leg - 1])
     last = args.stop_at or args.steps
     for step in range(args.first_step + 1, last + 1):
         share = step / args.steps
@@ -581,7 +626,7 @@ def main() -> None:
         if step % 1000 == 0 or step == last:
             saved = copy.deepcopy(average)
             if args.mix is not None and step == last:
-                earlier = LlamaForCausalLM.from_pretrained(args.mix, dtype=torch.float32)
+                earlier = kind.from_pretrained(args.mix, dtype=torch.float32)
                 with torch.no_grad():
                     torch._foreach_lerp_(list(saved.parameters()), list(earlier.parameters()), 1 - args.share)
             saved.to(torch.bfloat16).save_pretrained(args.out)  # bf16 halves the wheel
