@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from architectures import t5 as small_t5
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -387,6 +388,34 @@ def test_plain_is_what_fit_trains_without_a_guard(trained, tiny_llama, tokenizer
     )
     for name, p in updates(theirs.model).items():
         torch.testing.assert_close(ours[name], p, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_rival_trains_an_encoder_decoder_as_fit_does(name, tokenizer, task_rows, alignment_rows, tmp_path):
+    options = {"tokenizer": tokenizer, "lora": {"r": 2, "target_modules": ["q", "wo"]}}
+    options |= {"training": {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}
+    seen = []
+
+    class Watched(RIVALS[name]):
+        def start(self, run):
+            batch = run.batch(run.alignment[:2])
+            seen.append((tokenizer.batch_decode(batch["input_ids"]), batch["labels"]))
+            super().start(run)
+
+    def model():
+        torch.manual_seed(0)
+        return small_t5()
+
+    ours = train_rival(Watched(**SETTINGS[name]), model(), task_rows, alignment_rows, tmp_path / "rival", **options)
+    asked, labels = seen[0]
+    responses = [row["response"] for row in alignment_rows]
+    assert not any(response in text for text in asked for response in responses)
+    assert all(any(r in tokenizer.decode(row[row >= 0]) for r in responses) for row in labels)
+    if name == "plain":
+        theirs = updates(fit(model(), task_rows, None, output_dir=tmp_path / "fit", guarded=False, **options).model)
+        assert len(theirs) > 4
+        for key, p in updates(ours.model).items():
+            torch.testing.assert_close(p, theirs[key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["plain", "interpolation", "one-shot"])
