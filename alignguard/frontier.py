@@ -84,21 +84,6 @@ def kept_at(points: Iterable[Point], task: float) -> Point | None:
     return max(reached, key=lambda p: (p.kept, p.task)) if reached else None
 
 
-def hypervolume(points: Iterable[Point], reference: Point) -> float:
-    """Area between the frontier and a reference point below it (Zitzler and Thiele 1999), one number for a sweep.
-
-    Args:
-        points: those not above the reference in both scores add nothing.
-        reference: the worst scores that count.
-    """
-    area, floor = 0.0, reference.kept
-    for point in sorted(frontier(points), key=lambda p: -p.task):
-        if point.task > reference.task and point.kept > floor:
-            area += (point.task - reference.task) * (point.kept - floor)
-            floor = point.kept
-    return area
-
-
 def dominating(ours: Sequence[Point], theirs: Sequence[Point]) -> float:
     """Share of their frontier that some point of ours matches or beats in both scores, in [0, 1].
 

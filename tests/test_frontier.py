@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignguard.frontier import Point, dominating, frontier, hull, hypervolume, kept_at
+from alignguard.frontier import Point, dominating, frontier, hull, kept_at
 from alignguard.runplots import dots, frontier_plot, standalone
 
 clouds = st.lists(st.builds(Point, st.integers(0, 9).map(float), st.integers(0, 9).map(float)), min_size=1, max_size=12)
@@ -43,12 +43,6 @@ def test_what_is_kept_at_a_task_score_is_a_run_that_was_made(points, task):
     assert (best is None) == (not reached)
     if best:
         assert best in points and best.kept == max(p.kept for p in reached)
-
-
-@given(clouds)
-def test_the_hypervolume_counts_unit_squares(points):
-    squares = sum(any(p.task > x and p.kept > y for p in points) for x in range(10) for y in range(10))
-    assert hypervolume(points, Point(0.0, 0.0)) == pytest.approx(squares)
 
 
 def test_dominating_is_the_share_of_their_frontier():
