@@ -247,7 +247,9 @@ def table(summaries: Sequence[Summary], base: Mapping[str, Any]) -> str:
     cells = [form.format(base[key]) if key in base else "" for key, _, form in COLUMNS]
     lines.append(f"| | before fine-tuning | | {' | '.join(cells)} | | |")
     for s in summaries:
-        cells = [spread(s.numbers.get(key, []), form) for key, _, form in COLUMNS]
+        # a method that acted on an adapter trained before took no step, and so none of no time
+        told = {key: [v for v in values if v or key != "step_time"] for key, values in s.numbers.items()}
+        cells = [spread(told.get(key, []), form) for key, _, form in COLUMNS]
         count = f"{s.seeds}" + (f" ({s.failed} NaN)" if s.failed else "")
         p = f"{s.against_plain.p_value:.3g}" if s.against_plain else ""
         lines.append(f"| {s.group} | {s.name} | {count} | {' | '.join(cells)} | {spread(s.kept, '{:.0f}')} | {p} |")

@@ -1,5 +1,6 @@
 """Ablations: the plans, the ledger that goes on where it stopped, and tiny runs from the command line."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -140,6 +141,7 @@ def test_the_summary_pairs_each_run_with_plain_of_its_seed():
     assert guard.against_plain.difference == pytest.approx((40 + 30 + 5) / 3)
     assert guard.against_plain.p_value == 0.25
     text = table([plain, guard], base)
+    assert "0.100" in text and "0.000" not in table([dataclasses.replace(plain, numbers={"step_time": [0.0]})], base)
     assert "| + Fisher | 3 (1 NaN) |" in text and "75.0 [60.0, 95.0]" in text and len(text.splitlines()) == 5
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
