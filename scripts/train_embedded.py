@@ -475,7 +475,7 @@ def batches(mixture: Mixture, tokenizer: PreTrainedTokenizerFast, size: int, lon
         yield {
             "input_ids": padded([ids for ids, _ in rows], 0),
             "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
-            "labels": padded([[-100] * start + ids[start:] for ids, start in rows], -100),
+            "labels": padded([[-100] * min(start, len(ids)) + ids[start:] for ids, start in rows], -100),
         }
 
 
@@ -548,7 +548,7 @@ def main() -> None:
         "--resume", type=Path, default=None, help="folder of an earlier leg; its tokenizer and weights go on"
     )
     cli.add_argument("--tokenizer", type=Path, default=None, help="folder of a model whose tokenizer a new one takes")
-    cli.add_argument("--encoder-decoder", action="store_true", help="a T5 in place of a LLaMA, half its layers a side")
+    cli.add_argument("--encoder-decoder", action="store_true", help="a T5 in place of a LLaMA, --layers on either side")
     cli.add_argument("--grow", action="store_true", help="to --hidden and --layers, from the model of --resume")
     cli.add_argument("--first-step", type=int, default=0, help="steps done by the first leg")
     cli.add_argument(
