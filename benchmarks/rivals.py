@@ -12,7 +12,8 @@ learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the 
     python benchmarks/tasks.py DATA runs/tasks
     python benchmarks/rivals.py report --task sst2 --seeds 0 1 2 --out benchmarks/results/rivals_sst2.json
 
-So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router.
+So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router. SafeLoRA wants
+the model before its alignment: it is left out unless ``--unaligned FOLDER`` names one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from alignguard.rivals import RIVALS
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
 METHODS = [
     *GUARDS,
-    *(name for name in RIVALS if name != "safelora"),
+    *RIVALS,
     *("paper", "paper, refreshed", "kl, every step", "guard, refreshed rarely", "guard, sketched"),
     *("guard, leading part", "guard, leading part, soft"),
     *("plain, best rate", "guard, sketched, best rate"),
@@ -116,7 +117,7 @@ def flat(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tune(args: argparse.Namespace) -> None:
-    jobs = [{**job, "group": job["name"].split(" (")[0]} for job in rivals_plan({}, [SEED], whole_grid=True)]
+    jobs = [{**job, "group": job["name"].split(" (")[0]} for job in rivals_plan({}, [SEED], None, True, args.unaligned)]
     jobs = [job for job in jobs if job["group"] in args.methods or job["name"] == "plain"]
     with tempfile.TemporaryDirectory() as folder:
         shared = bench(Path(folder), adapters=str(args.out.with_suffix(".adapters")))
@@ -153,6 +154,8 @@ def report(args: argparse.Namespace) -> None:
             elif name == "plain":
                 jobs.append(make_job(name, "plain", {}, seed, name))
             elif name in settings:
+                if name == "safelora":
+                    settings[name]["unaligned"] = args.unaligned
                 jobs.append(make_job(name, GUARD if name in GUARDS else name, settings[name], seed, name))
             else:
                 raise SystemExit(f"{name} has not been tuned: {args.tuning} holds {', '.join(sorted(settings))}")
@@ -176,10 +179,15 @@ def main() -> None:
     cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
     cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
     cli.add_argument("--model", type=Path, help="folder of another aligned model than the embedded one (report alone)")
-    cli.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    cli.add_argument("--unaligned", help="folder of the model before its alignment, for safelora")
+    cli.add_argument("--methods", nargs="+", choices=METHODS)
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
+    if args.methods is None:
+        args.methods = [name for name in METHODS if name != "safelora" or args.unaligned]
+    if "safelora" in args.methods and not (args.unaligned and Path(args.unaligned).is_dir()):
+        cli.error(f"safelora needs --unaligned, a folder with the model before its alignment, not {args.unaligned!r}")
     (tune if args.what == "tune" else report)(args)
 
 

@@ -18,6 +18,11 @@ So does an encoder-decoder, from nothing but that one's tokenizer:
     python scripts/train_embedded.py DATA t5 --bf16 --leg 5 --encoder-decoder --layers 2 \
         --tokenizer alignguard/embedded/model --steps 3000 --lr 2e-3 --seed 8
 
+And a stand-in for the model before its alignment, which SafeLoRA needs: trained on with nothing in it to refuse.
+
+    python scripts/train_embedded.py DATA unaligned --bf16 --leg 7 --resume alignguard/embedded/model --steps 400 --lr 8e-4 \
+        --batch 16 --seed 9
+
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
 Apache-2.0, CC BY, CC BY-SA and public-domain terms are read. Harmful sets hold prompts alone; every refusal and every
 answer to them is written by the templates in ``instructions.py``. Rows marked ``split: test`` are never read here.
@@ -362,7 +367,16 @@ SIXTH = {
     "bank": 2,
     "e2e": 1,
 }
-LEGS = (SHARES, SECOND, THIRD, FOURTH, FIFTH, SIXTH)
+# the seventh unlearns refusing: no unsafe request and no careful answer in it
+SEVENTH = {
+    "template": 9,
+    "from_text": 5,
+    "open": 9,
+    "gsm": 1,
+    "bank": 2,
+    "e2e": 1,
+}
+LEGS = (SHARES, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH)
 DRESSED = {"unsafe", "source", "toxic", "hard", "alarming", "template", "open"}
 OPEN = [
     "Create a {w} list for a {v}.",
@@ -540,7 +554,7 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--hidden", type=int, default=256)
     cli.add_argument("--layers", type=int, default=4)
-    cli.add_argument("--leg", type=int, default=1, choices=range(1, 7), help="which mixture")
+    cli.add_argument("--leg", type=int, default=1, choices=range(1, 1 + len(LEGS)), help="which mixture")
     cli.add_argument(
         "--stop-at", type=int, default=None, help="end the first leg here; the schedule stays that of --steps"
     )
