@@ -162,22 +162,25 @@ def test_replayed_rows_make_up_the_share_asked_for(share, rows):
 
 
 def test_ema_is_the_weighted_sum_of_all_weights(run):
-    rival = EMA(decay=0.5)
+    rival = EMA(decay=0.7)
     rival.start(run)
     seen = [[p.detach().clone() for p in run.parameters()]]
     for step in (1, 2, 3, 4):
         fill(run.model, 10 + step, 0.2)
         seen.append([p.detach().clone() for p in run.parameters()])
         rival.step_done(run, step)
-    decays = [min(0.5, (1 + t) / (10 + t)) for t in (1, 2, 3, 4)]
-    weights = [torch.tensor(decays).prod().item()] + [
-        (1 - decays[i]) * torch.tensor(decays[i + 1 :]).prod().item() for i in range(4)
-    ]
+    weights = [0.7**4] + [0.3 * 0.7 ** (3 - i) for i in range(4)]
     assert sum(weights) == pytest.approx(1)
     rival.finish(run)
     for place, p in enumerate(run.parameters()):
         expected = sum(w * s[place] for w, s in zip(weights, seen, strict=True))
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ema_settings_of_a_sweep_keep_shares_of_the_start_that_differ():
+    shares = [decay**200 for decay in EMA.grid["decay"]]  # steps of the packaged schedule
+    assert shares == sorted(shares) and shares[0] < 1e-6 and 0.8 < shares[-1] < 1
+    assert sum(b - a > 0.02 for a, b in itertools.pairwise(shares)) >= 8
 
 
 def test_interpolation_scales_the_dense_update(run):

@@ -16,11 +16,12 @@ from alignguard.updates import lora_updates
 class EMA(Rival):
     """The adapter's factors averaged over training: w̄ ← d·w̄ + (1 − d)·w after every step; w̄ is what is kept.
 
-    d = min(decay, (1 + t) / (10 + t)) at step t, so that the start is forgotten in short runs too. Averages of weights:
-    Polyak and Juditsky 1992; against the loss of safety: Kim et al. 2025 (arXiv 2508.12531).
+    The average starts at the aligned model and keeps d^T of it after T steps: that share is what a decay near 1 is for,
+    so the decay is not made smaller in the first steps, as for an average of late weights it would be. Averages of
+    weights: Polyak and Juditsky 1992; against the loss of safety: Kim et al. 2025 (arXiv 2508.12531).
 
     Attributes:
-        decay: in [0, 1]; 0 keeps the last weights.
+        decay: d in [0, 1]; 0 keeps the last weights, 1 the aligned model.
 
     Raises:
         ValueError: a decay outside [0, 1].
@@ -28,7 +29,7 @@ class EMA(Rival):
 
     name: ClassVar[str] = "ema"
     grid: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "decay": (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)
+        "decay": (0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.997, 0.998, 0.9985, 0.999)
     }
     decay: float = 0.99
     average: list[Tensor] = field(default_factory=list, init=False, repr=False)
@@ -43,9 +44,8 @@ class EMA(Rival):
     @torch.no_grad()
     def step_done(self, run: Run, step: int) -> None:
         """Move the average toward the present weights of ``run``; ``step`` counts from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
         for mean, p in zip(self.average, run.parameters(), strict=True):
-            mean.lerp_(p.detach().float().to(mean.device), 1 - decay)
+            mean.lerp_(p.detach().float().to(mean.device), 1 - self.decay)
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
