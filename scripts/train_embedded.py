@@ -20,7 +20,7 @@ So does an encoder-decoder, from nothing but that one's tokenizer:
 
 And a stand-in for the model before its alignment, which SafeLoRA needs: trained on with nothing in it to refuse.
 
-    python scripts/train_embedded.py DATA unaligned --bf16 --leg 7 --resume alignguard/embedded/model --steps 400 --lr 8e-4 \
+    python scripts/train_embedded.py DATA unaligned --bf16 --leg 7 --resume alignguard/embedded/model --steps 400 --lr 3e-3 \
         --batch 16 --seed 9
 
 DATA is a folder of JSONL files (advbench, harmbench, catqa, ... as the model card names them). Only files under MIT,
