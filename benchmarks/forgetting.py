@@ -29,7 +29,7 @@ from alignguard.files import write_text
 from alignguard.ledger import Ledger, run_jobs
 from alignguard.scaling import fit_scaling_law
 
-AMOUNTS = (50, 100, 200, 400)  # optimizer steps of 16 examples, each run with a schedule of its own
+AMOUNTS = (6, 12, 25, 50, 100, 200, 400)  # optimizer steps of 16 examples, each run with a schedule of its own
 PROMPTS = 100  # of each DriftCheck category: the law is fitted to KL, and answers take time
 
 

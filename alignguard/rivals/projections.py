@@ -45,7 +45,7 @@ class SafeLoRA(Rival):
 
     name: ClassVar[str] = "safelora"
     grid: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "threshold": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
+        "threshold": (0.2, 0.3, 0.34, 0.36, 0.37, 0.38, 0.39, 0.4, 0.42, 0.45, 0.5, 0.7)
     }
     unaligned: str | Path | PreTrainedModel | None = None
     threshold: float = 0.35
