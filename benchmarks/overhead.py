@@ -41,6 +41,14 @@ GUARDS: dict[str, dict[str, Any]] = {
     "one-pass sketch, whole update": {"structure": "sketch"},
     "kl to the base, every step": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
     "kl to the base, every 4th": {"lambda_alignment": 0.0, "lambda_kl": 0.3, "kl_every": 4},
+    "guard and kl, each weaker": {
+        "structure": "kfac",
+        "lambda_alignment": 0.3,
+        "refresh_every": 100,
+        "refresh_examples": 16,
+        "lambda_kl": 0.3,
+        "kl_every": 4,
+    },
     "all terms but the coordinate-wise": {**TERMS, "alpha": 0.0},
     "all terms": {**TERMS, "alpha": 0.5},
 }
