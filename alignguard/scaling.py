@@ -166,7 +166,7 @@ def fit_scaling_law(
     return ScalingFit(
         values,
         intervals,
-        _unidentified(n, d, theta, intervals, scaled_n, scaled_d),
+        _unidentified(n, d, theta, intervals, scaled_n, scaled_d, float(np.ptp(y))),
         math.sqrt(max(squares, 0.0) / freedom),
         1 - squares / variance if variance > 0 else math.nan,
         len(y),
@@ -179,7 +179,13 @@ def _natural(theta: np.ndarray, unit_n: float, unit_d: float) -> np.ndarray:
 
 
 def _unidentified(
-    n: np.ndarray, d: np.ndarray, theta: np.ndarray, intervals: dict[str, tuple[float, float]], sn: Any, sd: Any
+    n: np.ndarray,
+    d: np.ndarray,
+    theta: np.ndarray,
+    intervals: dict[str, tuple[float, float]],
+    sn: Any,
+    sd: Any,
+    spread: float,
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     a, alpha, beta, _ = theta
@@ -189,6 +195,8 @@ def _unidentified(
             found[name] = f"all observations share one value of the {what}"
     if max(count for _, count in levels.values()) < 3:
         found["E"] = "no factor has three values, so an exponent and the offset cannot be told apart"
+    elif intervals["E"][1] - intervals["E"][0] > spread:
+        found["E"] = "the interval is wider than the losses differ among themselves"
     if a == 0:
         return found | {p: "no effect of size or amount is seen (A = 0)" for p in ("alpha", "beta")}
     term = a * sd**beta / sn**alpha

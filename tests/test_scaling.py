@@ -74,6 +74,15 @@ def test_pure_noise_says_that_nothing_is_seen():
     assert {"alpha", "beta"} <= set(flat.unidentified) and flat.values["E"] == pytest.approx(0)
 
 
+def test_growth_with_the_logarithm_leaves_the_offset_open_too():
+    # β near zero makes A·D^β + E a logarithm, of which any offset is as good as any other
+    n, d, _, _ = data()
+    noise = 0.02 * np.random.default_rng(1).standard_normal(len(n))
+    fit = fit_scaling_law(n, d, 0.1 * np.log(d) + noise, resamples=40)
+    assert {"alpha", "A", "E"} <= set(fit.unidentified)
+    assert fit.r2 > 0.9
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
