@@ -117,7 +117,8 @@ def flat(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tune(args: argparse.Namespace) -> None:
-    jobs = [{**job, "group": job["name"].split(" (")[0]} for job in rivals_plan({}, [SEED], None, True, args.unaligned)]
+    plan = rivals_plan({}, [SEED], whole_grid=True, unaligned=args.unaligned)
+    jobs = [{**job, "group": job["name"].split(" (")[0]} for job in plan]
     jobs = [job for job in jobs if job["group"] in args.methods or job["name"] == "plain"]
     with tempfile.TemporaryDirectory() as folder:
         shared = bench(Path(folder), adapters=str(args.out.with_suffix(".adapters")))
