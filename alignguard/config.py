@@ -13,6 +13,7 @@ STRUCTURES = ("kfac", "kfac-sketch", "gram", "sketch")
 KINDS = ("empirical", "mc", "margin")
 METRICS = ("input-gram", "euclidean")
 PROJECTIONS = ("hard", "soft")
+REFRESH_EVERY = 25  # steps of an estimate in a run long enough for five of them
 
 
 def is_number(value: Any) -> bool:
@@ -62,7 +63,8 @@ class GuardConfig:
         noise_edge: leave out of P, whatever ``energy`` asks for, eigenvectors whose eigenvalue pure noise of as many
             supervised tokens could have (Marchenko and Pastur 1967, see :func:`fishergeo.rank_by_noise_edge`).
         sketch_rank: columns of a sketch, eigenpairs that are known of what it stands for.
-        refresh_every: optimizer steps between two estimates of F.
+        refresh_every: optimizer steps between two estimates of F; None: a fifth of the run, and 25 at the most, see
+            :meth:`interval`.
         first_refresh: optimizer steps before the second estimate of F, which is the first at weights that have moved;
             None, or more than ``refresh_every``, waits for that. A new adapter moves fastest where the F of its start
             is blind.
@@ -118,7 +120,7 @@ class GuardConfig:
     max_rank: int | None = None
     noise_edge: bool = False
     sketch_rank: int = 64
-    refresh_every: int = 25
+    refresh_every: int | None = None
     first_refresh: int | None = 10
     refresh_examples: int = 8
     lambda_kl: float = 0.0
@@ -162,7 +164,6 @@ class GuardConfig:
             raise ValueError(f"tau must be a finite number, not {self.tau!r}")
         counts = (
             "sketch_rank",
-            "refresh_every",
             "refresh_examples",
             "kl_examples",
             "kl_every",
@@ -172,8 +173,8 @@ class GuardConfig:
             "measure_every",
             "kl_cache_mb",
         )
-        optional = tuple(field for field in ("max_rank", "first_refresh") if getattr(self, field) is not None)
-        for field in counts + optional:
+        optional = ("max_rank", "refresh_every", "first_refresh")
+        for field in counts + tuple(field for field in optional if getattr(self, field) is not None):
             value = getattr(self, field)
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
@@ -192,6 +193,20 @@ class GuardConfig:
                 raise ValueError(f"max_drift must be a positive number of nats, not {drift!r}")
             if not (self.lambda_alignment or self.lambda_kl):
                 raise ValueError("max_drift steers lambda_alignment and lambda_kl, and both are 0; give one of them")
+
+    def interval(self, steps: int | None = None) -> int:
+        """Optimizer steps between two estimates of F.
+
+        Args:
+            steps: optimizer steps of the whole run; None where they are not known.
+
+        Returns:
+            ``refresh_every``. Where that is None, 25, or a fifth of a run of fewer than 125 steps, which with fewer
+            estimates ends further from its start (docs/evidence.md, short runs).
+        """
+        if self.refresh_every is not None:
+            return self.refresh_every
+        return REFRESH_EVERY if steps is None else max(1, min(REFRESH_EVERY, steps // 5))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -34,6 +34,7 @@ class Guard:
     In a loop of one's own:
 
         guard = Guard.from_alignment(model, rows, config, pad_token_id=tokenizer.pad_token_id)
+        guard.begin_run(len(batches))
         for step, batch in enumerate(batches):
             guard.begin_step(step)
             loss = model(**batch).loss + guard.penalty()
@@ -87,6 +88,7 @@ class Guard:
         held = self._hold_back()
         self.terms: dict[str, Tensor] = {}
         self.step = 0
+        self.steps: int | None = None
         self.examples_read = 0
         self.refreshes = 0
         self._shown: tuple[int, dict[str, Tensor]] | None = None
@@ -160,6 +162,20 @@ class Guard:
 
     # schedule
 
+    def begin_run(self, steps: int) -> None:
+        """Tell the guard how many optimizer steps the run has: where ``refresh_every`` is None, a short one has estimates
+        more often. A Trainer's guard is told.
+
+        Args:
+            steps: optimizer steps of the whole run, those before a resumed one's checkpoint too.
+
+        Raises:
+            ValueError: no positive number of steps.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        self.steps = steps
+
     def begin_step(self, step: int, task_examples: int | None = None) -> None:
         """Tell the guard which optimizer step begins; measures drift and estimates the curvature anew when due.
 
@@ -191,8 +207,8 @@ class Guard:
 
     def _due(self) -> int:
         """The step from which the curvature is to be estimated anew."""
-        last, c = self._estimated_at or 0, self.config
-        return last + (c.refresh_every if last else min(c.first_refresh or c.refresh_every, c.refresh_every))
+        last, interval = self._estimated_at or 0, self.config.interval(self.steps)
+        return last + (interval if last else min(self.config.first_refresh or interval, interval))
 
     def _measure(self) -> bool:
         """Measure drift on the examples held back; whether the prediction is off by more than the tolerance."""

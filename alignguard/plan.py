@@ -79,10 +79,12 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
         lines.append("guard: none")
     else:
         c = guard.config
-        lines.append(f"alignment: {len(guard.rows)} rows for the Fisher, {c.refresh_examples} at each estimate")
+        lines.append(
+            f"alignment: {len(guard.rows)} rows for the Fisher, {c.refresh_examples} at each estimate, every {c.interval(steps)} steps"
+        )
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
         lines.append(f"memory: curvature {_mib(curvature_bytes(guard))}, reference weights {_mib(references)} at most")
-        share = min(c.refresh_examples, len(guard.rows)) / (c.refresh_every * batch) if guard.uses_curvature else 0.0
+        share = min(c.refresh_examples, len(guard.rows)) / (c.interval(steps) * batch) if guard.uses_curvature else 0.0
         share = min(share, c.refresh_budget) if c.adaptive else share
         share += min(c.kl_examples, len(guard.rows)) / (c.kl_every * batch) if c.lambda_kl else 0.0
         share += c.held_back / (3 * c.measure_every * batch) if c.max_drift is not None and not c.adaptive else 0.0

@@ -32,10 +32,14 @@ def _readable(path: str | Path | None) -> AbstractContextManager[None]:
 
 
 class _GuardCallback(TrainerCallback):
-    """Tells the guard when an optimizer step begins (never inside an accumulation window) and keeps the time."""
+    """Tells the guard when a run and an optimizer step begin (never inside an accumulation window) and keeps the time."""
 
     def __init__(self, trainer: GuardMixin) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.guard is not None:
+            self.trainer.guard.begin_run(state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._step_started = time.perf_counter()

@@ -7,9 +7,9 @@ whatever else the machine does meets both. Peak memory is the largest resident s
 Python and torch in it. ``--large`` takes a random LLaMA of 100 million parameters in place of the embedded model; what
 stands in the file of the other is kept.
 
-A refresh is counted at its share, one in ``refresh_every`` steps: the embedded model is trained for so many steps that
+A refresh is counted at its share, one in as many steps as lie between two: the embedded model is trained for so many steps that
 this is what happens; the large one, whose steps take seconds, for ``--pairs`` around a refresh, and ``overhead`` is then
-(guarded step without refresh + seconds of a refresh / refresh_every) / plain step. ``refresh_seconds`` is what the step
+(guarded step without refresh + seconds of a refresh / steps between two) / plain step. ``refresh_seconds`` is what the step
 with the refresh takes beyond the others' median, new eigenvectors included.
 """
 
@@ -102,8 +102,8 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
     if sampled:
         plain, guarded = (sum(s[place] for place in usual) / len(usual) for s in seconds)
         row = {
-            "overhead": (guarded + refresh / config.refresh_every) / plain,
-            "refreshes_counted": 1 / config.refresh_every,
+            "overhead": (guarded + refresh / config.interval()) / plain,
+            "refreshes_counted": 1 / config.interval(),
         }
         plain, guarded = plain * (len(numbers) - warm), guarded * (len(numbers) - warm)
     return row | {

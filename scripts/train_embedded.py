@@ -8,10 +8,12 @@ r"""Train the embedded aligned model from nothing: tokenizer, LLaMA, refusals an
     python scripts/train_embedded.py DATA alignguard/embedded/model --bf16 --leg 6 --resume fifth --steps 400 --lr 4e-4 --seed 5 \
         --mix fourth --share 0.6
 
-A larger model, which does not ship, grows out of that one and is trained on: 13 million parameters, one leg.
+Larger models, which do not ship, grow out of that one and are trained on for one leg: 13 and 23 million parameters.
 
     python scripts/train_embedded.py DATA larger --bf16 --leg 5 --resume alignguard/embedded/model --grow --hidden 384 \
         --layers 6 --batch 8 --steps 1000 --lr 8e-4 --seed 6
+    python scripts/train_embedded.py DATA largest --bf16 --leg 5 --resume alignguard/embedded/model --grow --hidden 512 \
+        --layers 6 --batch 8 --steps 1200 --lr 7e-4 --seed 10
 
 So does an encoder-decoder, from nothing but that one's tokenizer:
 

@@ -207,6 +207,34 @@ def test_refreshes_come_when_they_are_due(tiny_llama, tokenizer, alignment_rows,
     assert seen == steps
 
 
+@pytest.mark.parametrize(
+    ("run", "steps"),
+    [(None, [0, 10, 35, 60]), (200, [0, 10, 35, 60]), (100, [0, 10, 30, 50]), (25, [0, 5, 10, 15, 20]), (3, [0, 1, 2])],
+)
+def test_short_runs_have_estimates_more_often(tiny_llama, tokenizer, alignment_rows, run, steps):
+    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig(refresh_examples=2))
+    if run is not None:
+        guard.begin_run(run)
+    seen = []
+    for step in range(min(run or 70, 70)):
+        before = guard.refreshes
+        guard.begin_step(step)
+        seen += [step] * (guard.refreshes - before)
+    assert seen == steps
+
+
+def test_a_given_interval_holds_for_every_run():
+    config = GuardConfig(refresh_every=40)
+    assert {config.interval(steps) for steps in (None, 1, 25, 1000)} == {40}
+    assert [GuardConfig().interval(steps) for steps in (1, 4, 5, 49, 124, 125, 1000)] == [1, 1, 1, 9, 24, 25, 25]
+
+
+def test_a_run_has_steps(tiny_llama, tokenizer, alignment_rows):
+    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig())
+    with pytest.raises(ValueError, match="steps must be at least 1, not -1"):
+        guard.begin_run(-1)
+
+
 def test_refresh_reads_the_present_weights(tiny_llama, tokenizer, alignment_rows):
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)

@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +44,18 @@ def weights(model):
     return torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def train(folder, name="llama", accumulate=1, world=1, lengths=(3, 6), guard=True, model=None, trainer=None, **more):
+def train(
+    folder,
+    name="llama",
+    accumulate=1,
+    world=1,
+    lengths=(3, 6),
+    guard=True,
+    model=None,
+    trainer=None,
+    config=CONFIG,
+    **more,
+):
     """Weights after two steps of SGD on four rows each."""
     kind = "seq2seq" if name == "t5" else "causal"
     if model is None:
@@ -56,10 +68,15 @@ def train(folder, name="llama", accumulate=1, world=1, lengths=(3, 6), guard=Tru
     kept = rows(2, (4,), seed=1, kind=kind)
     used = (trainer or (GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer))(
         model=model, args=arguments, train_dataset=rows(16, lengths, kind=kind), data_collator=collator(0, kind),
-        guard=Guard(model, kept, CONFIG) if guard else None,
+        guard=Guard(model, kept, config) if guard else None,
     )  # fmt: skip
     used.train()
     return weights(model), used
+
+
+def test_the_guard_is_told_how_long_the_run_is(tmp_path):
+    _, trainer = train(tmp_path, max_steps=3, config=replace(CONFIG, refresh_every=None))
+    assert trainer.guard.steps == 3 and trainer.guard.refreshes == 3
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
