@@ -11,19 +11,14 @@ takes seeds that nothing is reported for and rows of validation; ``report`` the 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from learning_rate import SEED, bench
-from rivals import SKETCHED
+from rivals import SKETCHED, sweep
 
-from alignguard.demo import TRAINING, versions
-from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
-from alignguard.files import write_text
-from alignguard.ledger import Ledger, run_jobs
+from alignguard.experiment import GUARD, Bench, make_job
 
 STEPS = (25, 50, 100)
 PROMPTS = 100  # of each DriftCheck category
@@ -61,11 +56,7 @@ def main() -> None:
                 jobs.append(make_job(name, GUARD, settings, seed, str(steps), training=schedule))
     with tempfile.TemporaryDirectory() as folder:
         shared = bench(Path(folder)) if tune else Bench.embedded(limit=PROMPTS)
-        command = f"python benchmarks/short_runs.py {args.what}"
-        head = {"command": command, "versions": versions(), "training": TRAINING, "bench": shared.describe()}
-        ledger = Ledger(args.out.with_suffix(".runs.jsonl"), head)
-        run_jobs(jobs, functools.partial(run_job, shared), ledger, args.processes, progress=True)
-        write_text(args.out, json.dumps({**head, "base": measure_base(shared), "runs": ledger.rows}, indent=1) + "\n")
+        sweep(shared, jobs, args.out, args.processes, f"python benchmarks/short_runs.py {args.what}")
 
 
 if __name__ == "__main__":
