@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from fishergeo import _tiles
-from fishergeo._autograd import refuse_second_order
+from fishergeo._checks import refuse_second_order
 
 
 @functools.cache

@@ -4,9 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fishergeo._arguments import check_broadcast, check_choice, check_same_kind
-from fishergeo._autograd import refuse_second_order
-from fishergeo.projector import check_basis
+from fishergeo._checks import check_basis, check_broadcast, check_choice, check_same_kind, refuse_second_order
 
 DISTANCES = ("geodesic", "chordal", "projection", "fubini-study", "asimov")
 

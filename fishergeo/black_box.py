@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_finite, check_integer, check_tensor
+from fishergeo._checks import check_finite, check_integer, check_tensor
 from fishergeo.symmetric_operator import SymmetricOperator
 
 Product = Callable[[Tensor], Tensor]

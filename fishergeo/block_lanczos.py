@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_choice, check_finite, check_integer, check_number, check_tensor
+from fishergeo._checks import check_choice, check_finite, check_integer, check_number, check_tensor
 from fishergeo.black_box import BlackBox, EachOperator, LayerProducts, black_box
 from fishergeo.krylov import KrylovRun
 from fishergeo.krylov_checkpoint import read_checkpoint, write_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishergeo import storage
+from fishergeo import _storage
 
 
 class Checkpoint:
@@ -36,7 +36,7 @@ class Checkpoint:
         """Writes the states of all sweeps begun so far."""
         tensors = {f"{i}|{key}": tensor for i, (_, state) in enumerate(sweeps) for key, tensor in state.items()}
         header = {"unfinished": self.identity, "sweeps": [facts for facts, _ in sweeps], "keys": list(tensors)}
-        storage.write(self.path, tensors, header)
+        _storage.write(self.path, tensors, header)
 
     def load(self, device: torch.device) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         """The states that were saved; nothing if there is no file.
@@ -46,7 +46,7 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return []
-        file = storage.TensorFile(self.path)
+        file = _storage.TensorFile(self.path)
         header = file.header
         try:
             found: dict[str, Any] = header["unfinished"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fishergeo._arguments import (
+from fishergeo._checks import (
     check_broadcast,
     check_choice,
     check_finite,

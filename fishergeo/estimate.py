@@ -11,6 +11,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
+from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.checkpoint import Checkpoint
 from fishergeo.fisher import Fisher, FisherHeader
@@ -18,7 +19,7 @@ from fishergeo.identity import fingerprint
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
 from fishergeo.layers import Layer, LayerFilter, select_layers
 from fishergeo.losses import KINDS, REDUCTIONS, LossFunction
-from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, check_choice, named_structures
+from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, named_structures
 from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
 from fishergeo.weights import WeightSource
 

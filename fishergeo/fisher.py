@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fishergeo import storage
+from fishergeo import _storage
+from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout, Made
 from fishergeo.identity import check_model, header_fields
 from fishergeo.losses import KINDS, REDUCTIONS
-from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS, check_choice
+from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS
 from fishergeo.symmetric_operator import SymmetricOperator
 
 
@@ -178,7 +179,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         """
         tensors = {f"{name}|{key}": t for name, a in self.accumulators.items() for key, t in a.sums.items()}
         keys = {name: list(a.sums) for name, a in self.accumulators.items()}
-        storage.write(path, tensors, {"fisher": asdict(self.header), "sums": keys})
+        _storage.write(path, tensors, {"fisher": asdict(self.header), "sums": keys})
 
     def check_model(self, model: nn.Module, values: bool = True) -> None:
         """Checks that this is a Fisher of ``model``: the same layers, shapes and, with ``values``, fingerprint.
@@ -216,7 +217,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
             ValueError: if the file is damaged, is something else, or lacks a layer asked for. With ``lazy``, damage
                 to a layer's own tensors is found when that layer is read.
         """
-        file = storage.TensorFile(path)
+        file = _storage.TensorFile(path)
         try:
             header = FisherHeader(**header_fields(file.header.get("fisher")))
             keys = file.header.get("sums")
@@ -251,7 +252,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
                     raise ValueError(f"layer {name!r} holds {blank.dtype}, the header says {header.dtype}")
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
-        accumulators = storage.LazyMapping(chosen, lambda name: build(name, lambda key: file.tensor(key, device)))
+        accumulators = _storage.LazyMapping(chosen, lambda name: build(name, lambda key: file.tensor(key, device)))
         return cls(header, accumulators if lazy else dict(accumulators))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_finite, check_integer, check_tensor
+from fishergeo._checks import check_finite, check_integer, check_tensor
 from fishergeo.operators import SpectralOperator
 from fishergeo.sketch import factor_eigh
 

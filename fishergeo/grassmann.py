@@ -4,10 +4,16 @@ import geoopt
 import torch
 from geoopt.utils import size2shape
 
-from fishergeo._arguments import check_finite, check_integer, check_number, check_same_kind, check_tensor
-from fishergeo._autograd import refuse_second_order
+from fishergeo._checks import (
+    check_basis,
+    check_finite,
+    check_integer,
+    check_number,
+    check_same_kind,
+    check_tensor,
+    refuse_second_order,
+)
 from fishergeo.angles import angles_between
-from fishergeo.projector import check_basis
 
 
 def _cos_and_sinc(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

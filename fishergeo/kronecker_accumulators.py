@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fishergeo._linalg import HalfGram, mirrored
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
-from fishergeo.gram import HalfGram, mirrored
 from fishergeo.layer_operators import EigenKroneckerOperator, KroneckerOperator
 from fishergeo.moment_accumulators import add_squares_
 from fishergeo.records import Record

@@ -6,7 +6,8 @@ output and the leading input directions is a rectangle of pairs; the truly leadi
 
 import torch
 
-from fishergeo._arguments import (
+from fishergeo._checks import (
+    check_basis,
     check_broadcast,
     check_finite,
     check_integer,
@@ -15,7 +16,7 @@ from fishergeo._arguments import (
     check_tensor,
 )
 from fishergeo.lowrank import LowRank, as_update
-from fishergeo.projector import SubspaceMap, check_basis
+from fishergeo.projector import SubspaceMap
 
 
 def _check_update(delta: object, output_basis: torch.Tensor, input_basis: torch.Tensor) -> LowRank | torch.Tensor:

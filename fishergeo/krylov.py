@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishergeo._linalg import directions, orthonormalise
 from fishergeo.krylov_plan import Plan
-from fishergeo.orthogonal import directions, orthonormalise
 from fishergeo.spectrum import Spectrum
 from fishergeo.symmetric_operator import fix_signs
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fishergeo import storage
+from fishergeo import _storage
 from fishergeo.krylov import KrylovRun
 
 STATE = ("basis", "image", "pending", "partial", "projected", "values", "rotation", "found")
@@ -32,7 +32,7 @@ def write_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
     """
     tensors = {f"{name}|{key}": run.tensors[key] for name, run in runs.items() for key in STATE}
     header = {name: {"plan": _described(run), "numbers": run.numbers} for name, run in runs.items()}
-    storage.write(path, tensors, {"lanczos": header})
+    _storage.write(path, tensors, {"lanczos": header})
 
 
 def read_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
@@ -45,7 +45,7 @@ def read_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
     Raises:
         ValueError: if the file is damaged, or of a run with other layers, sizes or settings.
     """
-    file = storage.TensorFile(path)
+    file = _storage.TensorFile(path)
     header = file.header.get("lanczos")
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a checkpoint of lanczos")

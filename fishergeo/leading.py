@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_integer, check_number, check_tensor
+from fishergeo._checks import check_integer, check_number, check_tensor
 from fishergeo.rank import rank_for_energy
 
 BLOCK = 16  # and a 64th of the matrix, if that is more

@@ -4,14 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fishergeo._arguments import (
-    FLOAT_DTYPES,
-    check_broadcast,
-    check_finite,
-    check_integer,
-    check_same_kind,
-    check_tensor,
-)
+from fishergeo._checks import FLOAT_DTYPES, check_broadcast, check_finite, check_integer, check_same_kind, check_tensor
 
 
 def _check_factor(name: str, factor: object) -> torch.Tensor:

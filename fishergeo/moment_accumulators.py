@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fishergeo._linalg import add_gram_, add_product_, mirrored
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
-from fishergeo.gram import add_gram_, add_product_, mirrored
 from fishergeo.layer_operators import DiagonalOperator
 from fishergeo.records import Record
 from fishergeo.symmetric_operator import DenseOperator, SymmetricOperator

@@ -14,7 +14,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_finite, check_integer, check_number, check_tensor
+from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 
 
 def marchenko_pastur_edge(samples: int, size: int, variance: float = 1.0) -> float:

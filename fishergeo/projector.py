@@ -9,7 +9,8 @@ from typing import Self, overload
 
 import torch
 
-from fishergeo._arguments import (
+from fishergeo._checks import (
+    check_basis,
     check_broadcast,
     check_choice,
     check_finite,
@@ -21,54 +22,6 @@ from fishergeo._arguments import (
 from fishergeo.lowrank import LowRank, as_update
 
 SIDES = ("output", "input")
-
-
-def orthonormality_defect(basis: torch.Tensor) -> float:
-    """Largest entry of |UᵀU − I| over the batch, computed in float32 or wider.
-
-    Args:
-        basis: shape (..., p, m).
-
-    Returns:
-        The defect; 0 for m = 0.
-    """
-    wide = basis.detach().to(torch.promote_types(basis.dtype, torch.float32))
-    gram = wide.mT @ wide
-    if gram.numel() == 0:
-        return 0.0
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return float(gram.abs().max())
-
-
-def check_basis(name: str, basis: object) -> torch.Tensor:
-    """Return `basis` if its columns are orthonormal: to 1e-5, or the square root of its dtype's epsilon if larger.
-
-    Args:
-        name: the argument's name, for the message.
-        basis: shape (..., p, m), m from 0 to p.
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: fewer than two dimensions, more columns than rows, NaN or infinity, or columns that are not
-            orthonormal; the message prints the defect.
-    """
-    if isinstance(basis, torch.Tensor) and basis.ndim >= 2 and basis.shape[-1] == 0:
-        check_tensor(name, basis.new_zeros(*basis.shape[:-1], 1), min_dim=2)
-        return basis
-    checked = check_tensor(name, basis, min_dim=2)
-    if checked.shape[-1] > checked.shape[-2]:
-        raise ValueError(
-            f"{name} has shape {tuple(checked.shape)}: more columns than rows cannot be orthonormal; is it transposed?"
-        )
-    check_finite(name, checked)
-    # In float64, 1e-5 lets a basis pass that was computed in float32.
-    defect, allowed = orthonormality_defect(checked), max(torch.finfo(checked.dtype).eps ** 0.5, 1e-5)
-    if defect > allowed:
-        raise ValueError(
-            f"{name} is not orthonormal: the largest entry of |UᵀU − I| is {defect:.3g}, allowed is {allowed:.1g} for "
-            f"{checked.dtype}; orthonormalise its columns, e.g. with torch.linalg.qr({name}).Q"
-        )
-    return checked
 
 
 def _check_for_columns(name: str, value: object, basis: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fishergeo._arguments import check_descending, check_not_negative, check_number
+from fishergeo._checks import check_descending, check_not_negative, check_number
 
 
 def rank_for_energy(

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_integer
+from fishergeo._checks import check_integer
+from fishergeo._linalg import orthonormalise
 from fishergeo.black_box import LayerProducts
 from fishergeo.operators import SpectralOperator
-from fishergeo.orthogonal import orthonormalise
 from fishergeo.sketch import factor_eigh, nystrom_factor
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.spectrum import Spectrum

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo._arguments import check_choice, check_integer
+from fishergeo._checks import check_choice, check_integer
 from fishergeo.accumulators import Accumulator, Layout, Shared
 from fishergeo.layers import LayerFilter, select_layers
 from fishergeo.losses import KINDS, LossFunction

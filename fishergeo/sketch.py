@@ -9,28 +9,15 @@ which no second pass over the data is needed. What is cut only lowers F̂, so it
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from torch import Tensor
 
+from fishergeo._linalg import gaussian
 from fishergeo.symmetric_operator import fix_signs
 
 FIRST_SEGMENT = 16
+
 GROWTH = 4
-
-
-def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
-    """A Gaussian (size, columns) matrix in float32 that depends on seed and name only, whatever the device.
-
-    Args:
-        size: rows.
-        columns: columns.
-        seed: any integer.
-        name: of the layer, so that layers have independent matrices.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % (2**63))
-    return torch.randn(size, columns, generator=generator)
 
 
 def segments(examples: int) -> int:

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_number
+from fishergeo._checks import check_number
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 import torch
 
-from fishergeo._arguments import (
+from fishergeo._checks import (
     check_broadcast,
     check_finite,
     check_not_negative,
     check_same_kind,
     check_symmetric,
     check_tensor,
+    refuse_second_order,
 )
-from fishergeo._autograd import refuse_second_order
 
 
 def _check_pair(a: object, b: object, definite: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_finite, check_integer, check_number, check_tensor
+from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
+from fishergeo._linalg import directions
 from fishergeo.black_box import BlackBox, black_box
-from fishergeo.orthogonal import directions
 from fishergeo.symmetric_operator import SymmetricOperator
 from fishergeo.trace_estimators import Estimate
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fishergeo._arguments import (
+from fishergeo._checks import (
     check_descending,
     check_finite,
     check_generator,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fishergeo._arguments import check_tensor
+from fishergeo._checks import check_tensor
 from fishergeo.layer_operators import KroneckerOperator
 from fishergeo.lowrank import LowRank
 from fishergeo.operators import SpectralOperator

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fishergeo._arguments import check_choice
+from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.layer_operators import check_layer_shape
 from fishergeo.layers import LayerFilter, select_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator
 from fishergeo.exact_accumulator import ExactAccumulator
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
@@ -114,13 +115,3 @@ def named_structures(
             one = Structure(one, side, rank, sharing, of_ekfac, probes if one == "sketch" else 0)
         named[key] = one
     return named
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses what is not among the choices.
-
-    Raises:
-        ValueError: naming the argument and the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; take one of {', '.join(choices)}")

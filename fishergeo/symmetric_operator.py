@@ -15,7 +15,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from fishergeo.gram import leading_pairs
+from fishergeo._linalg import leading_pairs
 
 DENSE_LIMIT = 8192
 """The largest operator, of those known by products alone, whose eigenpairs are found by making it dense."""
@@ -95,7 +95,7 @@ class SymmetricOperator(abc.ABC):
 
         Returns:
             (values (k,), vectors (size, k)), in the operator's dtype and, on the CPU, of its precision; see
-            :func:`fishergeo.gram.leading_pairs`.
+            :func:`fishergeo._linalg.leading_pairs`.
 
         Raises:
             ValueError: if k is not between 1 and the size.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishergeo._arguments import check_choice, check_integer
+from fishergeo._checks import check_choice, check_integer
+from fishergeo._linalg import directions
 from fishergeo.black_box import BlackBox, black_box
-from fishergeo.orthogonal import directions
 
 TRACE_METHODS = ("xtrace", "hutch++", "hutchinson")
 DIAGONAL_METHODS = ("xdiag", "hutchinson")

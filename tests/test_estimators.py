@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_models import LAYERS, SmallLM, assert_close, collate, make_examples, split
 
 import fishergeo as fg
-from fishergeo.gram import HalfGram, add_product_, leading_pairs, mirrored
+from fishergeo._linalg import HalfGram, add_product_, leading_pairs, mirrored
 
 EVERY = ["gram", "sketch", "diagonal", "kfac", "kfac-sketch", "exact"]
 EXAMPLES = make_examples([4, 6, 5, 3, 6, 4])

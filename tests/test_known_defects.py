@@ -8,9 +8,9 @@ from small_models import LAYERS, SmallLM, assert_close, collate, make_examples
 from torch.utils.flop_counter import FlopCounterMode
 
 import fishergeo as fg
+from fishergeo._linalg import orthonormalise
 from fishergeo.accumulators import Layout, Shared
 from fishergeo.kronecker_accumulators import EkfacAccumulator
-from fishergeo.orthogonal import orthonormalise
 from fishergeo.records import Record
 
 EXAMPLES = make_examples([4, 6, 5, 3, 6])

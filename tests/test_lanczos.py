@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from spectrum_cases import KINDS, matrices, spectrum, with_spectrum
 
 import fishergeo as fg
-from fishergeo import storage
-from fishergeo.orthogonal import directions, orthonormalise
+from fishergeo import _storage
+from fishergeo._linalg import directions, orthonormalise
 
 SLOW = {"max_examples": 25, "deadline": None}
 
@@ -301,13 +301,13 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(b"nothing of use")
     with pytest.raises(ValueError, match="not a readable"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
-    storage.write(path, {"x": torch.eye(2)}, {"fisher": {}})
+    _storage.write(path, {"x": torch.eye(2)}, {"fisher": {}})
     with pytest.raises(ValueError, match="not a checkpoint"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
-    storage.write(path, {}, {"lanczos": {"": {"plan": {}}}})
+    _storage.write(path, {}, {"lanczos": {"": {"plan": {}}}})
     with pytest.raises(ValueError, match="is missing"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
-    storage.write(path, {}, {"lanczos": {"other": {}}})
+    _storage.write(path, {}, {"lanczos": {"other": {}}})
     with pytest.raises(ValueError, match="layers"):
         fg.lanczos(torch.eye(6), 2, checkpoint=path)
 
@@ -324,12 +324,12 @@ def test_a_fuzzed_checkpoint_gives_a_named_error_or_the_right_answer(tmp_path_fa
         raw[place] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) - 40]))])
     else:  # a tensor has another shape
-        file = storage.TensorFile(path)
+        file = _storage.TensorFile(path)
         keys = ["basis", "image", "pending", "partial", "projected", "values", "rotation", "found"]
         tensors = {f"|{key}": file.tensor(f"|{key}") for key in keys}
         changed = f"|{data.draw(st.sampled_from(keys[:-1]))}"
         tensors[changed] = torch.zeros(3, dtype=torch.float64)
-        storage.write(path, tensors, {"lanczos": file.header["lanczos"]})
+        _storage.write(path, tensors, {"lanczos": file.header["lanczos"]})
     try:
         found = fg.lanczos(matrix, 2, max_passes=200, recheck=False, checkpoint=path)
     except (ValueError, TypeError) as error:

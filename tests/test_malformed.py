@@ -392,20 +392,20 @@ def test_malformed_fisher_files(trial, tmp_path):
 
     from safetensors import safe_open
 
-    from fishergeo import storage
+    from fishergeo import _storage
     from fishergeo.fisher import FisherHeader
 
     with safe_open(whole, "pt") as file:
         metadata = file.metadata()
     inner = json.loads(metadata["header"])
-    opened = storage.TensorFile(whole)
+    opened = _storage.TensorFile(whole)
     tensors = {name: opened.tensor(name) for name in (*inner["tensors"], *inner["aliases"])}
 
     def rewritten(label, header, words, change=None, **fields):
         """A file whose checksums are right, of content that is not."""
         changed = {id(t): change(t) if change else t for t in tensors.values()}  # what was shared stays shared
         held = {name: changed[id(t)] for name, t in tensors.items()}
-        storage.write(path, held, header)
+        _storage.write(path, held, header)
         trial.command(label, argv, "f.safetensors", *words)
         path.unlink()
 

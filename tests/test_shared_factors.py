@@ -14,8 +14,8 @@ from alignguard.checkpoint import load_guard, save_guard
 from alignguard.config import GuardConfig
 from alignguard.curvature import contiguous
 from alignguard.guard import Guard
+from fishergeo._linalg import mirrored
 from fishergeo.accumulators import Shared
-from fishergeo.gram import mirrored
 from fishergeo.kronecker_accumulators import KfacAccumulator
 from fishergeo.records import Record
 

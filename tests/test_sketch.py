@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny_llama
 
 import fishergeo as fg
-from fishergeo.gram import add_gram_, mirrored
+from fishergeo._linalg import add_gram_, mirrored
 from fishergeo.sketch import PsdSketch, compress, factor_eigh, nystrom_factor, probe_matrix
 from fishergeo.sketch_accumulator import kernels_trace
 

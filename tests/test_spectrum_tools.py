@@ -52,7 +52,7 @@ def xtrace_by_its_definition(matrix, omega):
 
 @given(matrices(low=20, kinds=("power law", "slow", "indefinite", "negative")), st.integers(2, 8), st.integers(0, 99))
 def test_xtrace_is_its_definition(matrix, half, seed):
-    from fishergeo.orthogonal import directions
+    from fishergeo._linalg import directions
 
     n = len(matrix)
     omega = directions(n, half, seed, "trace") * n**0.5
@@ -65,7 +65,7 @@ def test_xtrace_is_its_definition(matrix, half, seed):
 
 @given(matrices(low=20, kinds=("power law", "slow", "indefinite")), st.integers(2, 8), st.integers(0, 99))
 def test_xdiag_is_its_definition(matrix, half, seed):
-    from fishergeo.orthogonal import directions
+    from fishergeo._linalg import directions
 
     n = len(matrix)
     omega = torch.where(directions(n, half, seed, "diagonal") < 0, -1.0, 1.0).double()
@@ -118,7 +118,7 @@ def test_quadrature_nodes_lie_in_the_spectrum_and_weights_are_a_measure(matrix, 
 
 @given(matrices(low=6, high=20, kinds=("power law", "indefinite", "repeated", "rank deficient")), SEEDS)
 def test_moments_are_exact_for_each_probe_up_to_twice_the_steps(matrix, seed):
-    from fishergeo.orthogonal import directions
+    from fishergeo._linalg import directions
 
     seed, n = seed % 100, len(matrix)
     density = fg.spectral_density(matrix, 2, 4, seed=seed)

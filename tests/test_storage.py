@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny_llama
 
 import fishergeo as fg
-from fishergeo import storage
+from fishergeo import _storage
 
 STRUCTURES = ["gram", "sketch", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]
 
@@ -188,7 +188,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path_factory, data):
 def test_sums_that_do_not_fit_their_layer_are_refused_on_opening(tmp_path, sums):
     header = {**asdict(estimate_once().header), "shapes": {"layer": [4, 5]}, "dtype": "float32"}
     tensors = {f"layer|{key}": tensor for key, tensor in sums.items()}
-    storage.write(tmp_path / "f.safetensors", tensors, {"fisher": header, "sums": {"layer": list(sums)}})
+    _storage.write(tmp_path / "f.safetensors", tensors, {"fisher": header, "sums": {"layer": list(sums)}})
     with pytest.raises(ValueError, match=r"f\.safetensors: tensors do not fit the header .*factor"):
         fg.Fisher.load(tmp_path / "f.safetensors")
 

@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "fishergeo"
+
 VERSION = 2
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +35,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
 V = TypeVar("V")
 
 

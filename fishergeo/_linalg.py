@@ -1,7 +1,8 @@
-"""Symmetric matrices at half the arithmetic: sums of XᵀX and XᵀY, and their leading eigenpairs."""
+"""Dense linear algebra on which every wing stands: Gram sums, orthonormal blocks, random directions."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import scipy.linalg
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 _SYRK: dict[torch.dtype, Any] = {torch.float32: scipy.linalg.blas.ssyrk, torch.float64: scipy.linalg.blas.dsyrk}
+
 _BLOCKED_FROM = 192
 """Below this size a triangle saves nothing over the whole product."""
+
 _TILE = 128
 """Rows that are copied at a time, still in the cache when they are read again."""
 
@@ -141,3 +144,62 @@ def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     else:
         found = tuple(each.to(matrix.dtype) for each in torch.linalg.eigh(matrix.double()))
     return found[0].flip(0)[:k], found[1].flip(1)[:, :k]
+
+
+def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
+    """A Gaussian (size, columns) matrix in float32 that depends on seed and name only, whatever the device.
+
+    Args:
+        size: rows.
+        columns: columns.
+        seed: any integer.
+        name: of the layer, so that layers have independent matrices.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % (2**63))
+    return torch.randn(size, columns, generator=generator)
+
+
+def directions(size: int, columns: int, seed: int, name: str, first: int = 0) -> Tensor:
+    """Gaussian columns of expected norm one, each with a counter of its own.
+
+    Column ``first + j`` depends on seed, name and that number only: neither on the device nor on how many are drawn.
+
+    Args:
+        size: rows.
+        columns: how many.
+        seed: any integer.
+        name: of the layer.
+        first: counter of the first.
+
+    Returns:
+        (size, columns), float64, on the CPU.
+    """
+    drawn = [gaussian(size, 1, seed, f"{name}#{first + j}").double() for j in range(columns)]
+    return torch.cat(drawn, 1) / size**0.5 if drawn else torch.zeros(size, 0, dtype=torch.float64)
+
+
+def orthonormalise(block: Tensor, basis: Tensor, floor: float) -> Tensor:
+    """Orthonormal columns that span what ``block`` adds to ``basis``; directions below ``floor`` are dropped.
+
+    Gram-Schmidt, twice, until the *absolute* inner products with the basis are at rounding level.
+
+    Args:
+        block: (size, c).
+        basis: (size, m), orthonormal, m may be 0.
+        floor: singular values of the remainder that count as rounding.
+
+    Returns:
+        (size, r), r ≤ c.
+    """
+    work = block
+    limit = 4 * torch.finfo(block.dtype).eps * len(block) ** 0.5
+    for attempt in range(5):
+        for _ in range(2):
+            work = work - basis @ (basis.T @ work)
+        work, triangle = torch.linalg.qr(work)
+        if attempt == 0:
+            left, singular, _ = torch.linalg.svd(triangle.cpu().double())
+            work = work @ left[:, singular > floor].to(work)
+        if work.shape[1] == 0 or basis.shape[1] == 0 or float((basis.T @ work).abs().max()) <= limit:
+            break
+    return work.contiguous()
