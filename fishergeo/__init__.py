@@ -5,6 +5,7 @@ from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
 from fishergeo.black_box import LayerProducts
 from fishergeo.block_lanczos import lanczos, lanczos_layers
+from fishergeo.capture import FirstTokens
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
@@ -57,7 +58,6 @@ from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
 from fishergeo.symmetric_operator import DenseOperator, SumOperator, SymmetricOperator
 from fishergeo.trace_estimators import Estimate, diagonal, trace
-from fishergeo.weights import FirstTokens
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishergeo.records import Record
+from fishergeo.capture import Record
 from fishergeo.sketch import PsdSketch
 from fishergeo.symmetric_operator import SymmetricOperator
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.layers import select_layers
-from fishergeo.losses import LossFunction, example_objectives
+from fishergeo.capture import LossFunction, example_objectives, select_layers
 from fishergeo.sketch import segments
 
 

@@ -13,15 +13,21 @@ from torch import Tensor, nn
 
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout
+from fishergeo.capture import (
+    KINDS,
+    REDUCTIONS,
+    Layer,
+    LayerFilter,
+    LossFunction,
+    WeightSource,
+    fingerprint,
+    select_layers,
+)
 from fishergeo.checkpoint import Checkpoint
 from fishergeo.fisher import Fisher, FisherHeader
-from fishergeo.identity import fingerprint
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
-from fishergeo.layers import Layer, LayerFilter, select_layers
-from fishergeo.losses import KINDS, REDUCTIONS, LossFunction
 from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, named_structures
 from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
-from fishergeo.weights import WeightSource
 
 _HIDDEN = "basis of "
 
@@ -101,7 +107,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         structure: see the table; or several, all fed by the same pass: a list of names or of
             :class:`fishergeo.Structure`, or a mapping from names of your own to them.
         kind: ``"empirical"``, ``"mc"``, ``"type2"``, ``"ggn"`` or ``"margin"``; see
-            :func:`fishergeo.losses.example_objectives`.
+            :func:`fishergeo.capture.example_objectives`.
         unit: ``"sequence"`` or ``"token"``.
         rank: eigenpairs of the sketch.
         side: ``"output"`` or ``"input"``, for gram and sketch.

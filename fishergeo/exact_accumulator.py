@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.capture import Record
 from fishergeo.exact_operator import ExactOperator
-from fishergeo.records import Record
 from fishergeo.symmetric_operator import SymmetricOperator
 
 

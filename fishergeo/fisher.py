@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fishergeo import _storage
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout, Made
-from fishergeo.identity import check_model, header_fields
-from fishergeo.losses import KINDS, REDUCTIONS
+from fishergeo.capture import KINDS, REDUCTIONS, check_model, header_fields
 from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS
 from fishergeo.symmetric_operator import SymmetricOperator
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fishergeo._linalg import HalfGram, mirrored
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.capture import Record
 from fishergeo.layer_operators import EigenKroneckerOperator, KroneckerOperator
 from fishergeo.moment_accumulators import add_squares_
-from fishergeo.records import Record
 from fishergeo.symmetric_operator import SymmetricOperator
 
 

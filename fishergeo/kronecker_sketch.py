@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.capture import Record
 from fishergeo.kronecker_accumulators import input_rows
 from fishergeo.operators import SpectralOperator
-from fishergeo.records import Record
 from fishergeo.sketch import PsdSketch, compress, factor_eigh
 from fishergeo.sketch_accumulator import rows_product
 from fishergeo.spectral_kronecker import SpectralKroneckerOperator

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fishergeo._linalg import add_gram_, add_product_, mirrored
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.capture import Record
 from fishergeo.layer_operators import DiagonalOperator
-from fishergeo.records import Record
 from fishergeo.symmetric_operator import DenseOperator, SymmetricOperator
 
 

@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from fishergeo.accumulators import Accumulator
 from fishergeo.calibration import foretold, lengths, plain_pass
+from fishergeo.capture import LayerFilter, LossFunction, select_layers
 from fishergeo.dryrun import DryRun, walk
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher
-from fishergeo.layers import LayerFilter, select_layers
-from fishergeo.losses import LossFunction
 from fishergeo.plan_parts import calibrated, leading, parts_of
 from fishergeo.structures import Structure
 

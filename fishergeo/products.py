@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.records import Record
+from fishergeo.capture import Record
 
 
 class ProductAccumulator(Accumulator):

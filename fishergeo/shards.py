@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from fishergeo._checks import check_choice, check_integer
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.layers import LayerFilter, select_layers
-from fishergeo.losses import KINDS, LossFunction
-from fishergeo.records import Record
+from fishergeo.capture import KINDS, LayerFilter, LossFunction, Record, select_layers
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.structures import SIDES
 from fishergeo.sweep import DataOptions, Sweep

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
-from fishergeo.records import Record
+from fishergeo.capture import Record
 from fishergeo.sketch import PsdSketch, compress, factor_eigh, probe_matrix
 from fishergeo.sketch_operator import SketchOperator
 from fishergeo.symmetric_operator import SymmetricOperator

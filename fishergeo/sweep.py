@@ -11,14 +11,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fishergeo.accumulators import Accumulator, Layout, Shared
-from fishergeo.batches import indexed, padding_mask, sized, to_device
-from fishergeo.capture import Capture
+from fishergeo.capture import (
+    Capture,
+    Layer,
+    LossFunction,
+    Objective,
+    Record,
+    WeightSource,
+    checked_example_weights,
+    example_objectives,
+    indexed,
+    padding_mask,
+    sized,
+    take_weights,
+    to_device,
+)
 from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
-from fishergeo.layers import Layer
-from fishergeo.losses import LossFunction, Objective, example_objectives
-from fishergeo.records import Record
 from fishergeo.structures import ACCUMULATORS
-from fishergeo.weights import WeightSource, checked_example_weights, take_weights
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class DataOptions:
     """What is differentiated on the data, and how much each datum counts.
 
     Attributes:
-        kind: see :func:`fishergeo.losses.example_objectives`.
+        kind: see :func:`fishergeo.capture.example_objectives`.
         unit: ``"sequence"`` or ``"token"``.
         loss: of the user, or None.
         token_weights: key or callable.
@@ -53,7 +62,7 @@ class Sweep:
 
     Args:
         model: any module.
-        layers: name -> layer, from :func:`fishergeo.layers.select_layers`.
+        layers: name -> layer, from :func:`fishergeo.capture.select_layers`.
         accumulators: structure's key -> layer -> accumulator. A key may lack layers.
         options: what is differentiated.
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.

@@ -702,7 +702,7 @@ def test_a_head_tied_to_an_embedding_beside_its_own_bias():
 
 
 def test_layers_are_selected_and_shaped_on_the_meta_device():
-    from fishergeo.layers import select_layers
+    from fishergeo.capture.layers import select_layers
 
     with torch.device("meta"):
         model = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4))

@@ -16,8 +16,8 @@ from alignguard.curvature import contiguous
 from alignguard.guard import Guard
 from fishergeo._linalg import mirrored
 from fishergeo.accumulators import Shared
+from fishergeo.capture.records import Record
 from fishergeo.kronecker_accumulators import KfacAccumulator
-from fishergeo.records import Record
 
 EXAMPLES = make_examples([5, 9, 7, 4])
 GROUPS = [

@@ -15,9 +15,10 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from fishergeo.layer_kinds import Kind, kind_of
+from fishergeo.capture.kinds import Kind, kind_of
 
 LayerFilter = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
 Part = Literal["weight", "bias", "weight+bias", "expert"]
 
 

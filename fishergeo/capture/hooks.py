@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.batches import lengths_of
-from fishergeo.experts import watched
-from fishergeo.layer_kinds import Call, first_input
-from fishergeo.layers import Layer, Use
-from fishergeo.losses import Objective
-from fishergeo.records import Arrived, BatchShape, Record, Sources, record_of
+from fishergeo.capture.batches import lengths_of
+from fishergeo.capture.experts import watched
+from fishergeo.capture.kinds import Call, first_input
+from fishergeo.capture.layers import Layer, Use
+from fishergeo.capture.objectives import Objective
+from fishergeo.capture.records import Arrived, BatchShape, Record, Sources, record_of
 
 
 @dataclass

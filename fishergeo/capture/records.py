@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishergeo.batches import by_example, packed
-from fishergeo.layer_kinds import Call
-from fishergeo.layers import Layer, Use
+from fishergeo.capture.batches import by_example, packed
+from fishergeo.capture.kinds import Call
+from fishergeo.capture.layers import Layer, Use
 
 
 @dataclass(frozen=True)

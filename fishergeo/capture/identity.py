@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from fishergeo.layers import select_layers, selectable
+from fishergeo.capture.layers import select_layers, selectable
 
 _LATER = {"sharing": str, "basis": str, "weighted": bool}
+
 _TEXTS = ("structure", "kind", "unit", "side", "dtype", "fingerprint")
 
 

@@ -1,0 +1,42 @@
+"""From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
+
+from fishergeo.capture.batches import indexed, padding_mask, sized, to_device
+from fishergeo.capture.hooks import Capture
+from fishergeo.capture.identity import check_model, fingerprint, header_fields
+from fishergeo.capture.layers import Layer, LayerFilter, select_layers
+from fishergeo.capture.objectives import (
+    KINDS,
+    REDUCTIONS,
+    FirstTokens,
+    LossFunction,
+    Objective,
+    WeightSource,
+    checked_example_weights,
+    example_objectives,
+    take_weights,
+)
+from fishergeo.capture.records import Record
+
+__all__ = [
+    "KINDS",
+    "REDUCTIONS",
+    "Capture",
+    "FirstTokens",
+    "Layer",
+    "LayerFilter",
+    "LossFunction",
+    "Objective",
+    "Record",
+    "WeightSource",
+    "check_model",
+    "checked_example_weights",
+    "example_objectives",
+    "fingerprint",
+    "header_fields",
+    "indexed",
+    "padding_mask",
+    "select_layers",
+    "sized",
+    "take_weights",
+    "to_device",
+]
