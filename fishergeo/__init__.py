@@ -3,18 +3,15 @@
 from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
-from fishergeo.black_box import LayerProducts
 from fishergeo.block_lanczos import lanczos, lanczos_layers
 from fishergeo.capture import FirstTokens
 from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
-from fishergeo.exact_operator import ExactOperator
 from fishergeo.fisher import Fisher, FisherHeader
 from fishergeo.frequent_directions import FrequentDirections
 from fishergeo.grassmann import Grassmann, karcher_mean
 from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
-from fishergeo.layer_operators import DiagonalOperator, EigenKroneckerOperator, KroneckerOperator
 from fishergeo.leading import leading_eigenpairs
 from fishergeo.lowrank import LowRank
 from fishergeo.noise_edge import (
@@ -25,7 +22,18 @@ from fishergeo.noise_edge import (
     rank_by_sign_flips,
 )
 from fishergeo.nystrom import NystromSketch, nystrom
-from fishergeo.operators import SpectralOperator
+from fishergeo.operators import (
+    DenseOperator,
+    DiagonalOperator,
+    EigenKroneckerOperator,
+    ExactOperator,
+    KroneckerOperator,
+    LayerProducts,
+    SpectralKroneckerOperator,
+    SpectralOperator,
+    SumOperator,
+    SymmetricOperator,
+)
 from fishergeo.plan import LayerPlan, Plan, plan
 from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
@@ -40,7 +48,6 @@ from fishergeo.spd import (
     log_euclidean_distance,
 )
 from fishergeo.spectral_density import SpectralDensity, effective_dimension, spectral_density
-from fishergeo.spectral_kronecker import SpectralKroneckerOperator
 from fishergeo.spectrum import ConvergenceError, ConvergenceWarning, Spectrum
 from fishergeo.stability import (
     Agreement,
@@ -56,7 +63,6 @@ from fishergeo.stability import (
 from fishergeo.stacked import stacked_congruence, stacked_quadratic
 from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
-from fishergeo.symmetric_operator import DenseOperator, SumOperator, SymmetricOperator
 from fishergeo.trace_estimators import Estimate, diagonal, trace
 
 __version__ = "0.1.0"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fishergeo.capture import Record
+from fishergeo.operators import SymmetricOperator
 from fishergeo.sketch import PsdSketch
-from fishergeo.symmetric_operator import SymmetricOperator
 
 Made = dict[tuple[int, ...], Tensor]
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_choice, check_finite, check_integer, check_number, check_tensor
-from fishergeo.black_box import BlackBox, EachOperator, LayerProducts, black_box
 from fishergeo.krylov import KrylovRun
 from fishergeo.krylov_checkpoint import read_checkpoint, write_checkpoint
 from fishergeo.krylov_plan import WHICH, Plan
+from fishergeo.operators import BlackBox, EachOperator, LayerProducts, SymmetricOperator, black_box
 from fishergeo.spectrum import Spectrum, enforce
-from fishergeo.symmetric_operator import SymmetricOperator
 
 
 def lanczos(

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
-from fishergeo.exact_operator import ExactOperator
-from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.operators import ExactOperator, SymmetricOperator
 
 
 class ExactAccumulator(Accumulator):

@@ -13,8 +13,8 @@ from fishergeo import _storage
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout, Made
 from fishergeo.capture import KINDS, REDUCTIONS, check_model, header_fields
+from fishergeo.operators import SymmetricOperator
 from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS
-from fishergeo.symmetric_operator import SymmetricOperator
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from torch import Tensor
 from fishergeo._linalg import HalfGram, mirrored
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
-from fishergeo.layer_operators import EigenKroneckerOperator, KroneckerOperator
 from fishergeo.moment_accumulators import add_squares_
-from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.operators import EigenKroneckerOperator, KroneckerOperator, SymmetricOperator
 
 
 def input_rows(record: Record, shared: Shared, sharing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,9 @@ from torch import Tensor
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
 from fishergeo.kronecker_accumulators import input_rows
-from fishergeo.operators import SpectralOperator
+from fishergeo.operators import SpectralKroneckerOperator, SpectralOperator, SymmetricOperator
 from fishergeo.sketch import PsdSketch, compress, factor_eigh
 from fishergeo.sketch_accumulator import rows_product
-from fishergeo.spectral_kronecker import SpectralKroneckerOperator
-from fishergeo.symmetric_operator import SymmetricOperator
 
 _SIDES = ("output", "input")
 

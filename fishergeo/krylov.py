@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fishergeo._linalg import directions, orthonormalise
 from fishergeo.krylov_plan import Plan
+from fishergeo.operators import fix_signs
 from fishergeo.spectrum import Spectrum
-from fishergeo.symmetric_operator import fix_signs
 
 REFRESHES = 3
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from fishergeo._linalg import add_gram_, add_product_, mirrored
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
-from fishergeo.layer_operators import DiagonalOperator
-from fishergeo.symmetric_operator import DenseOperator, SymmetricOperator
+from fishergeo.operators import DenseOperator, DiagonalOperator, SymmetricOperator
 
 
 class GramAccumulator(Accumulator):

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import directions
-from fishergeo.black_box import BlackBox, black_box
-from fishergeo.operators import SpectralOperator
+from fishergeo.operators import BlackBox, SpectralOperator, SymmetricOperator, black_box
 from fishergeo.sketch import factor_eigh, nystrom_factor
 from fishergeo.sketch_error import ErrorEstimate, factor_error
-from fishergeo.symmetric_operator import SymmetricOperator
 
 
 class NystromSketch:

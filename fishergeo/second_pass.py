@@ -9,12 +9,10 @@ from torch import Tensor
 
 from fishergeo._checks import check_integer
 from fishergeo._linalg import orthonormalise
-from fishergeo.black_box import LayerProducts
-from fishergeo.operators import SpectralOperator
+from fishergeo.operators import LayerProducts, SpectralOperator, SymmetricOperator
 from fishergeo.sketch import factor_eigh, nystrom_factor
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.spectrum import Spectrum
-from fishergeo.symmetric_operator import SymmetricOperator
 
 
 def second_pass(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fishergeo._linalg import gaussian
-from fishergeo.symmetric_operator import fix_signs
+from fishergeo.operators import fix_signs
 
 FIRST_SEGMENT = 16
 

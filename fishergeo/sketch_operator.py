@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fishergeo.operators import SpectralOperator
+from fishergeo.operators import SpectralOperator, checked_rank
 from fishergeo.sketch_error import ErrorEstimate, factor_error
-from fishergeo.symmetric_operator import checked_rank
 
 
 class SketchOperator(SpectralOperator):

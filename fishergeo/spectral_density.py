@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import directions
-from fishergeo.black_box import BlackBox, black_box
-from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.operators import BlackBox, SymmetricOperator, black_box
 from fishergeo.trace_estimators import Estimate
 
 

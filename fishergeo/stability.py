@@ -17,7 +17,7 @@ from fishergeo._checks import (
     check_tensor,
 )
 from fishergeo.lowrank import LowRank, as_update, check_finite_update
-from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.operators import SymmetricOperator
 
 
 def davis_kahan_bound(residual: float, gap: float) -> float:

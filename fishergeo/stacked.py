@@ -10,11 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fishergeo._checks import check_tensor
-from fishergeo.layer_operators import KroneckerOperator
 from fishergeo.lowrank import LowRank
-from fishergeo.operators import SpectralOperator
-from fishergeo.spectral_kronecker import SpectralKroneckerOperator
-from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.operators import KroneckerOperator, SpectralKroneckerOperator, SpectralOperator, SymmetricOperator
 
 
 class _Congruence(torch.autograd.Function):

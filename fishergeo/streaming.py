@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, Layout
 from fishergeo.capture import KINDS, REDUCTIONS, LayerFilter, LossFunction, WeightSource, select_layers
-from fishergeo.layer_operators import check_layer_shape
 from fishergeo.moment_accumulators import DiagonalAccumulator
+from fishergeo.operators import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank
 from fishergeo.products import ProductAccumulator
 from fishergeo.structures import UNITS
 from fishergeo.sweep import DataOptions, Sweep
-from fishergeo.symmetric_operator import DENSE_LIMIT, SymmetricOperator, checked_rank
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fishergeo._checks import check_choice, check_integer
 from fishergeo._linalg import directions
-from fishergeo.black_box import BlackBox, black_box
+from fishergeo.operators import BlackBox, black_box
 
 TRACE_METHODS = ("xtrace", "hutch++", "hutchinson")
 DIAGONAL_METHODS = ("xdiag", "hutchinson")

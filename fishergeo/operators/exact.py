@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishergeo.layer_operators import check_layer_shape
-from fishergeo.operators import SpectralOperator
-from fishergeo.symmetric_operator import DENSE_LIMIT, SymmetricOperator, checked_rank, fix_signs
+from fishergeo.operators.base import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank, fix_signs
+from fishergeo.operators.spectral import SpectralOperator
 
 
 class ExactOperator(SymmetricOperator):

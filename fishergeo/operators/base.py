@@ -381,3 +381,13 @@ def fix_signs(vectors: Tensor) -> Tensor:
         return vectors
     negative = -vectors.amin(0, keepdim=True) > vectors.amax(0, keepdim=True)
     return vectors * torch.where(negative, -1, 1).to(vectors.dtype)
+
+
+def check_layer_shape(p: int, q: int, rows: int, columns: int) -> None:
+    """Refuses an update (rows, columns) of a layer that is (p, q).
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if (rows, columns) != (p, q):
+        raise ValueError(f"delta of shape ({rows}, {columns}) does not fit an operator of a layer of shape ({p}, {q})")

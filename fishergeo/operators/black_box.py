@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_tensor
-from fishergeo.symmetric_operator import SymmetricOperator
+from fishergeo.operators.base import SymmetricOperator
 
 Product = Callable[[Tensor], Tensor]
+
 BlackBox = SymmetricOperator | Tensor | Product
 
 

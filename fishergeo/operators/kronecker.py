@@ -8,110 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishergeo.symmetric_operator import SymmetricOperator, checked_rank, fix_signs
-
-
-class DiagonalOperator(SymmetricOperator):
-    """A diagonal on vec(W), row-major: what EWC keeps of the Fisher (Kirkpatrick et al. 2017).
-
-    Args:
-        entries: (p, q), any floating dtype, in which products come.
-
-    Raises:
-        ValueError: if they have not two dimensions.
-
-    Examples:
-        >>> op = fg.DiagonalOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # of a (2, 2) weight
-        >>> op.shape, float(op.trace())
-        ((4, 4), 10.0)
-    """
-
-    side = "both"
-
-    def __init__(self, entries: Tensor) -> None:
-        if entries.ndim != 2:
-            raise ValueError(f"entries must be (p, q), got shape {tuple(entries.shape)}")
-        self.entries = entries
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        return self.entries.numel(), self.entries.numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.entries.device
-
-    def _matmat(self, block: Tensor) -> Tensor:
-        return self.entries.reshape(-1, 1) * block
-
-    def diagonal(self) -> Tensor:
-        """(pq,)."""
-        return self.entries.flatten()
-
-    def to_dense(self) -> Tensor:
-        """(pq, pq)."""
-        return torch.diag(self.entries.flatten())
-
-    def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest entries (k,), descending, and their unit vectors (pq, k); all of them by default.
-
-        Raises:
-            ValueError: if k is not between 1 and pq.
-        """
-        k = checked_rank(k, self.shape[0])
-        values, index = self.entries.flatten().topk(k)
-        vectors = torch.zeros(self.shape[0], k, dtype=self.dtype, device=self.device)
-        vectors[index, torch.arange(k, device=self.device)] = 1
-        return values, vectors
-
-    def _check_delta(self, rows: int, columns: int) -> None:
-        check_layer_shape(self.entries.shape[0], self.entries.shape[1], rows, columns)
-
-    def _quadratic_dense(self, delta: Tensor) -> Tensor:
-        return (self.entries * delta.square()).sum()
-
-    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
-        return _TiledSquares.apply(self.entries, left, right)  # type: ignore[no-untyped-call]
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
-        return DiagonalOperator(function(self.entries.double()).to(self.dtype))
-
-    def _eigenvalues(self) -> Tensor:
-        return self.entries.double().flatten()
-
-
-class _TiledSquares(torch.autograd.Function):
-    """Σ F_ij (L R)²_ij over tiles of rows; the backward recomputes each tile, so memory is one tile."""
-
-    TILE = 128
-
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(entries, left, right)
-        total = torch.zeros((), dtype=left.dtype, device=left.device)
-        for start in range(0, len(left), _TiledSquares.TILE):
-            rows = slice(start, start + _TiledSquares.TILE)
-            total += (entries[rows] * (left[rows] @ right).square()).sum()
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
-        entries, left, right = ctx.saved_tensors
-        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
-        for start in range(0, len(left), _TiledSquares.TILE):
-            rows = slice(start, start + _TiledSquares.TILE)
-            tile = (left[rows] @ right).mul_(entries[rows]).mul_(2 * upstream)
-            grad_left[rows] = tile @ right.T
-            grad_right += left[rows].T @ tile
-        return None, grad_left, grad_right
+from fishergeo.operators.base import SymmetricOperator, check_layer_shape, checked_rank, fix_signs
+from fishergeo.operators.diagonal import _TiledSquares
+from fishergeo.operators.spectral import SpectralOperator
 
 
 class FactoredKronecker(SymmetricOperator):
@@ -329,11 +228,64 @@ class EigenKroneckerOperator(SymmetricOperator):
         return _TiledSquares.apply(self.values, *inside)  # type: ignore[no-untyped-call]
 
 
-def check_layer_shape(p: int, q: int, rows: int, columns: int) -> None:
-    """Refuses an update (rows, columns) of a layer that is (p, q).
+class SpectralKroneckerOperator(FactoredKronecker):
+    """kron(S, A) on vec(W), row-major, with S = U diag(λ) Uᵀ + ρ(I − U Uᵀ) and A alike: KFAC of sketched factors.
+
+    The form of KFAC (Martens and Grosse 2015); memory and products go by the eigenpairs that are known. Functions of
+    the whole operator (:meth:`power`, :meth:`logdet`, :meth:`eigh`) complete the bases, (p, p) and (q, q).
+
+    Args:
+        output_factor: S, (p, p), in whose dtype products come.
+        input_factor: A, (q, q).
 
     Raises:
-        ValueError: if they differ.
+        TypeError: if a factor is no SpectralOperator.
+
+    Examples:
+        >>> one = fg.SpectralOperator(torch.tensor([2.0]), torch.eye(2)[:, :1], rest=1.0)
+        >>> op = fg.SpectralKroneckerOperator(one, one)
+        >>> op.shape, op.diagonal().tolist()
+        ((4, 4), [4.0, 2.0, 2.0, 1.0])
+        >>> float(op.quadratic(torch.ones(2, 2)))  # tr(ΔWᵀ S ΔW A)
+        9.0
     """
-    if (rows, columns) != (p, q):
-        raise ValueError(f"delta of shape ({rows}, {columns}) does not fit an operator of a layer of shape ({p}, {q})")
+
+    output_factor: SpectralOperator
+    input_factor: SpectralOperator
+
+    def __init__(self, output_factor: SpectralOperator, input_factor: SpectralOperator) -> None:
+        for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
+            if not isinstance(factor, SpectralOperator):
+                raise TypeError(f"{name} must be a SpectralOperator, got {type(factor).__name__}")
+        self.output_factor = output_factor
+        self.input_factor = input_factor
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        p, q = self.output_factor.shape[0], self.input_factor.shape[0]
+        columns = block.shape[1]
+        rows = self.output_factor @ block.reshape(p, q * columns)
+        inside = rows.reshape(p, q, columns).transpose(0, 1).reshape(q, p * columns)
+        return (self.input_factor @ inside).reshape(q, p, columns).transpose(0, 1).reshape(p * q, columns)
+
+    def to_dense(self) -> Tensor:
+        """(pq, pq)."""
+        return torch.kron(self.output_factor.to_dense(), self.input_factor.to_dense())
+
+    def rotated(self) -> EigenKroneckerOperator:
+        """The same operator in complete eigenbases of its factors."""
+        (s, u), (a, v) = (_complete(factor) for factor in (self.output_factor, self.input_factor))
+        return EigenKroneckerOperator(u, v, torch.outer(s, a))
+
+    def _quadratic_dense(self, delta: Tensor) -> Tensor:
+        return ((self.output_factor @ delta) * (self.input_factor @ delta.T).T).sum()
+
+    def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
+        return ((left.T @ (self.output_factor @ left)) * (right @ (self.input_factor @ right.T))).sum()
+
+
+def _complete(factor: SpectralOperator) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, (size,), and vectors, (size, size), the known ones first."""
+    size, known = factor.vectors.shape
+    others = torch.linalg.qr(factor.vectors.double(), mode="complete")[0][:, known:].to(factor.dtype)
+    values = torch.cat([factor.values, factor.values.new_full((size - known,), factor.rest)])
+    return values.to(factor.dtype), torch.cat([factor.vectors, others], 1)

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fishergeo.symmetric_operator import DenseOperator, SumOperator, SymmetricOperator, checked_rank, fix_signs
-
-__all__ = ["DenseOperator", "SpectralOperator", "SumOperator", "SymmetricOperator", "checked_rank", "fix_signs"]
+from fishergeo.operators.base import SymmetricOperator, checked_rank
 
 
 class SpectralOperator(SymmetricOperator):

@@ -1,0 +1,36 @@
+"""Symmetric operators behind one protocol: dense, spectral, diagonal, Kronecker-factored, exact, or known by products alone."""
+
+from fishergeo.operators.base import (
+    DENSE_LIMIT,
+    DenseOperator,
+    SumOperator,
+    SymmetricOperator,
+    check_layer_shape,
+    checked_rank,
+    fix_signs,
+)
+from fishergeo.operators.black_box import BlackBox, EachOperator, LayerProducts, black_box
+from fishergeo.operators.diagonal import DiagonalOperator
+from fishergeo.operators.exact import ExactOperator
+from fishergeo.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SpectralKroneckerOperator
+from fishergeo.operators.spectral import SpectralOperator
+
+__all__ = [
+    "DENSE_LIMIT",
+    "BlackBox",
+    "DenseOperator",
+    "DiagonalOperator",
+    "EachOperator",
+    "EigenKroneckerOperator",
+    "ExactOperator",
+    "KroneckerOperator",
+    "LayerProducts",
+    "SpectralKroneckerOperator",
+    "SpectralOperator",
+    "SumOperator",
+    "SymmetricOperator",
+    "black_box",
+    "check_layer_shape",
+    "checked_rank",
+    "fix_signs",
+]
