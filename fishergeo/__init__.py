@@ -9,7 +9,6 @@ from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher, FisherHeader
-from fishergeo.frequent_directions import FrequentDirections
 from fishergeo.grassmann import Grassmann, karcher_mean
 from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
 from fishergeo.leading import leading_eigenpairs
@@ -21,7 +20,6 @@ from fishergeo.noise_edge import (
     rank_by_noise_edge,
     rank_by_sign_flips,
 )
-from fishergeo.nystrom import NystromSketch, nystrom
 from fishergeo.operators import (
     DenseOperator,
     DiagonalOperator,
@@ -39,8 +37,7 @@ from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
 from fishergeo.second_pass import second_pass
 from fishergeo.shards import sketch_shards
-from fishergeo.sketch_error import ErrorEstimate
-from fishergeo.sketch_operator import SketchOperator
+from fishergeo.sketching import ErrorEstimate, FrequentDirections, NystromSketch, SketchOperator, nystrom
 from fishergeo.spd import (
     affine_invariant_distance,
     bures_wasserstein_distance,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fishergeo.capture import Record
 from fishergeo.operators import SymmetricOperator
-from fishergeo.sketch import PsdSketch
+from fishergeo.sketching import PsdSketch
 
 Made = dict[tuple[int, ...], Tensor]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo.capture import LossFunction, example_objectives, select_layers
-from fishergeo.sketch import segments
+from fishergeo.sketching import segments
 
 
 def lengths(examples: int, segmented: bool) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
 from fishergeo.kronecker_accumulators import input_rows
 from fishergeo.operators import SpectralKroneckerOperator, SpectralOperator, SymmetricOperator
-from fishergeo.sketch import PsdSketch, compress, factor_eigh
 from fishergeo.sketch_accumulator import rows_product
+from fishergeo.sketching import PsdSketch, compress, factor_eigh
 
 _SIDES = ("output", "input")
 

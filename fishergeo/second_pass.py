@@ -10,8 +10,8 @@ from torch import Tensor
 from fishergeo._checks import check_integer
 from fishergeo._linalg import orthonormalise
 from fishergeo.operators import LayerProducts, SpectralOperator, SymmetricOperator
-from fishergeo.sketch import factor_eigh, nystrom_factor
 from fishergeo.sketch_accumulator import SketchAccumulator
+from fishergeo.sketching import factor_eigh, nystrom_factor
 from fishergeo.spectrum import Spectrum
 
 

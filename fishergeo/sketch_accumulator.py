@@ -10,8 +10,7 @@ from torch import Tensor
 from fishergeo.accumulators import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
 from fishergeo.operators import SymmetricOperator
-from fishergeo.sketch import PsdSketch, compress, factor_eigh, probe_matrix
-from fishergeo.sketch_operator import SketchOperator
+from fishergeo.sketching import PsdSketch, SketchOperator, compress, factor_eigh, probe_matrix
 
 _WIDE = 512
 """Columns from which halves of a kernel are multiplied as fast as all of it."""

@@ -11,7 +11,7 @@ from distributed_worker import CUT, LENGTHS, batches_of, estimate
 from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny_llama
 
 import fishergeo as fg
-from fishergeo.sketch import probe_matrix
+from fishergeo.sketching.psd_sketch import probe_matrix
 
 HERE = Path(__file__).parent
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from spectrum_cases import matrices, spectrum, with_spectrum
 
 import fishergeo as fg
-from fishergeo.sketch import PsdSketch, factor_eigh, probe_matrix
-from fishergeo.sketch_error import factor_error, probe_error
+from fishergeo.sketching.error import factor_error, probe_error
+from fishergeo.sketching.psd_sketch import PsdSketch, factor_eigh, probe_matrix
 
 PSD = ("power law", "slow", "clustered", "repeated", "rank deficient", "condition 1e12", "tiny", "identity", "zero")
 

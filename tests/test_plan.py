@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fishergeo as fg
 from fishergeo.calibration import foretold, lengths, seconds
 from fishergeo.plan_parts import parts_of
-from fishergeo.sketch import PsdSketch
+from fishergeo.sketching.psd_sketch import PsdSketch
 
 STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_tensor
 from fishergeo.operators import SpectralOperator
-from fishergeo.sketch import factor_eigh
+from fishergeo.sketching.psd_sketch import factor_eigh
 
 
 class FrequentDirections:

@@ -15,8 +15,8 @@ from torch import Tensor
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import directions
 from fishergeo.operators import BlackBox, SpectralOperator, SymmetricOperator, black_box
-from fishergeo.sketch import factor_eigh, nystrom_factor
-from fishergeo.sketch_error import ErrorEstimate, factor_error
+from fishergeo.sketching.error import ErrorEstimate, factor_error
+from fishergeo.sketching.psd_sketch import factor_eigh, nystrom_factor
 
 
 class NystromSketch:
