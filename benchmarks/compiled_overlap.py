@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fishergeo import _tiles
+from fishergeo.updates import _tiles
 
 RANK, BETA, TAU = 16, 4.0, 0.01
 RESULT = Path(__file__).parent / "results" / "compiled_overlap.json"

@@ -5,14 +5,11 @@ from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
 from fishergeo.block_lanczos import lanczos, lanczos_layers
 from fishergeo.capture import FirstTokens
-from fishergeo.collision import SampledOverlap, geodesic_separation, riemannian_overlap, sampled_riemannian_overlap
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher, FisherHeader
 from fishergeo.grassmann import Grassmann, karcher_mean
-from fishergeo.kronecker_projector import KroneckerMaskProjector, KroneckerProjector
 from fishergeo.leading import leading_eigenpairs
-from fishergeo.lowrank import LowRank
 from fishergeo.noise_edge import (
     gavish_donoho_factor,
     marchenko_pastur_edge,
@@ -33,7 +30,6 @@ from fishergeo.operators import (
     SymmetricOperator,
 )
 from fishergeo.plan import LayerPlan, Plan, plan
-from fishergeo.projector import Complement, Projector, SoftProjector
 from fishergeo.rank import rank_for_energy
 from fishergeo.second_pass import second_pass
 from fishergeo.shards import sketch_shards
@@ -53,14 +49,27 @@ from fishergeo.stability import (
     bootstrap_confidence,
     davis_kahan_bound,
     eigenspace_shift_bound,
-    layer_cosines,
     shard_agreement,
     split_half_agreement,
 )
-from fishergeo.stacked import stacked_congruence, stacked_quadratic
 from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
 from fishergeo.trace_estimators import Estimate, diagonal, trace
+from fishergeo.updates import (
+    Complement,
+    KroneckerMaskProjector,
+    KroneckerProjector,
+    LowRank,
+    Projector,
+    SampledOverlap,
+    SoftProjector,
+    geodesic_separation,
+    layer_cosines,
+    riemannian_overlap,
+    sampled_riemannian_overlap,
+    stacked_congruence,
+    stacked_quadratic,
+)
 
 __version__ = "0.1.0"
 

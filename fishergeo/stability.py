@@ -1,6 +1,6 @@
 """How many dimensions of an estimated subspace are real: perturbation bounds, resampling, agreement across seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -13,10 +13,8 @@ from fishergeo._checks import (
     check_generator,
     check_integer,
     check_number,
-    check_same_kind,
     check_tensor,
 )
-from fishergeo.lowrank import LowRank, as_update, check_finite_update
 from fishergeo.operators import SymmetricOperator
 
 
@@ -340,55 +338,3 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)
     bases = [operator.eigh(m)[1].double().to(operators[0].device) for operator in operators]
     return _summary([_overlaps(u, v) for u, v in combinations(bases, 2)], size, level)
-
-
-def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Cosines between the updates that several runs (seeds, say) made to each layer; of ΔW_A, if that is passed.
-
-    By definition ⟨Δ, Δ'⟩/(‖Δ‖‖Δ'‖) in the Frobenius inner product.
-
-    Args:
-        runs: for every run a mapping from layer name to update, LowRank or dense (p, q) of any floating dtype, all with
-            the same names.
-
-    Returns:
-        For each layer a symmetric tensor (runs, runs) with ones on the diagonal; 0 where an update is zero.
-
-    Raises:
-        TypeError: an update is neither LowRank nor a floating tensor, or dtypes differ.
-        ValueError: no runs, different names, or updates of different shapes or devices, batched, or not finite.
-
-    Examples:
-        >>> runs = [{"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[0.0, 1.0]])}]
-        >>> fg.layer_cosines(runs)["w"].tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
-    if not runs:
-        raise ValueError("runs is empty: at least one mapping of updates is needed")
-    names = set(runs[0])
-    for i, run in enumerate(runs):
-        if set(run) != names:
-            raise ValueError(f"runs[{i}] and runs[0] differ in the layers {sorted(names ^ set(run))}")
-    return {name: _cosines([run[name] for run in runs], name) for name in runs[0]}
-
-
-def _cosines(updates: list, name: str) -> torch.Tensor:
-    checked = [as_update(f"runs[{i}][{name!r}]", update) for i, update in enumerate(updates)]
-    for i, update in enumerate(checked):
-        check_same_kind(f"runs[{i}][{name!r}]", update, f"runs[0][{name!r}]", checked[0])
-        if update.shape != checked[0].shape or update.ndim != 2:
-            raise ValueError(f"runs[{i}][{name!r}] has shape {tuple(update.shape)}, runs[0] {tuple(checked[0].shape)}")
-        check_finite_update(f"runs[{i}][{name!r}]", update)
-    work = torch.promote_types(checked[0].dtype, torch.float32)
-    checked = [x.detach().to(work) for x in checked]
-    norms = torch.stack([x.norm() for x in checked])
-    gram = torch.stack([torch.stack([_inner(x, y) for y in checked]) for x in checked])
-    scale = norms[:, None] * norms
-    cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
-    return torch.where(torch.eye(len(norms), dtype=torch.bool, device=norms.device) & (scale > 0), 1, cosines)
-
-
-def _inner(x: LowRank | torch.Tensor, y: LowRank | torch.Tensor) -> torch.Tensor:
-    if isinstance(x, LowRank):
-        return x.inner(y)
-    return y.inner(x) if isinstance(y, LowRank) else (x * y).sum()

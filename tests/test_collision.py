@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fishergeo as fg
-from fishergeo import _tiles
+from fishergeo.updates import _tiles
 
 METRICS = ["euclidean", "input-gram", "output-gram", "matrix"]
 

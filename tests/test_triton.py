@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fishergeo as fg
-from fishergeo import _overlap, _tiles
+from fishergeo.updates import _overlap, _tiles
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,7 +30,7 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU or not HAS_TRITON, reason="needs a CU
 @pytest.fixture
 def kernels(monkeypatch):
     """The public functions with the kernels in the place of the tiles, whatever the device."""
-    from fishergeo import _triton
+    from fishergeo.updates import _triton
 
     used = []
 
@@ -99,7 +99,7 @@ def check(
 def test_value_and_gradient_are_the_papers_sum_for_any_shape_and_option(
     shape, batch, ranks, numbers, with_weight, reduction, kind
 ):
-    from fishergeo import _triton
+    from fishergeo.updates import _triton
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_overlap, "sweeps", lambda device, dtype, rank=1: _triton)
@@ -166,7 +166,7 @@ def test_sampled_rows_go_through_the_kernels_too(kernels):
 
 @interpreted
 def test_the_probe_accepts_the_kernels_and_notices_a_wrong_result(monkeypatch):
-    from fishergeo import _triton
+    from fishergeo.updates import _triton
 
     _triton.probe(torch.device("cpu"))
     monkeypatch.setattr(_triton, "factored_sweep", lambda *_: (torch.ones(1, 1), [torch.ones(1)] * 4))
@@ -194,7 +194,7 @@ def test_tiles_serve_wherever_the_kernels_do_not(monkeypatch):
 
 def test_kernels_that_cannot_be_imported_are_passed_over_in_silence(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "fishergeo._triton", raising=False)
+    monkeypatch.delitem(sys.modules, "fishergeo.updates._triton", raising=False)
     monkeypatch.delattr(fg, "_triton", raising=False)
     assert _overlap._kernels.__wrapped__(torch.device("cuda")) is None
     assert not [w for w in recwarn if "Triton" in str(w.message)]
@@ -206,7 +206,7 @@ def test_kernels_that_fail_their_probe_are_warned_about_and_passed_over(monkeypa
         def probe(device):
             raise OSError("no C compiler")
 
-    monkeypatch.setitem(sys.modules, "fishergeo._triton", Broken)
+    monkeypatch.setitem(sys.modules, "fishergeo.updates._triton", Broken)
     monkeypatch.setattr(fg, "_triton", Broken, raising=False)
     with pytest.warns(UserWarning, match="tiled way is taken: no C compiler"):
         assert _overlap._kernels.__wrapped__(torch.device("cuda")) is None
@@ -222,7 +222,7 @@ def test_kernels_that_fail_their_probe_are_warned_about_and_passed_over(monkeypa
 @pytest.mark.parametrize("ranks", [(3, 2), (16, 32), (64, 64)])
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_on_a_gpu_the_kernels_are_chosen_and_agree_with_float64(kind, shape, ranks, with_weight):
-    assert _overlap.sweeps(torch.device("cuda"), torch.float32, max(ranks)).__name__ == "fishergeo._triton"
+    assert _overlap.sweeps(torch.device("cuda"), torch.float32, max(ranks)).__name__ == "fishergeo.updates._triton"
     check(shape, ranks, with_weight=with_weight, kind=kind, device="cuda", tol=2e-5)
 
 

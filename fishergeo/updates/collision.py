@@ -22,10 +22,11 @@ from fishergeo._checks import (
     check_symmetric,
     check_tensor,
 )
-from fishergeo._overlap import DenseOverlap, FactoredOverlap
-from fishergeo.lowrank import LowRank, as_update, check_finite_update
+from fishergeo.updates._overlap import DenseOverlap, FactoredOverlap
+from fishergeo.updates.lowrank import LowRank, as_update, check_finite_update
 
 REDUCTIONS = ("sum", "mean")
+
 METRICS = ("input-gram", "output-gram", "euclidean")
 
 

@@ -13,9 +13,13 @@ import torch
 # calls cost little beside it (64K entries measured best of 8K to 256K, r = 8 and 16); on an accelerator large enough to
 # hide the launches.
 CPU_TILE = 1 << 16
+
 DEVICE_TILE = 1 << 20
+
 TILE_COLUMNS = 512
+
 TILES = 6
+
 _ONE = torch.ones(())
 
 

@@ -1,4 +1,4 @@
-"""The coordinate-wise collision term as Triton kernels, with the sweeps of `fishergeo._tiles` and their meaning.
+"""The coordinate-wise collision term as Triton kernels, with the sweeps of `fishergeo.updates._tiles` and their meaning.
 
 A tile of A and T lives in registers: products, term and gradient are one launch, and of the update nothing is ever
 written out. Both kernels run over rows. A program owns a block of rows and a share of the columns, and adds up what
@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 ROWS, COLUMNS = 32, 64
+
 # tl.dot wants inner sizes of at least 16; far beyond 64 the factors' tiles no longer fit beside the accumulators.
 SMALLEST_RANK, LARGEST_RANK = 16, 64
+
 # Programs wanted: a few for each of the hundred-odd multiprocessors of a large GPU.
 PROGRAMS = 512
 
@@ -165,7 +167,7 @@ def _left_sweep(la, ra, lt, rt, base, beta, tau, want_sums, want_a, want_t):
 def factored_sweep(
     factors: Sequence[torch.Tensor], base: torch.Tensor | None, beta: float, tau: float, needs: Sequence[bool]
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """As `fishergeo._tiles.factored_sweep`, for float32 factors of rank 1 to `LARGEST_RANK`."""
+    """As `fishergeo.updates._tiles.factored_sweep`, for float32 factors of rank 1 to `LARGEST_RANK`."""
     la, ra, lt, rt = factors
     sums, grad_la, grad_lt = _left_sweep(la, ra, lt, rt, base, beta, tau, True, needs[0], needs[2])
     grad_ra = grad_rt = None
@@ -195,7 +197,7 @@ def _dense_sweep(part, rest, base, scale, beta, tau, want_sums, want_a, want_t):
 def dense_sums(
     part: torch.Tensor, rest: torch.Tensor, base: torch.Tensor | None, beta: float, tau: float
 ) -> torch.Tensor:
-    """As `fishergeo._tiles.dense_sums`, for float32 and narrower; always float32."""
+    """As `fishergeo.updates._tiles.dense_sums`, for float32 and narrower; always float32."""
     return _dense_sweep(part, rest, base, None, beta, tau, True, False, False)[0].sum(0)
 
 
@@ -208,7 +210,7 @@ def dense_gradients(
     tau: float,
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """As `fishergeo._tiles.dense_gradients`, for float32 and narrower."""
+    """As `fishergeo.updates._tiles.dense_gradients`, for float32 and narrower."""
     return _dense_sweep(part, rest, base, scale.contiguous(), beta, tau, False, *needs)[1]
 
 

@@ -1,10 +1,18 @@
 """Matrices known by two thin factors, and the algebra that never multiplies them out."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fishergeo._checks import FLOAT_DTYPES, check_broadcast, check_finite, check_integer, check_same_kind, check_tensor
+from fishergeo._checks import (
+    FLOAT_DTYPES,
+    check_broadcast,
+    check_finite,
+    check_integer,
+    check_same_kind,
+    check_tensor,
+)
 
 
 def _check_factor(name: str, factor: object) -> torch.Tensor:
@@ -346,3 +354,55 @@ def check_finite_update(name: str, update: LowRank | torch.Tensor) -> None:
     """
     for matrix in (update.left, update.right) if isinstance(update, LowRank) else (update,):
         check_finite(name, matrix)
+
+
+def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Cosines between the updates that several runs (seeds, say) made to each layer; of ΔW_A, if that is passed.
+
+    By definition ⟨Δ, Δ'⟩/(‖Δ‖‖Δ'‖) in the Frobenius inner product.
+
+    Args:
+        runs: for every run a mapping from layer name to update, LowRank or dense (p, q) of any floating dtype, all with
+            the same names.
+
+    Returns:
+        For each layer a symmetric tensor (runs, runs) with ones on the diagonal; 0 where an update is zero.
+
+    Raises:
+        TypeError: an update is neither LowRank nor a floating tensor, or dtypes differ.
+        ValueError: no runs, different names, or updates of different shapes or devices, batched, or not finite.
+
+    Examples:
+        >>> runs = [{"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[0.0, 1.0]])}]
+        >>> fg.layer_cosines(runs)["w"].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    if not runs:
+        raise ValueError("runs is empty: at least one mapping of updates is needed")
+    names = set(runs[0])
+    for i, run in enumerate(runs):
+        if set(run) != names:
+            raise ValueError(f"runs[{i}] and runs[0] differ in the layers {sorted(names ^ set(run))}")
+    return {name: _cosines([run[name] for run in runs], name) for name in runs[0]}
+
+
+def _cosines(updates: list, name: str) -> torch.Tensor:
+    checked = [as_update(f"runs[{i}][{name!r}]", update) for i, update in enumerate(updates)]
+    for i, update in enumerate(checked):
+        check_same_kind(f"runs[{i}][{name!r}]", update, f"runs[0][{name!r}]", checked[0])
+        if update.shape != checked[0].shape or update.ndim != 2:
+            raise ValueError(f"runs[{i}][{name!r}] has shape {tuple(update.shape)}, runs[0] {tuple(checked[0].shape)}")
+        check_finite_update(f"runs[{i}][{name!r}]", update)
+    work = torch.promote_types(checked[0].dtype, torch.float32)
+    checked = [x.detach().to(work) for x in checked]
+    norms = torch.stack([x.norm() for x in checked])
+    gram = torch.stack([torch.stack([_inner(x, y) for y in checked]) for x in checked])
+    scale = norms[:, None] * norms
+    cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
+    return torch.where(torch.eye(len(norms), dtype=torch.bool, device=norms.device) & (scale > 0), 1, cosines)
+
+
+def _inner(x: LowRank | torch.Tensor, y: LowRank | torch.Tensor) -> torch.Tensor:
+    if isinstance(x, LowRank):
+        return x.inner(y)
+    return y.inner(x) if isinstance(y, LowRank) else (x * y).sum()

@@ -15,8 +15,8 @@ from fishergeo._checks import (
     check_same_kind,
     check_tensor,
 )
-from fishergeo.lowrank import LowRank, as_update
-from fishergeo.projector import SubspaceMap
+from fishergeo.updates.lowrank import LowRank, as_update
+from fishergeo.updates.projectors import SubspaceMap
 
 
 def _check_update(delta: object, output_basis: torch.Tensor, input_basis: torch.Tensor) -> LowRank | torch.Tensor:

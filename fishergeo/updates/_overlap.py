@@ -11,15 +11,15 @@ from types import ModuleType
 
 import torch
 
-from fishergeo import _tiles
 from fishergeo._checks import refuse_second_order
+from fishergeo.updates import _tiles
 
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels if they run on this device, which takes triton, a driver and a C compiler; else None."""
     try:
-        from fishergeo import _triton
+        from fishergeo.updates import _triton
     except ImportError:
         return None
     try:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fishergeo._checks import check_tensor
-from fishergeo.lowrank import LowRank
 from fishergeo.operators import KroneckerOperator, SpectralKroneckerOperator, SpectralOperator, SymmetricOperator
+from fishergeo.updates.lowrank import LowRank
 
 
 class _Congruence(torch.autograd.Function):

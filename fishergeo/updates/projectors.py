@@ -19,7 +19,7 @@ from fishergeo._checks import (
     check_same_kind,
     check_tensor,
 )
-from fishergeo.lowrank import LowRank, as_update
+from fishergeo.updates.lowrank import LowRank, as_update
 
 SIDES = ("output", "input")
 
