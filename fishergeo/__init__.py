@@ -2,13 +2,30 @@
 
 from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
-from fishergeo.angles import principal_angles, subspace_distance, subspace_overlap
 from fishergeo.block_lanczos import lanczos, lanczos_layers
 from fishergeo.capture import FirstTokens
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher, FisherHeader
-from fishergeo.grassmann import Grassmann, karcher_mean
+from fishergeo.geometry import (
+    Agreement,
+    Confidence,
+    Grassmann,
+    affine_invariant_distance,
+    bootstrap_agreement,
+    bootstrap_confidence,
+    bures_wasserstein_distance,
+    davis_kahan_bound,
+    eigenspace_shift_bound,
+    fisher_rao_distance,
+    karcher_mean,
+    log_euclidean_distance,
+    principal_angles,
+    shard_agreement,
+    split_half_agreement,
+    subspace_distance,
+    subspace_overlap,
+)
 from fishergeo.leading import leading_eigenpairs
 from fishergeo.noise_edge import (
     gavish_donoho_factor,
@@ -34,24 +51,8 @@ from fishergeo.rank import rank_for_energy
 from fishergeo.second_pass import second_pass
 from fishergeo.shards import sketch_shards
 from fishergeo.sketching import ErrorEstimate, FrequentDirections, NystromSketch, SketchOperator, nystrom
-from fishergeo.spd import (
-    affine_invariant_distance,
-    bures_wasserstein_distance,
-    fisher_rao_distance,
-    log_euclidean_distance,
-)
 from fishergeo.spectral_density import SpectralDensity, effective_dimension, spectral_density
 from fishergeo.spectrum import ConvergenceError, ConvergenceWarning, Spectrum
-from fishergeo.stability import (
-    Agreement,
-    Confidence,
-    bootstrap_agreement,
-    bootstrap_confidence,
-    davis_kahan_bound,
-    eigenspace_shift_bound,
-    shard_agreement,
-    split_half_agreement,
-)
 from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
 from fishergeo.trace_estimators import Estimate, diagonal, trace

@@ -13,7 +13,7 @@ from fishergeo._checks import (
     check_tensor,
     refuse_second_order,
 )
-from fishergeo.angles import angles_between
+from fishergeo.geometry.angles import angles_between
 
 
 def _cos_and_sinc(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
