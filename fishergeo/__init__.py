@@ -2,7 +2,6 @@
 
 from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
-from fishergeo.block_lanczos import lanczos, lanczos_layers
 from fishergeo.capture import FirstTokens
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
@@ -26,14 +25,6 @@ from fishergeo.geometry import (
     subspace_distance,
     subspace_overlap,
 )
-from fishergeo.leading import leading_eigenpairs
-from fishergeo.noise_edge import (
-    gavish_donoho_factor,
-    marchenko_pastur_edge,
-    rank_by_gavish_donoho,
-    rank_by_noise_edge,
-    rank_by_sign_flips,
-)
 from fishergeo.operators import (
     DenseOperator,
     DiagonalOperator,
@@ -47,15 +38,31 @@ from fishergeo.operators import (
     SymmetricOperator,
 )
 from fishergeo.plan import LayerPlan, Plan, plan
-from fishergeo.rank import rank_for_energy
-from fishergeo.second_pass import second_pass
 from fishergeo.shards import sketch_shards
 from fishergeo.sketching import ErrorEstimate, FrequentDirections, NystromSketch, SketchOperator, nystrom
-from fishergeo.spectral_density import SpectralDensity, effective_dimension, spectral_density
-from fishergeo.spectrum import ConvergenceError, ConvergenceWarning, Spectrum
+from fishergeo.spectral import (
+    ConvergenceError,
+    ConvergenceWarning,
+    Estimate,
+    SpectralDensity,
+    Spectrum,
+    diagonal,
+    effective_dimension,
+    gavish_donoho_factor,
+    lanczos,
+    lanczos_layers,
+    leading_eigenpairs,
+    marchenko_pastur_edge,
+    rank_by_gavish_donoho,
+    rank_by_noise_edge,
+    rank_by_sign_flips,
+    rank_for_energy,
+    second_pass,
+    spectral_density,
+    trace,
+)
 from fishergeo.streaming import StreamingFisher
 from fishergeo.structures import Structure
-from fishergeo.trace_estimators import Estimate, diagonal, trace
 from fishergeo.updates import (
     Complement,
     KroneckerMaskProjector,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fishergeo as fg
-from fishergeo import leading
+from fishergeo.spectral import leading
 
 
 def curvature(size, values, seed=0, dtype=torch.float64):

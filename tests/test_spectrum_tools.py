@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from spectrum_cases import matrices, spectrum, with_spectrum
 
 import fishergeo as fg
-from fishergeo.noise_edge import marchenko_pastur_median
+from fishergeo.spectral.rank import marchenko_pastur_median
 
 METHODS = ("xtrace", "hutch++", "hutchinson")
 

@@ -5,8 +5,6 @@ from fishergeo.geometry.agreement import (
     Confidence,
     bootstrap_agreement,
     bootstrap_confidence,
-    davis_kahan_bound,
-    eigenspace_shift_bound,
     shard_agreement,
     split_half_agreement,
 )
@@ -18,6 +16,7 @@ from fishergeo.geometry.spd import (
     fisher_rao_distance,
     log_euclidean_distance,
 )
+from fishergeo.spectral import davis_kahan_bound, eigenspace_shift_bound
 
 __all__ = [
     "Agreement",

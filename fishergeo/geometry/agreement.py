@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from fishergeo._checks import (
-    check_descending,
     check_finite,
     check_generator,
     check_integer,
@@ -16,60 +15,6 @@ from fishergeo._checks import (
     check_tensor,
 )
 from fishergeo.operators import SymmetricOperator
-
-
-def davis_kahan_bound(residual: float, gap: float) -> float:
-    """Bound on the sine of the largest angle between computed and true eigenspace: min(1, ‖R‖/gap).
-
-    The sin Θ theorem (Davis and Kahan 1970) for R = A·U − U·Ritz of an orthonormal U: the Ritz values lie in an
-    interval, and every other eigenvalue of A is at least `gap` away from it.
-
-    Args:
-        residual: spectral norm ‖R‖, not negative; the Frobenius norm, which is larger, will do.
-        gap: distance from the Ritz values to the rest of the spectrum, not negative; 0 bounds nothing.
-
-    Returns:
-        The bound in [0, 1].
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: negative or not finite.
-
-    Examples:
-        >>> fg.davis_kahan_bound(0.1, gap=0.5)
-        0.2
-    """
-    residual, gap = check_number("residual", residual, low=0), check_number("gap", gap, low=0)
-    return 1.0 if residual >= gap else residual / gap
-
-
-def eigenspace_shift_bound(values: torch.Tensor, m: int, perturbation: float) -> float:
-    """Bound on ‖sin Θ‖_F between the top-m eigenspaces of A and A + E: min(√m, 2√m·‖E‖/(λ_m − λ_{m+1})).
-
-    The variant of Yu, Wang and Samworth (2015, thm. 2), which needs the gap of one of the two matrices only, as an
-    estimate has it.
-
-    Args:
-        values: eigenvalues of A, (k,), descending, at least m + 1 of them.
-        m: dimension of the eigenspace, at least 1.
-        perturbation: spectral norm ‖E‖, not negative.
-
-    Returns:
-        The bound in [0, √m].
-
-    Raises:
-        TypeError: `values` is not a floating tensor, or another argument has the wrong type.
-        ValueError: values that are not descending, or arguments out of range.
-
-    Examples:
-        >>> round(fg.eigenspace_shift_bound(torch.tensor([5.0, 1.0]), m=1, perturbation=0.2), 4)
-        0.1
-    """
-    values = check_descending("values", values)
-    m = check_integer("m", m, low=1, high=len(values) - 1)
-    shift = 2 * check_number("perturbation", perturbation, low=0)
-    gap = float(values[m - 1] - values[m])
-    return m**0.5 * (1.0 if shift >= gap else shift / gap)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from fishergeo.operators.base import (
     checked_rank,
     fix_signs,
 )
-from fishergeo.operators.black_box import BlackBox, EachOperator, LayerProducts, black_box
 from fishergeo.operators.diagonal import DiagonalOperator
 from fishergeo.operators.exact import ExactOperator
 from fishergeo.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SpectralKroneckerOperator
+from fishergeo.operators.matrix_free import BlackBox, EachOperator, LayerProducts, black_box
 from fishergeo.operators.spectral import SpectralOperator
 
 __all__ = [

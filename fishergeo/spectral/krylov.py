@@ -10,15 +10,73 @@ the next block. Converged pairs stay in the basis at every restart (soft locking
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fishergeo import _storage
 from fishergeo._linalg import directions, orthonormalise
-from fishergeo.krylov_plan import Plan
 from fishergeo.operators import fix_signs
-from fishergeo.spectrum import Spectrum
+from fishergeo.spectral.spectrum import Spectrum
+
+WHICH = ("largest", "smallest", "magnitude")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is asked for.
+
+    Attributes:
+        k: pairs.
+        block: columns of a product.
+        basis: most columns kept.
+        tol: a pair has converged when ‖A v − θ v‖ ≤ tol·|θ|, or is at rounding level.
+        which: end of the spectrum.
+        energy: share of the trace at which to stop, or None.
+        trace: gives the trace, where ``energy`` is set.
+        max_passes: products allowed, those of the check included.
+        recheck: multiply the final vectors once more.
+        seed: of random directions.
+    """
+
+    k: int
+    block: int
+    basis: int
+    tol: float
+    which: str
+    energy: float | None
+    trace: Callable[[], float] | None
+    max_passes: int
+    recheck: bool
+    seed: int
+
+    def key(self, values: Tensor) -> Tensor:
+        """What the wanted values have least of, (m,)."""
+        return {"largest": -values, "smallest": values, "magnitude": -values.abs()}[self.which]
+
+    def kept(self, key: Tensor, needed: int, norm: float) -> int:
+        """How many Ritz vectors a restart keeps, so that convergence is fastest (Yamazaki et al. 2010).
+
+        With m columns for further block steps of width b, errors fall like exp(−2·(m/b)·√γ), γ the gap from the last
+        wanted value to the first that is dropped, relative to the rest of the spectrum. So a cluster is kept whole.
+
+        Args:
+            key: of all Ritz values, ascending.
+            needed: columns that are to join at once.
+            norm: of the operator.
+
+        Returns:
+            From k to what fits.
+        """
+        first, most = min(self.k, len(key)), min(self.basis - needed, len(key) - 1)
+        counts = torch.arange(first, most + 1)
+        gap = (key[counts] - key[first - 1]) / (key[-1] - key[counts]).clamp_min(1e-6 * norm)
+        return int(counts[((self.basis - counts) * gap.sqrt()).argmax()])
+
 
 REFRESHES = 3
 
@@ -277,3 +335,79 @@ class KrylovRun:
         self.tensors["found"] = norms
         self.tensors["pending"] = self.tensors["partial"] = self.tensors["basis"][:, :0].contiguous()
         self.numbers["phase"] = "done"
+
+
+STATE = ("basis", "image", "pending", "partial", "projected", "values", "rotation", "found")
+
+
+def _described(run: KrylovRun) -> dict[str, Any]:
+    plan = run.plan
+    return {
+        "size": run.size, "k": plan.k, "block": plan.block, "basis": plan.basis, "tol": plan.tol, "which": plan.which,
+        "energy": plan.energy, "recheck": plan.recheck, "seed": plan.seed,
+        "dtype": str(run.tensors["basis"].dtype),
+    }  # fmt: skip
+
+
+def write_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
+    """Writes the state of all runs, atomically.
+
+    Args:
+        path: the file.
+        runs: layer -> run.
+    """
+    tensors = {f"{name}|{key}": run.tensors[key] for name, run in runs.items() for key in STATE}
+    header = {name: {"plan": _described(run), "numbers": run.numbers} for name, run in runs.items()}
+    _storage.write(path, tensors, {"lanczos": header})
+
+
+def read_checkpoint(path: Path, runs: Mapping[str, KrylovRun]) -> None:
+    """Sets runs to a state that :func:`write_checkpoint` wrote.
+
+    Args:
+        path: the file.
+        runs: layer -> run, freshly made with the same settings.
+
+    Raises:
+        ValueError: if the file is damaged, or of a run with other layers, sizes or settings.
+    """
+    file = _storage.TensorFile(path)
+    header = file.header.get("lanczos")
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a checkpoint of lanczos")
+    if set(header) != set(runs):
+        raise ValueError(f"{path}: a checkpoint of the layers {sorted(header)}, not of {sorted(runs)}")
+    tensors = {f"{name}|{key}": file.tensor(f"{name}|{key}", "cpu") for name in runs for key in STATE}
+    for name, run in runs.items():
+        try:
+            saved, numbers = header[name]["plan"], header[name]["numbers"]
+            differing = [key for key, value in _described(run).items() if saved[key] != value]
+            complete = set(numbers) == set(run.numbers)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged checkpoint ({error})") from error
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"{path}: a checkpoint of another run, with {key}={saved[key]!r} and not {_described(run)[key]!r}; "
+                "delete the file or pass another"
+            )
+        if not complete:
+            raise ValueError(f"{path}: damaged checkpoint (its counters are {sorted(numbers)})")
+        _check_shapes(path, {key: tensors[f"{name}|{key}"] for key in STATE}, run.size)
+        for key in STATE:
+            # clone: memory of our own alignment, or the products' rounding could differ from that of an unbroken run.
+            run.tensors[key] = tensors[f"{name}|{key}"].clone().to(run.tensors[key].device)
+        run.numbers = dict(numbers)
+        run.reopen()
+
+
+def _check_shapes(path: Path, state: Mapping[str, Tensor], size: int) -> None:
+    kept, done = state["values"].numel(), state["partial"].shape[-1]
+    expected = {
+        "basis": (size, kept), "image": (size, kept), "projected": (kept, kept), "values": (kept,),
+        "rotation": (kept, kept), "partial": (size, done),
+    }  # fmt: skip
+    wrong = [key for key, shape in expected.items() if tuple(state[key].shape) != shape]
+    if wrong or state["pending"].ndim != 2 or len(state["pending"]) != size or state["pending"].shape[1] < done:
+        key = wrong[0] if wrong else "pending"
+        raise ValueError(f"{path}: damaged checkpoint ({key} has shape {tuple(state[key].shape)})")

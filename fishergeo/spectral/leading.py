@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_integer, check_number, check_tensor
-from fishergeo.rank import rank_for_energy
+from fishergeo.spectral.rank import rank_for_energy
 
 BLOCK = 16  # and a 64th of the matrix, if that is more
+
 SMALLEST = 512  # below this LAPACK finds every pair in the time that a few steps take
+
 SETTLED = 1000  # a pair has settled when its residual is this many eps of the largest eigenvalue
 
 

@@ -18,6 +18,7 @@ from fishergeo._linalg import directions
 from fishergeo.operators import BlackBox, black_box
 
 TRACE_METHODS = ("xtrace", "hutch++", "hutchinson")
+
 DIAGONAL_METHODS = ("xdiag", "hutchinson")
 
 

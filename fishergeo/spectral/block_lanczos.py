@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_choice, check_finite, check_integer, check_number, check_tensor
-from fishergeo.krylov import KrylovRun
-from fishergeo.krylov_checkpoint import read_checkpoint, write_checkpoint
-from fishergeo.krylov_plan import WHICH, Plan
 from fishergeo.operators import BlackBox, EachOperator, LayerProducts, SymmetricOperator, black_box
-from fishergeo.spectrum import Spectrum, enforce
+from fishergeo.spectral.krylov import WHICH, KrylovRun, Plan, read_checkpoint, write_checkpoint
+from fishergeo.spectral.spectrum import Spectrum, enforce
 
 
 def lanczos(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import directions
 from fishergeo.operators import BlackBox, SymmetricOperator, black_box
-from fishergeo.trace_estimators import Estimate
+from fishergeo.spectral.traces import Estimate
 
 
 @dataclass(frozen=True)

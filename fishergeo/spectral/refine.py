@@ -12,7 +12,7 @@ from fishergeo._linalg import orthonormalise
 from fishergeo.operators import LayerProducts, SpectralOperator, SymmetricOperator
 from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.sketching import factor_eigh, nystrom_factor
-from fishergeo.spectrum import Spectrum
+from fishergeo.spectral.spectrum import Spectrum
 
 
 def second_pass(
