@@ -2,6 +2,7 @@
 
 from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
+from fishergeo.accumulators import Structure
 from fishergeo.capture import FirstTokens
 from fishergeo.distributed import all_reduce
 from fishergeo.estimate import estimate_fisher
@@ -62,7 +63,6 @@ from fishergeo.spectral import (
     trace,
 )
 from fishergeo.streaming import StreamingFisher
-from fishergeo.structures import Structure
 from fishergeo.updates import (
     Complement,
     KroneckerMaskProjector,

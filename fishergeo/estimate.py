@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo._checks import check_choice
-from fishergeo.accumulators import Accumulator, Layout
+from fishergeo.accumulators import (
+    ACCUMULATORS,
+    UNITS,
+    Accumulator,
+    EkfacAccumulator,
+    KfacAccumulator,
+    Layout,
+    Structure,
+    Structures,
+    named_structures,
+)
 from fishergeo.capture import (
     KINDS,
     REDUCTIONS,
@@ -25,8 +35,6 @@ from fishergeo.capture import (
 )
 from fishergeo.checkpoint import Checkpoint
 from fishergeo.fisher import Fisher, FisherHeader
-from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
-from fishergeo.structures import ACCUMULATORS, UNITS, Structure, Structures, named_structures
 from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
 
 _HIDDEN = "basis of "

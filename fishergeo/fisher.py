@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from fishergeo import _storage
 from fishergeo._checks import check_choice
-from fishergeo.accumulators import Accumulator, Layout, Made
+from fishergeo.accumulators import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS, Accumulator, Layout, Made
 from fishergeo.capture import KINDS, REDUCTIONS, check_model, header_fields
 from fishergeo.operators import SymmetricOperator
-from fishergeo.structures import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fishergeo.accumulators import Accumulator
+from fishergeo.accumulators import Accumulator, Structure
 from fishergeo.calibration import foretold, lengths, plain_pass
 from fishergeo.capture import LayerFilter, LossFunction, select_layers
 from fishergeo.dryrun import DryRun, walk
 from fishergeo.estimate import estimate_fisher
 from fishergeo.fisher import Fisher
 from fishergeo.plan_parts import calibrated, leading, parts_of
-from fishergeo.structures import Structure
 
 SKETCHED = ("sketch", "kfac-sketch")
 _UNITS = ("B", "kB", "MB", "GB", "TB")

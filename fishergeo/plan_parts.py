@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from fishergeo.accumulators import Structure
 from fishergeo.calibration import foretold
 from fishergeo.estimate import estimate_fisher
-from fishergeo.structures import Structure
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo._checks import check_choice, check_integer
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators import SIDES, Accumulator, Layout, Shared, SketchAccumulator
 from fishergeo.capture import KINDS, LayerFilter, LossFunction, Record, select_layers
 from fishergeo.operators import SymmetricOperator
-from fishergeo.sketch_accumulator import SketchAccumulator
-from fishergeo.structures import SIDES
 from fishergeo.sweep import DataOptions, Sweep
 
 

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo._checks import check_choice
-from fishergeo.accumulators import Accumulator, Layout
+from fishergeo.accumulators import UNITS, Accumulator, DiagonalAccumulator, Layout, ProductAccumulator
 from fishergeo.capture import KINDS, REDUCTIONS, LayerFilter, LossFunction, WeightSource, select_layers
-from fishergeo.moment_accumulators import DiagonalAccumulator
 from fishergeo.operators import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank
-from fishergeo.products import ProductAccumulator
-from fishergeo.structures import UNITS
 from fishergeo.sweep import DataOptions, Sweep
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators import ACCUMULATORS, Accumulator, EkfacAccumulator, KfacAccumulator, Layout, Shared
 from fishergeo.capture import (
     Capture,
     Layer,
@@ -26,8 +26,6 @@ from fishergeo.capture import (
     take_weights,
     to_device,
 )
-from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
-from fishergeo.structures import ACCUMULATORS
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fishergeo as fg
 from fishergeo._linalg import orthonormalise
-from fishergeo.accumulators import Layout, Shared
+from fishergeo.accumulators.base import Layout, Shared
+from fishergeo.accumulators.kronecker import EkfacAccumulator
 from fishergeo.capture.records import Record
-from fishergeo.kronecker_accumulators import EkfacAccumulator
 
 EXAMPLES = make_examples([4, 6, 5, 3, 6])
 EVERY = ["gram", "sketch", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]

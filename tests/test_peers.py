@@ -9,7 +9,7 @@ import torch
 from test_fisher_oracle import assert_close, collate, make_examples, tiny_llama
 
 import fishergeo as fg
-from fishergeo.structures import STRUCTURES
+from fishergeo.accumulators.structures import STRUCTURES
 
 curvlinops = pytest.importorskip("curvlinops")
 

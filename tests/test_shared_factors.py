@@ -15,9 +15,9 @@ from alignguard.config import GuardConfig
 from alignguard.curvature import contiguous
 from alignguard.guard import Guard
 from fishergeo._linalg import mirrored
-from fishergeo.accumulators import Shared
+from fishergeo.accumulators.base import Shared
+from fishergeo.accumulators.kronecker import KfacAccumulator
 from fishergeo.capture.records import Record
-from fishergeo.kronecker_accumulators import KfacAccumulator
 
 EXAMPLES = make_examples([5, 9, 7, 4])
 GROUPS = [

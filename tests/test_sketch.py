@@ -8,7 +8,7 @@ from test_fisher_oracle import NAMES, assert_close, collate, make_examples, tiny
 
 import fishergeo as fg
 from fishergeo._linalg import add_gram_, mirrored
-from fishergeo.sketch_accumulator import kernels_trace
+from fishergeo.accumulators.sketch import kernels_trace
 from fishergeo.sketching.psd_sketch import PsdSketch, compress, factor_eigh, nystrom_factor, probe_matrix
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fishergeo as fg
-from fishergeo.products import gram_product, gram_trace
+from fishergeo.accumulators.products import gram_product, gram_trace
 
 NAMES = ("first", "second")
 LENGTHS = (5, 3, 6, 4, 6, 2, 5, 4)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fishergeo._checks import check_integer
 from fishergeo._linalg import orthonormalise
+from fishergeo.accumulators import SketchAccumulator
 from fishergeo.operators import LayerProducts, SpectralOperator, SymmetricOperator
-from fishergeo.sketch_accumulator import SketchAccumulator
 from fishergeo.sketching import factor_eigh, nystrom_factor
 from fishergeo.spectral.spectrum import Spectrum
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Shared
 from fishergeo.capture import Record
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fishergeo._linalg import add_gram_, add_product_, mirrored
-from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
 from fishergeo.operators import DenseOperator, DiagonalOperator, SymmetricOperator
 

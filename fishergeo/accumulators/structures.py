@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fishergeo._checks import check_choice
-from fishergeo.accumulators import Accumulator
-from fishergeo.exact_accumulator import ExactAccumulator
-from fishergeo.kronecker_accumulators import EkfacAccumulator, KfacAccumulator
-from fishergeo.kronecker_sketch import KfacSketchAccumulator
-from fishergeo.moment_accumulators import DiagonalAccumulator, GramAccumulator
-from fishergeo.sketch_accumulator import SketchAccumulator
+from fishergeo.accumulators.base import Accumulator
+from fishergeo.accumulators.exact import ExactAccumulator
+from fishergeo.accumulators.kronecker import EkfacAccumulator, KfacAccumulator, KfacSketchAccumulator
+from fishergeo.accumulators.moments import DiagonalAccumulator, GramAccumulator
+from fishergeo.accumulators.sketch import SketchAccumulator
 
 ACCUMULATORS: dict[str, type[Accumulator]] = {
     "sketch": SketchAccumulator,
@@ -22,9 +21,13 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
     "ekfac": EkfacAccumulator,
     "exact": ExactAccumulator,
 }
+
 STRUCTURES = tuple(ACCUMULATORS)
+
 UNITS = ("sequence", "token")
+
 SIDES = ("output", "input")
+
 SHARINGS = ("expand", "reduce")
 
 

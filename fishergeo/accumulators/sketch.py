@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
 from fishergeo.operators import SymmetricOperator
 from fishergeo.sketching import PsdSketch, SketchOperator, compress, factor_eigh, probe_matrix

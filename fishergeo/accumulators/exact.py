@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
 from fishergeo.capture import Record
 from fishergeo.operators import ExactOperator, SymmetricOperator
 
