@@ -4,9 +4,7 @@ from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
 
 from fishergeo.accumulators import Structure
 from fishergeo.capture import FirstTokens
-from fishergeo.distributed import all_reduce
-from fishergeo.estimate import estimate_fisher
-from fishergeo.fisher import Fisher, FisherHeader
+from fishergeo.estimation import Fisher, FisherHeader, StreamingFisher, all_reduce, estimate_fisher, sketch_shards
 from fishergeo.geometry import (
     Agreement,
     Confidence,
@@ -39,7 +37,6 @@ from fishergeo.operators import (
     SymmetricOperator,
 )
 from fishergeo.plan import LayerPlan, Plan, plan
-from fishergeo.shards import sketch_shards
 from fishergeo.sketching import ErrorEstimate, FrequentDirections, NystromSketch, SketchOperator, nystrom
 from fishergeo.spectral import (
     ConvergenceError,
@@ -62,7 +59,6 @@ from fishergeo.spectral import (
     spectral_density,
     trace,
 )
-from fishergeo.streaming import StreamingFisher
 from fishergeo.updates import (
     Complement,
     KroneckerMaskProjector,

@@ -14,8 +14,7 @@ from fishergeo.accumulators import Accumulator, Structure
 from fishergeo.calibration import foretold, lengths, plain_pass
 from fishergeo.capture import LayerFilter, LossFunction, select_layers
 from fishergeo.dryrun import DryRun, walk
-from fishergeo.estimate import estimate_fisher
-from fishergeo.fisher import Fisher
+from fishergeo.estimation import Fisher, estimate_fisher
 from fishergeo.plan_parts import calibrated, leading, parts_of
 
 SKETCHED = ("sketch", "kfac-sketch")

@@ -10,7 +10,7 @@ from torch import nn
 
 from fishergeo.accumulators import Structure
 from fishergeo.calibration import foretold
-from fishergeo.estimate import estimate_fisher
+from fishergeo.estimation import estimate_fisher
 
 
 @dataclass(frozen=True)

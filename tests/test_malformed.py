@@ -393,7 +393,7 @@ def test_malformed_fisher_files(trial, tmp_path):
     from safetensors import safe_open
 
     from fishergeo import _storage
-    from fishergeo.fisher import FisherHeader
+    from fishergeo.estimation.fisher import FisherHeader
 
     with safe_open(whole, "pt") as file:
         metadata = file.metadata()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fishergeo.accumulators import Accumulator
-from fishergeo.fisher import Fisher, FisherHeader, from_sums
+from fishergeo.estimation.fisher import Fisher, FisherHeader, from_sums
 
 _FREE = {"examples", "tokens", "seed"}
 

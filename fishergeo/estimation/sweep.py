@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fishergeo import _storage
 from fishergeo.accumulators import ACCUMULATORS, Accumulator, EkfacAccumulator, KfacAccumulator, Layout, Shared
 from fishergeo.capture import (
     Capture,
@@ -262,3 +265,61 @@ def _kind(group: Mapping[str, Accumulator]) -> str:
 def _total(tensor: Tensor) -> Tensor:
     """A sum that is finite if, and barring overflow only if, every entry is."""
     return tensor.detach().sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
+
+
+class Checkpoint:
+    """One safetensors file, replaced whole every so many batches.
+
+    Args:
+        path: of the file.
+        every: batches between two writes, at least 1.
+        identity: JSON-able facts that must be the same when the estimate goes on.
+
+    Raises:
+        ValueError: if ``every`` is less than 1.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], every: int, identity: Mapping[str, Any]) -> None:
+        if every < 1:
+            raise ValueError(f"checkpoint_every={every} must be at least 1")
+        self.path = Path(path)
+        self.every = every
+        self.identity = dict(identity)
+
+    def save(self, sweeps: list[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
+        """Writes the states of all sweeps begun so far."""
+        tensors = {f"{i}|{key}": tensor for i, (_, state) in enumerate(sweeps) for key, tensor in state.items()}
+        header = {"unfinished": self.identity, "sweeps": [facts for facts, _ in sweeps], "keys": list(tensors)}
+        _storage.write(self.path, tensors, header)
+
+    def load(self, device: torch.device) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """The states that were saved; nothing if there is no file.
+
+        Raises:
+            ValueError: if the file is damaged, or of another estimate than this one.
+        """
+        if not self.path.is_file():
+            return []
+        file = _storage.TensorFile(self.path)
+        header = file.header
+        try:
+            found: dict[str, Any] = header["unfinished"]
+            sweeps: list[dict[str, Any]] = header["sweeps"]
+            keys: list[str] = header["keys"]
+        except KeyError as error:
+            raise ValueError(f"{self.path}: not the checkpoint of an estimate (no {error})") from error
+        for key, mine in self.identity.items():
+            if found.get(key) != mine:
+                raise ValueError(
+                    f"{self.path}: the checkpoint is of another estimate: {key} is {found.get(key)!r} there and "
+                    f"{mine!r} here; delete it to start anew, or name another file"
+                )
+        states: list[dict[str, Tensor]] = [{} for _ in sweeps]
+        for key in keys:
+            stage, _, rest = key.partition("|")
+            states[int(stage)][rest] = file.tensor(key, device)
+        return list(zip(sweeps, states, strict=True))
+
+    def remove(self) -> None:
+        """Deletes the file: the estimate is whole."""
+        self.path.unlink(missing_ok=True)

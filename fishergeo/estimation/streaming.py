@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import UNITS, Accumulator, DiagonalAccumulator, Layout, ProductAccumulator
 from fishergeo.capture import KINDS, REDUCTIONS, LayerFilter, LossFunction, WeightSource, select_layers
+from fishergeo.estimation.sweep import DataOptions, Sweep
 from fishergeo.operators import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank
-from fishergeo.sweep import DataOptions, Sweep
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 

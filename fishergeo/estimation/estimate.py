@@ -33,9 +33,8 @@ from fishergeo.capture import (
     fingerprint,
     select_layers,
 )
-from fishergeo.checkpoint import Checkpoint
-from fishergeo.fisher import Fisher, FisherHeader
-from fishergeo.sweep import DataOptions, Sweep, in_eigenbases
+from fishergeo.estimation.fisher import Fisher, FisherHeader
+from fishergeo.estimation.sweep import Checkpoint, DataOptions, Sweep, in_eigenbases
 
 _HIDDEN = "basis of "
 
@@ -44,6 +43,8 @@ _HIDDEN = "basis of "
 def estimate_fisher(
     model: nn.Module, batches: Iterable[Any], structure: str | Structure = ..., *arguments: Any, **options: Any
 ) -> Fisher: ...
+
+
 @overload
 def estimate_fisher(
     model: nn.Module,
@@ -52,6 +53,8 @@ def estimate_fisher(
     *arguments: Any,
     **options: Any,
 ) -> dict[str, Fisher]: ...
+
+
 def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure alone and leave the rest to this one
     model: nn.Module,
     batches: Iterable[Any],

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fishergeo._checks import check_choice, check_integer
 from fishergeo.accumulators import SIDES, Accumulator, Layout, Shared, SketchAccumulator
 from fishergeo.capture import KINDS, LayerFilter, LossFunction, Record, select_layers
+from fishergeo.estimation.sweep import DataOptions, Sweep
 from fishergeo.operators import SymmetricOperator
-from fishergeo.sweep import DataOptions, Sweep
 
 
 @dataclass

@@ -1,0 +1,9 @@
+"""One pass over the data to a Fisher: estimated whole, streamed, in shards, or over several processes."""
+
+from fishergeo.estimation.distributed import all_reduce
+from fishergeo.estimation.estimate import estimate_fisher
+from fishergeo.estimation.fisher import Fisher, FisherHeader
+from fishergeo.estimation.shards import sketch_shards
+from fishergeo.estimation.streaming import StreamingFisher
+
+__all__ = ["Fisher", "FisherHeader", "StreamingFisher", "all_reduce", "estimate_fisher", "sketch_shards"]
