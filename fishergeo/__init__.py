@@ -36,7 +36,7 @@ from fishergeo.operators import (
     SumOperator,
     SymmetricOperator,
 )
-from fishergeo.plan import LayerPlan, Plan, plan
+from fishergeo.planning import LayerPlan, Plan, plan
 from fishergeo.sketching import ErrorEstimate, FrequentDirections, NystromSketch, SketchOperator, nystrom
 from fishergeo.spectral import (
     ConvergenceError,

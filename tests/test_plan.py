@@ -12,8 +12,7 @@ from test_fisher_oracle import NAMES, collate, make_examples, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fishergeo as fg
-from fishergeo.calibration import foretold, lengths, seconds
-from fishergeo.plan_parts import parts_of
+from fishergeo.planning.calibration import foretold, lengths, parts_of, seconds
 from fishergeo.sketching.psd_sketch import PsdSketch
 
 STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]
@@ -203,7 +202,7 @@ def test_time_that_grows_by_the_batch_is_foretold_exactly(share, each, batches):
     def run(n):
         clock[0] += fixed + each * n
 
-    with patch("fishergeo.calibration.time.perf_counter", lambda: clock[0]):
+    with patch("fishergeo.planning.calibration.time.perf_counter", lambda: clock[0]):
         found = foretold(run, 2, 4, batches)
     whole = max(1, round(batches))
     expected = (fixed + each * whole) * batches / whole if batches <= 4 else fixed + each * batches
@@ -216,7 +215,7 @@ def test_calibrated_seconds_are_those_of_the_run(structure):
     model, batches = llama(), random_batches(80, 8, 32)
     # Processor time for wall-clock time: other tests may run beside this one. How near it comes where nothing else
     # runs is measured by benchmarks/planning.py.
-    with patch("fishergeo.calibration.time.perf_counter", time.process_time):
+    with patch("fishergeo.planning.calibration.time.perf_counter", time.process_time):
         plan = fg.plan(model, structure, batches=batches, rank=16, calibrate=True)
         taken = seconds(lambda: fg.estimate_fisher(model, batches, structure=structure, rank=16), 3)
     assert taken / 4 < plan.seconds < 4 * taken
@@ -230,7 +229,7 @@ def test_one_sweep_of_ekfac_is_planned_by_where_its_bases_are_fixed(leading, as_
     if as_structure:
         options = {"structure": fg.Structure("ekfac", basis_examples=leading)}
     # Processor time for wall-clock time, as below.
-    with patch("fishergeo.calibration.time.perf_counter", time.process_time):
+    with patch("fishergeo.planning.calibration.time.perf_counter", time.process_time):
         plan = fg.plan(model, batches=batches, calibrate=True, **options)
         taken = seconds(lambda: fg.estimate_fisher(model, batches, **options), 3)
     peak, fisher = allocator_peak(lambda: fg.estimate_fisher(model, batches, **options))

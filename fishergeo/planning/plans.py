@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishergeo.accumulators import Accumulator, Structure
-from fishergeo.calibration import foretold, lengths, plain_pass
 from fishergeo.capture import LayerFilter, LossFunction, select_layers
-from fishergeo.dryrun import DryRun, walk
 from fishergeo.estimation import Fisher, estimate_fisher
-from fishergeo.plan_parts import calibrated, leading, parts_of
+from fishergeo.planning.calibration import calibrated, foretold, leading, lengths, parts_of, plain_pass
+from fishergeo.planning.dryrun import DryRun, walk
 
 SKETCHED = ("sketch", "kfac-sketch")
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
