@@ -16,7 +16,6 @@ from fishergeo.geometry.spd import (
     fisher_rao_distance,
     log_euclidean_distance,
 )
-from fishergeo.spectral import davis_kahan_bound, eigenspace_shift_bound
 
 __all__ = [
     "Agreement",
@@ -26,8 +25,6 @@ __all__ = [
     "bootstrap_agreement",
     "bootstrap_confidence",
     "bures_wasserstein_distance",
-    "davis_kahan_bound",
-    "eigenspace_shift_bound",
     "fisher_rao_distance",
     "karcher_mean",
     "log_euclidean_distance",
