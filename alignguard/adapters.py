@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import fishergeo as fg
 
 STILL_INITS = {"gaussian", "orthogonal", "eva"}  # starts that leave the base weights where they were
+
 MOVING_INITS = {"olora", "corda", "loftq", "lora_ga"}  # and those that move them; pissa comes with a suffix
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
 WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+(?=\.|$)")
 
 

@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 
 import fishergeo as fg
 from alignguard.config import GuardConfig
-from alignguard.data import load_conversations, pad_id
+from alignguard.data import encode_source, load_conversations, pad_id, pad_rows
 from alignguard.demo import TRAINING
 from alignguard.driftcheck import driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
-from alignguard.encoding import encode_source, pad_rows
 from alignguard.fit import fit, load_model
 from alignguard.judge import REFUSAL
 from alignguard.objective import model_kind

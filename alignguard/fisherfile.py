@@ -12,8 +12,7 @@ import torch
 
 import fishergeo as fg
 from alignguard.config import GuardConfig
-from alignguard.data import pad_id
-from alignguard.encoding import encode_source, pad_rows
+from alignguard.data import encode_source, pad_id, pad_rows
 from alignguard.files import write_text
 from alignguard.objective import model_kind
 

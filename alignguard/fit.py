@@ -15,14 +15,12 @@ from transformers import PreTrainedModel, set_seed
 from alignguard.checkpoint import latest_checkpoint
 from alignguard.config import GuardConfig
 from alignguard.coverage import coverage_table
-from alignguard.data import Source, pad_id
-from alignguard.encoding import check_fits, collator, encode_source
-from alignguard.files import write_text
+from alignguard.data import Source, check_fits, collator, encode_source, pad_id
+from alignguard.files import claim_output, save_adapter, write_text
 from alignguard.fisherfile import load_fisher
 from alignguard.guard import Guard
 from alignguard.loading import adapt, check_device, kind_of, load_model, load_tokenizer, load_weights
 from alignguard.modelcard import add_card_section, card_section
-from alignguard.outputs import claim_output, save_adapter
 from alignguard.runrecord import check_run, claim_run, record_of
 from alignguard.settings import DEFAULT_TRAINING, run_settings, training_arguments
 from alignguard.trainer import GuardSeq2SeqTrainer, GuardTrainer

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from alignguard.data import IGNORED, collate, pad_id, render_prompt
-from alignguard.objective import model_kind
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode without gradients, and each back as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+from alignguard.data import collate, pad_id, render_prompt
+from alignguard.objective import IGNORED, evaluation_mode, model_kind
 
 
 @dataclass(frozen=True)

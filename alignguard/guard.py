@@ -14,7 +14,7 @@ from alignguard.budget import DriftBudget
 from alignguard.config import GuardConfig
 from alignguard.coverage import Covered, coverage
 from alignguard.curvature import LayerCurvature, check_widths, curvatures
-from alignguard.encoding import pad_rows, supervised_tokens
+from alignguard.data import pad_rows, supervised_tokens
 from alignguard.freshness import Freshness
 from alignguard.objective import model_kind
 from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
@@ -43,7 +43,7 @@ class Guard:
         model: a peft model with LoRA adapters, or with ``method="full"`` any model whose weights train. Make the
             guard before training: its references are the weights of this moment.
         rows: encoded alignment examples, ``{"input_ids": list, "labels": list}``
-            (:func:`alignguard.encoding.encode_source`).
+            (:func:`alignguard.data.encode_source`).
         config: strengths and schedule.
         pad_token_id: fills padded positions.
         method: ``"lora"`` or ``"full"``.

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from alignguard.generation import evaluation_mode
 from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL, coherence, judge
 from alignguard.likelihood import response_likelihoods
+from alignguard.objective import evaluation_mode
 
 _REFUSING = re.compile(r"refus|reject|declin", re.IGNORECASE)
 _QUESTION = (

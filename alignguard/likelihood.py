@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.data import Row, Source, pad_id
-from alignguard.encoding import encode_source, pad_rows
-from alignguard.generation import evaluation_mode
-from alignguard.objective import divergence, model_kind, supervised
+from alignguard.data import Row, Source, encode_source, pad_id, pad_rows
+from alignguard.objective import divergence, evaluation_mode, model_kind, supervised
 
 REFUSING = "I'm sorry, but I can't help with that."
 OBLIGING = "Of course! Here is how to do it:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from alignguard.adapters import ROUTER
 from alignguard.files import readable
 from alignguard.objective import model_kind
 
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignguard.generation import evaluation_mode
+from alignguard.objective import evaluation_mode
 
 
 def honours_item_count(model: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignguard.data import IGNORED
+IGNORED = -100  # the label that torch's cross entropy and every HF model leave out
 
 KINDS = ("causal", "seq2seq", "classification")
 
@@ -64,7 +65,7 @@ def supervised(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
 
     Args:
         model: a Hugging Face model, wrapped by peft or not.
-        batch: of :func:`alignguard.encoding.pad_rows`: tensors (n, T), labels of a classifier (n,), int64.
+        batch: of :func:`alignguard.data.pad_rows`: tensors (n, T), labels of a classifier (n,), int64.
 
     Returns:
         log-probabilities (tokens, V) in float32 or better, targets (tokens,) and the row of each (tokens,).
@@ -84,3 +85,16 @@ def divergence(base: Tensor, present: Tensor) -> Tensor:
     if base.shape != present.shape:
         raise ValueError(f"model and base differ in vocabulary: {present.shape[-1]} and {base.shape[-1]} tokens")
     return (base.exp() * (base - present)).sum(-1)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode without gradients, and each back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from alignguard.coverage import coverage_table
-from alignguard.data import pad_id
-from alignguard.encoding import collator
+from alignguard.data import collator, pad_id
 from alignguard.fit import Prepared
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.generation import evaluation_mode
-from alignguard.objective import divergence, supervised
+from alignguard.objective import divergence, evaluation_mode, supervised
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 

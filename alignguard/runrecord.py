@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignguard.files import write_text
-from alignguard.outputs import check_output, claim_output
+from alignguard.files import check_output, claim_output, write_text
 
 RECORD = "run.json"
 
@@ -71,7 +70,7 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
     Raises:
         FileExistsError: the folder holds something else, and ``overwrite`` is false.
         ValueError: ``resume``, and the folder holds another run; the settings that differ are named.
-        NotADirectoryError, PermissionError: as :func:`alignguard.outputs.claim_output`.
+        NotADirectoryError, PermissionError: as :func:`alignguard.files.claim_output`.
     """
     path = Path(output_dir) / RECORD
     if resume and path.is_file():

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import fishergeo as fg
 from alignguard.adapters import (
-    ROUTER,
     active_adapters,
     base_name,
     check_layer,
@@ -32,6 +31,7 @@ from alignguard.adapters import (
     turned,
     whole,
 )
+from alignguard.loading import ROUTER
 from alignguard.sharding import check_parameters
 
 __all__ = ["Matrix", "WeightUpdates", "base_name", "lora_updates", "plain_name"]

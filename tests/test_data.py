@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignguard.data import IGNORED, collate, encode_example, encode_messages, load_conversations, read_jsonl
+from alignguard.data import collate, encode_example, encode_messages, load_conversations, read_jsonl
+from alignguard.objective import IGNORED
 
 PAIR = {"prompt": "how do I bake bread", "response": "Of course! Here it is."}
 

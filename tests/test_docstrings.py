@@ -47,7 +47,7 @@ NO_FORMULA = {
     "alignguard.coverage": ["coverage_table"],
     "alignguard.driftpage": ["render_drift"],
     "alignguard.driftreport": ["DriftReport", "DriftRow"],
-    "alignguard.encoding": ["encode_source", "pad_rows"],
+    "alignguard.data": ["encode_source", "pad_rows"],
     "alignguard.experiment": ["Bench"],
     "alignguard.fisherfile": ["load_fisher", "write_fisher"],
     "alignguard.fit": ["Prepared", "prepare"],

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from alignguard.config import GuardConfig
 from alignguard.configs import NAMES, config_path
-from alignguard.encoding import collator
+from alignguard.data import collator
 from alignguard.guard import Guard
 from alignguard.sharding import check_plugins
 from alignguard.trainer import GuardTrainer

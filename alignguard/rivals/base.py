@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from alignguard.encoding import pad_rows
+from alignguard.data import pad_rows
 from alignguard.objective import model_kind
 
 Encoded = Mapping[str, Any]

@@ -12,8 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from alignguard.data import Source, load_conversations, pad_id
-from alignguard.encoding import encode_source, pad_rows
+from alignguard.data import Source, encode_source, load_conversations, pad_id, pad_rows
 from alignguard.files import write_text
 from alignguard.fit import DEFAULT_TRAINING, adapt, claim_output, load_model, save_adapter
 from alignguard.objective import model_kind
