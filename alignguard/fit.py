@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, set_seed
 
 from alignguard.checkpoint import latest_checkpoint
 from alignguard.config import GuardConfig
-from alignguard.coverage import coverage_table
 from alignguard.data import Source, check_fits, collator, encode_source, pad_id
 from alignguard.files import claim_output, save_adapter, write_text
 from alignguard.fisherfile import load_fisher
@@ -24,7 +23,7 @@ from alignguard.modelcard import add_card_section, card_section
 from alignguard.runrecord import check_run, claim_run, record_of
 from alignguard.settings import DEFAULT_TRAINING, run_settings, training_arguments
 from alignguard.trainer import GuardSeq2SeqTrainer, GuardTrainer
-from alignguard.updates import METHODS
+from alignguard.updates import METHODS, coverage_table
 
 __all__ = ["DEFAULT_TRAINING", "FitResult", "Prepared", "claim_output", "fit", "load_model", "prepare", "save_adapter"]
 

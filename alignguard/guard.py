@@ -12,7 +12,6 @@ from torch import Tensor
 import fishergeo as fg
 from alignguard.budget import DriftBudget
 from alignguard.config import GuardConfig
-from alignguard.coverage import Covered, coverage
 from alignguard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.data import pad_rows, supervised_tokens
 from alignguard.freshness import Freshness
@@ -20,7 +19,7 @@ from alignguard.objective import model_kind
 from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
 from alignguard.reference import Reference
 from alignguard.terms import CurvatureTerms
-from alignguard.updates import Matrix, WeightUpdates
+from alignguard.updates import Covered, Matrix, WeightUpdates, coverage
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from alignguard.coverage import coverage_table
 from alignguard.data import collator, pad_id
 from alignguard.fit import Prepared
+from alignguard.updates import coverage_table
 
 
 def curvature_bytes(guard: Any) -> int:

@@ -22,7 +22,7 @@ from alignguard.files import readable
 from alignguard.guard import TERMS, Guard
 from alignguard.loading import check_weights
 from alignguard.lossprobe import honours_item_count
-from alignguard.sharding import check_plugins
+from alignguard.updates import check_plugins
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from alignguard.experiment import alignment_parts, make_job, part_file, save_par
 from alignguard.fit import fit
 from alignguard.ledger import Ledger, run_jobs
 from alignguard.rivals import RIVALS
-from alignguard.updates import lora_updates
+from alignguard.updates.lora import lora_updates
 
 
 def double(job):

@@ -44,7 +44,7 @@ NO_FORMULA = {
     "alignguard.ablation": ["summarise"],
     "alignguard.capability": ["is_right"],
     "alignguard.checkpoint": ["check_complete", "latest_checkpoint", "load_guard", "save_guard"],
-    "alignguard.coverage": ["coverage_table"],
+    "alignguard.updates.weight_updates": ["coverage_table"],
     "alignguard.driftpage": ["render_drift"],
     "alignguard.driftreport": ["DriftReport", "DriftRow"],
     "alignguard.data": ["encode_source", "pad_rows"],

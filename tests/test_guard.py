@@ -13,7 +13,7 @@ from alignguard.config import GuardConfig
 from alignguard.data import collate, encode_example
 from alignguard.guard import Guard
 from alignguard.objective import response_loss
-from alignguard.updates import base_name, lora_updates
+from alignguard.updates.lora import base_name, lora_updates
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 

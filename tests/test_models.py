@@ -9,9 +9,8 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 import fishergeo as fg
 from alignguard.config import GuardConfig
-from alignguard.coverage import coverage_table
 from alignguard.guard import Guard
-from alignguard.updates import WeightUpdates
+from alignguard.updates.weight_updates import WeightUpdates, coverage_table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 CONFIG = GuardConfig(

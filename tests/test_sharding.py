@@ -23,8 +23,8 @@ from alignguard.config import GuardConfig
 from alignguard.configs import NAMES, config_path
 from alignguard.data import collator
 from alignguard.guard import Guard
-from alignguard.sharding import check_plugins
 from alignguard.trainer import GuardTrainer
+from alignguard.updates.weight_updates import check_plugins
 
 CONFIG = GuardConfig(
     structure="gram", refresh_examples=4, batch_size=2, lambda_alignment=2.0, lambda_task=0.3, lambda_collision=0.2,

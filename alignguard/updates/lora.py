@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
 import fishergeo as fg
+from alignguard.updates.matrices import check_untied, is_conv1d, plain_name, whole
 
 STILL_INITS = {"gaussian", "orthogonal", "eva"}  # starts that leave the base weights where they were
 
 MOVING_INITS = {"olora", "corda", "loftq", "lora_ga"}  # and those that move them; pissa comes with a suffix
-
-WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+(?=\.|$)")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D: a linear map whose weight is stored (q, p)."""
-    return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what peft puts around it."""
-    return WRAPPING.sub("", name)
 
 
 def base_name(name: str) -> str:
@@ -45,12 +33,6 @@ def active_adapters(model: PeftModel) -> list[str]:
     if not active:
         raise ValueError("no adapter is active; call model.set_adapter(name)")
     return active
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """The tensor itself, gathered where it is sharded, in float32 or better; differentiable."""
-    gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return gathered if gathered.dtype in (torch.float32, torch.float64) else gathered.float()
 
 
 def lora_factors(layer: Any, adapter: str) -> fg.LowRank:
@@ -147,48 +129,3 @@ def check_start(name: str, layer: Any, config: Any) -> None:
             f"{name}: peft's OLoRA start takes a Conv1D's weight for its transpose, so the adapted layer is another one; "
             'take init_lora_weights="pissa", or plain LoRA'
         )
-
-
-def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Parameter -> the modules that hold it."""
-    holders: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(module)
-    return holders
-
-
-def check_untied(name: str, weight: Tensor, holders: dict[int, list[nn.Module]]) -> None:
-    """Refuse a weight that several modules share.
-
-    Raises:
-        ValueError: naming them.
-    """
-    others = holders.get(id(weight), [])
-    if len(others) > 1:
-        kinds = " and ".join(type(module).__name__ for module in others)
-        raise ValueError(
-            f"{name} is tied: one weight serves {len(others)} modules ({kinds}), so its Fisher is not one layer's; "
-            f"untie it (tie_word_embeddings=False), or leave it unguarded with exclude={plain_name(name)!r}"
-        )
-
-
-def plain_weight(base: nn.Module) -> Tensor:
-    """The (p, q) weight of a layer, out of its quantisation where it has one."""
-    weight = cast(Tensor, base.weight)
-    if not weight.is_floating_point():
-        from peft.utils.integrations import dequantize_module_weight
-
-        return dequantize_module_weight(base)
-    return oriented(base, weight)
-
-
-def oriented(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as (p, q), whichever way round the module stores it."""
-    return weight.mT if is_conv1d(module) else weight
-
-
-def turned(matrix: Tensor, flip: bool) -> Tensor:
-    """The matrix, or its transpose if ``flip``."""
-    return matrix.mT if flip else matrix

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 import fishergeo as fg
-from alignguard.adapters import (
+from alignguard.loading import ROUTER
+from alignguard.updates.lora import (
     active_adapters,
     base_name,
     check_layer,
     check_start,
-    check_untied,
-    is_conv1d,
     layer_key,
     lora_factors,
     lora_layers,
-    lora_updates,
     moves_base,
+)
+from alignguard.updates.matrices import (
+    METHODS,
+    Matrix,
+    check_untied,
+    is_conv1d,
     oriented,
     owners,
     plain_name,
@@ -31,41 +35,62 @@ from alignguard.adapters import (
     turned,
     whole,
 )
-from alignguard.loading import ROUTER
-from alignguard.sharding import check_parameters
 
-__all__ = ["Matrix", "WeightUpdates", "base_name", "lora_updates", "plain_name"]
+if TYPE_CHECKING:
+    pass
 
-Update = fg.LowRank | Tensor
-METHODS = ("lora", "full")
+ADVICE = "take data parallel (DDP, ZeRO-2), or shard with FSDP2 (fsdp_version: 2)"
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One guarded weight matrix.
+def check_parameters(model: nn.Module) -> None:
+    """Refuse a model whose parameters are placeholders outside its forward pass.
 
-    Attributes:
-        name: the key of penalties and curvatures: the adapted module's name, an expert's with its number.
-        layer: whose inputs and output gradients its Fisher is made of.
-        kind: how ΔW is read, in words for people.
-        shape: (p, q), outputs and inputs.
-        rank: columns of the factors, None for a dense ΔW.
-        read: ΔW at the present weights, attached to what trains: ``LowRank`` or a (p, q) tensor, float32 or better.
-        weight: W0 as (p, q), for scales.
+    Raises:
+        ValueError: FSDP1, whose flat parameters hold no matrices, or ZeRO-3, whose gather has no gradient.
     """
+    for name, module in model.named_modules():
+        if _is_fsdp1(module):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped by FSDP1: outside its forward pass its weights are pieces of a flat "
+                f"tensor, from which no ΔW can be read with a gradient; {ADVICE}"
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3: outside the forward pass it is empty, and gathering it has "
+                f"no gradient, so the penalty cannot be charged; {ADVICE}"
+            )
 
-    name: str
-    layer: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int | None
-    read: Callable[[], Update]
-    weight: Callable[[], Tensor]
 
-    @property
-    def plain(self) -> str:
-        """The matrix's name in the model without adapters."""
-        return plain_name(self.name)
+def _is_fsdp1(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
+
+
+def check_plugins(state: Any) -> None:
+    """Refuse an accelerate configuration that would spread the parameters so, before the model is wrapped.
+
+    Args:
+        state: ``accelerator.state``.
+
+    Raises:
+        ValueError: as :func:`check_parameters`.
+    """
+    sharded = getattr(state, "fsdp_plugin", None)
+    if sharded is not None and sharded.fsdp_version == 1:
+        raise ValueError(
+            "the guard does not run under FSDP1 (fsdp_version: 1): outside the forward pass weights are pieces of a flat "
+            f"tensor, from which no ΔW can be read with a gradient; {ADVICE}"
+        )
+    zero = getattr(state, "deepspeed_plugin", None)
+    if zero is not None and int(zero.zero_stage) == 3:
+        raise ValueError(
+            "the guard does not run under DeepSpeed ZeRO-3: outside the forward pass parameters are empty, and gathering "
+            f"them has no gradient, so the penalty cannot be charged; {ADVICE}"
+        )
 
 
 class WeightUpdates:
@@ -321,3 +346,48 @@ class WeightUpdates:
         kept = weight.detach().to(self.offload or weight.device, copy=True)
         self._references[f"{name}|weight"] = kept
         return kept
+
+
+@dataclass(frozen=True)
+class Covered:
+    """One line of the table.
+
+    Attributes:
+        name: the matrix's or parameter's name in the model.
+        guarded: whether the guard charges it.
+        how: how ΔW is read, or why it is not.
+        shape: (p, q) where it is guarded.
+        rank: columns of the factors of ΔW, None for a dense one.
+    """
+
+    name: str
+    guarded: bool
+    how: str
+    shape: tuple[int, int] | None = None
+    rank: int | None = None
+
+
+def coverage(updates: WeightUpdates) -> list[Covered]:
+    """Every trained matrix and parameter: the guarded ones first."""
+    lines = [Covered(m.plain, True, m.kind, m.shape, m.rank) for m in updates.matrices.values()]
+    return lines + [Covered(plain_name(name), False, why) for name, why in sorted(updates.skipped.items())]
+
+
+def coverage_table(lines: list[Covered]) -> str:
+    """The lines as aligned text.
+
+    Args:
+        lines: :meth:`alignguard.Guard.coverage`.
+
+    Returns:
+        A head, a line for each matrix or parameter, and a line of counts.
+    """
+    cells = [("matrix", "shape", "rank", "ΔW")]
+    for line in lines:
+        shape = "" if line.shape is None else "{}×{}".format(*line.shape)
+        rank = "" if not line.guarded else "dense" if line.rank is None else str(line.rank)
+        cells.append((line.name, shape, rank, line.how if line.guarded else f"NOT GUARDED: {line.how}"))
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    shown = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
+    guarded = sum(line.guarded for line in lines)
+    return "\n".join([*shown, f"{guarded} matrices guarded, {len(lines) - guarded} trained parameters not"])
