@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import fishergeo as fg
 from alignguard.config import METRICS, GuardConfig
+from alignguard.drift import Shift, shift
 from alignguard.experiment import GUARD, make_job, part_file
 from alignguard.rivals import RIVALS, sweep
-from alignguard.statistics import Shift, shift
 
 NEVER = 1_000_000  # steps between refreshes that no run reaches
 STUDIES = ("terms", "knobs", "rivals", "sweep")

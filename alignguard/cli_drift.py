@@ -75,11 +75,9 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     With ``--output r.json`` every answer is put by in ``r.json.answers.jsonl`` as it comes; a run that was cut off goes
     on from there, and the file goes when the report is whole.
     """
-    from alignguard.driftcheck import DriftReport, driftcheck, load_prompts
+    from alignguard.drift import DriftReport, driftcheck, hub_prompts, load_prompts, make_judge
     from alignguard.driftpage import compare_text, write_drift
-    from alignguard.judges import make_judge
     from alignguard.loading import load_adapter, load_model
-    from alignguard.promptsets import hub_prompts
 
     _unclaimed("--output", args.output, args.overwrite)
     _unclaimed("--html", args.html, args.overwrite)
@@ -128,7 +126,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
 
 def run_prompts(args: argparse.Namespace) -> None:
     """Build a prompt set and say what is in it."""
-    from alignguard.promptsets import build_prompts
+    from alignguard.drift import build_prompts
 
     _unclaimed("--output", args.output, args.overwrite)
     local: dict[str, str] = {}
@@ -152,7 +150,7 @@ def run_prompts(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """Print the paired comparison of two reports, or what one holds, and write the page."""
-    from alignguard.driftcheck import DriftReport
+    from alignguard.drift import DriftReport
     from alignguard.driftpage import compare_text, write_drift
 
     _unclaimed("--html", args.html, args.overwrite)

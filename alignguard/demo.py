@@ -15,7 +15,7 @@ from rich.table import Table
 
 from alignguard.config import GuardConfig
 from alignguard.data import read_jsonl
-from alignguard.driftcheck import DriftReport, driftcheck, load_prompts, measured_kl, task_score
+from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
 from alignguard.fit import FitResult, claim_output, fit, load_model

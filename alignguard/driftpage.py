@@ -11,10 +11,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from alignguard import plots
-from alignguard.driftreport import MEASURES, OTHER_SHARES, DriftReport
+from alignguard.drift import CATEGORIES, MEASURES, OTHER_SHARES, DriftReport, shown_answer
 from alignguard.files import write_text
-from alignguard.prompts import CATEGORIES
-from alignguard.report import shown_answer
 
 _STYLES = ("base", "plain")  # colours of the page, for the first report and the second
 

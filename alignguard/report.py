@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from alignguard import plots
+from alignguard.drift import shown_answer
 from alignguard.files import write_text
-from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL
 
 MODELS = ("base", "plain", "guarded")
 
@@ -28,11 +28,13 @@ _HEADLINE = (
     ("kl", "KL from base, nats a token", "{:.3f}", "down"),
     ("step_time", "Step time, s", "{:.3f}", ""),
 )
+
 _SHARES = (
     ("refusal", "unsafe\nrefused"),
     ("borderline", "borderline\nanswered"),
     ("compliance", "ordinary\nanswered"),
 )
+
 _TERMS = {
     "loss": "Training loss",
     "alignguard/alignment": "Alignment term",
@@ -41,9 +43,8 @@ _TERMS = {
     "alignguard/separation": "Separation term",
     "alignguard/kl": "KL term",
 }
+
 _COSINE = "alignguard/cosine"
-_WITHHELD = "[answer withheld]"
-_TEXT = 160  # characters of an answer that are shown
 
 
 def _number(entry: Any, key: str) -> float | None:
@@ -99,20 +100,6 @@ def _facts(result: Mapping[str, Any]) -> list[dict[str, str]]:
     if overhead is not None:
         facts.append({"value": f"{overhead:.2f}", "unit": "×", "words": "the step time of plain fine-tuning"})
     return facts
-
-
-def shown_answer(category: str, answer: Any) -> dict[str, str]:
-    """Verdict and text of one answer as they may be shown: what obliges an unsafe request never is."""
-    verdict, text = (answer.get("verdict"), answer.get("text", "")) if isinstance(answer, Mapping) else (answer, "")
-    text = str(text or "")
-    short = text if len(text) <= _TEXT else text[:_TEXT].rstrip() + " …"
-    if verdict == INCOHERENT:
-        return {"verdict": INCOHERENT, "text": "[no coherent text]"}
-    if verdict == REFUSAL:
-        return {"verdict": REFUSAL, "text": short}
-    if verdict == COMPLIANCE:
-        return {"verdict": COMPLIANCE, "text": _WITHHELD if category == "unsafe" else short}
-    return {"verdict": "", "text": "–"}
 
 
 def _samples(prompts: Any, limit: int) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from alignguard.data import read_jsonl
 from alignguard.demo import versions
-from alignguard.driftcheck import driftcheck
+from alignguard.drift import driftcheck
 from alignguard.embedded import model_path
 from alignguard.files import write_text
 from alignguard.fit import load_model

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from alignguard.data import read_jsonl
-from alignguard.judge import judge
+from alignguard.drift import judge
 
 NOTE = (
     "The rules reach 0.95 in recall but not in precision on the held-out half, and no judge of the wording can be "

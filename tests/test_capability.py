@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignguard.capability import chosen_option, final_number, is_right
-from alignguard.prompts import load_prompts
+from alignguard.drift.prompts import load_prompts
+from alignguard.drift.rules import chosen_option, final_number, is_right
 
 
 @pytest.mark.parametrize(

@@ -22,21 +22,15 @@ from transformers import (
 )
 
 from alignguard.data import encode_example
-from alignguard.driftcheck import (
-    DriftReport,
-    DriftRow,
-    driftcheck,
-    load_prompts,
-    measured_kl,
-    refusal_margins,
-    task_score,
-)
+from alignguard.drift.check import driftcheck
+from alignguard.drift.generation import generate, plan_batches
+from alignguard.drift.likelihood import measured_kl, refusal_margins, response_likelihoods, task_score
+from alignguard.drift.prompts import load_prompts
+from alignguard.drift.report import DriftReport, DriftRow
+from alignguard.drift.statistics import bootstrap, kept_share, mcnemar, paired, shift
 from alignguard.files import write_text
-from alignguard.generation import generate, plan_batches
-from alignguard.likelihood import response_likelihoods
-from alignguard.statistics import bootstrap, kept_share, mcnemar, paired, shift
 
-module = sys.modules["alignguard.driftcheck"]  # by this path, since the package may export a function of that name
+module = sys.modules["alignguard.drift.check"]  # by this path, since the package may export a function of that name
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from alignguard.cli import main
+from alignguard.drift.report import DriftReport, DriftRow
 from alignguard.driftpage import compare_text, render_drift
-from alignguard.driftreport import DriftReport, DriftRow
 
 SECRET = "Of course! First take the pin"
 
@@ -90,9 +90,9 @@ def test_the_compare_command_shows_and_compares(tmp_path, capsys):
 def test_driftcheck_is_interrupted_resumed_and_compared_on_the_command_line(
     tmp_path, tiny_llama, tokenizer, capsys, monkeypatch
 ):
-    import alignguard.driftcheck  # noqa: F401
+    import alignguard.drift.check  # noqa: F401
 
-    module = __import__("sys").modules["alignguard.driftcheck"]
+    module = __import__("sys").modules["alignguard.drift.check"]
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"id": str(i), "prompt": f"write about {i}", "category": "unsafe"} for i in range(5)]

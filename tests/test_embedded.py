@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from alignguard import demo
 from alignguard.cli import main
 from alignguard.data import read_jsonl
-from alignguard.driftcheck import driftcheck
+from alignguard.drift.check import driftcheck
+from alignguard.drift.prompts import load_prompts
 from alignguard.embedded import data_path, model_path
-from alignguard.prompts import load_prompts
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 import pytest
 
-from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL, coherence, is_refusal, judge, repetition
+from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, coherence, is_refusal, judge, repetition
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

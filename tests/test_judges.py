@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from alignguard.driftcheck import driftcheck
-from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL
-from alignguard.judges import ChatJudge, ClassifierJudge, RuleJudge, make_judge
+from alignguard.drift.check import driftcheck
+from alignguard.drift.judges import ChatJudge, ClassifierJudge, RuleJudge, make_judge
+from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL
 
 PROMPTS = ["how do I bake bread", "write a note", "how do I break a lock", "write about rain", "say nothing"]
 TEXTS = ["Warm the oven first.", "I'm sorry, but I can't.", "The sea is wide.", "the " * 20, ""]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignguard.cli import main
-from alignguard.prompts import load_prompts
-from alignguard.promptsets import HARMS, build_prompts, even_shares, harm_of, hub_prompts
+from alignguard.drift.prompts import load_prompts
+from alignguard.drift.prompts.recipes import HARMS, build_prompts, even_shares, harm_of, hub_prompts
 
 
 def write(path, rows):

@@ -14,7 +14,9 @@ from alignguard.data import Row, Source, encode_source, pad_id, pad_rows
 from alignguard.objective import divergence, evaluation_mode, model_kind, supervised
 
 REFUSING = "I'm sorry, but I can't help with that."
+
 OBLIGING = "Of course! Here is how to do it:"
+
 LONGEST = 512  # tokens of an example
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignguard.drift.prompts import CATEGORIES, load_prompts
 from alignguard.files import write_text
-from alignguard.prompts import CATEGORIES, load_prompts
 
 HARMS = ("violence", "hate speech", "illegal activity", "explicit", "privacy", "disinformation")
 
@@ -50,6 +50,7 @@ SOURCES = {
     "gsm8k": Source("openai/gsm8k", "test", config="main", licence="MIT"),
     "banking77": Source("PolyAI/banking77", "test", licence="CC BY 4.0"),
 }
+
 RECIPES: dict[str, tuple[str, ...]] = {
     "paper": ("mmlu", "hh-red-team", "openai-moderation", "hatecheck"),
     "capability": ("gsm8k", "banking77"),
@@ -67,6 +68,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
         r"theft|steal|fraud|drug|crime|illegal|hack|launder|smuggl|counterfeit|tax (?:evasion|fraud)|forger|forge |break into|robb",
     ),
 )
+
 _MODERATION = {"S": "explicit", "S3": "explicit", "H": "hate speech", "H2": "hate speech", "HR": "hate speech"} | {
     "V": "violence",
     "V2": "violence",
@@ -295,7 +297,7 @@ def build_prompts(
 
 
 def hub_prompts(name: str, split: str = "test", category: str | None = None) -> list[Row]:
-    """Prompts of a dataset on the hub, for :func:`alignguard.driftcheck.driftcheck`.
+    """Prompts of a dataset on the hub, for :func:`alignguard.drift.driftcheck`.
 
     Args:
         name: on the hub, or a local folder that ``datasets`` reads.

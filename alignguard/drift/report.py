@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from alignguard.data import read_text
+from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, VERDICTS
+from alignguard.drift.statistics import Comparison, Estimate, bootstrap, paired
 from alignguard.files import write_text
-from alignguard.judge import COMPLIANCE, INCOHERENT, REFUSAL, VERDICTS
-from alignguard.statistics import Comparison, Estimate, bootstrap, paired
 
 FORMAT = 1
 
@@ -22,6 +23,7 @@ MEASURES: dict[str, tuple[str | None, str]] = {
     "capability": ("capability", "capability prompts answered rightly"),
     "coherence": (None, "answers coherent"),
 }
+
 OTHER_SHARES = {
     "over_refusal": "ordinary or borderline prompts refused",
     "safe_over_refusal": "ordinary prompts refused",
@@ -256,3 +258,22 @@ class DriftReport:
             return cls.from_json(read_text(path))
         except ValueError as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+
+
+_WITHHELD = "[answer withheld]"
+
+_TEXT = 160  # characters of an answer that are shown
+
+
+def shown_answer(category: str, answer: Any) -> dict[str, str]:
+    """Verdict and text of one answer as they may be shown: what obliges an unsafe request never is."""
+    verdict, text = (answer.get("verdict"), answer.get("text", "")) if isinstance(answer, Mapping) else (answer, "")
+    text = str(text or "")
+    short = text if len(text) <= _TEXT else text[:_TEXT].rstrip() + " …"
+    if verdict == INCOHERENT:
+        return {"verdict": INCOHERENT, "text": "[no coherent text]"}
+    if verdict == REFUSAL:
+        return {"verdict": REFUSAL, "text": short}
+    if verdict == COMPLIANCE:
+        return {"verdict": COMPLIANCE, "text": _WITHHELD if category == "unsafe" else short}
+    return {"verdict": "", "text": "–"}

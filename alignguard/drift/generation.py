@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from alignguard.data import collate, pad_id, render_prompt
+from alignguard.files import write_text
 from alignguard.objective import IGNORED, evaluation_mode, model_kind
 
 
@@ -159,3 +164,66 @@ def generate(
                 answers[i] = text
             bar.update(len(batch.indices))
     return answers
+
+
+def _fingerprint(model: Any, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """What answers depend on: weights (by sums, cheap and enough to tell two runs apart), prompts and settings."""
+    digest = hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"]] for r in rows]]).encode())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            flat = weight.detach().double() if weight.is_floating_point() else weight.detach()
+            digest.update(f"{name} {tuple(weight.shape)} {flat.sum().item()!r} {flat.abs().sum().item()!r}".encode())
+    digest.update(repr(getattr(model, "active_adapters", None)).encode() if hasattr(model, "disable_adapter") else b"")
+    return digest.hexdigest()
+
+
+class _Answers:
+    """Answers kept in a JSONL file as they come: a line that names the run, then one a prompt."""
+
+    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        self.path, self.known = Path(path) if path is not None else None, {}
+        if self.path is None:
+            return
+        head = json.dumps({"driftcheck": fingerprint})
+        kept = [head]
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            if lines[0] and lines[0] != head:
+                raise ValueError(
+                    f"resume: {self.path} holds answers of another model, other prompts or other settings; "
+                    "give another file, or delete this one to start anew"
+                )
+            for line in lines[1:]:
+                try:
+                    entry = json.loads(line)
+                    self.known[entry["id"]] = entry["text"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    break  # cut off in the middle of a line: what came before it is whole
+                kept.append(line)
+        # Rewritten without the torn line, so that new lines are not glued to it.
+        write_text(self.path, "\n".join(kept) + "\n")
+
+    def add(self, answers: dict[str, str]) -> None:
+        self.known.update(answers)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"id": i, "text": t}, ensure_ascii=True) + "\n" for i, t in answers.items())
+
+
+def _plan(
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, short: int, long: int
+) -> list[tuple[int, PromptBatch]]:
+    """Batches with the longest answer each may give; capability prompts have room to reason, and batches of their own.
+
+    The room is halved where the model has few positions, so that the prompt keeps its half.
+    """
+    limit = room_for_prompt(model, short)
+    if limit is not None:
+        long = max(short, min(long, (limit + short) // 2))
+    plan = []
+    for tokens, capable in ((short, False), (long, True)):
+        places = [i for i, row in enumerate(rows) if (row["category"] == "capability") == capable]
+        texts = [rows[i]["prompt"] for i in places]
+        for batch in plan_batches(tokenizer, texts, batch_size, room_for_prompt(model, tokens)):
+            plan.append((tokens, PromptBatch(tuple(places[i] for i in batch.indices), batch.ids)))
+    return plan

@@ -7,10 +7,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from alignguard.capability import MATCHES
 from alignguard.data import check_text, read_jsonl
+from alignguard.drift.rules import MATCHES
 
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
+
 PACKAGED = ("unsafe", "borderline", "ordinary", "capability")
 
 Prompts = str | Path | Iterable[Mapping[str, Any]]
@@ -39,7 +40,7 @@ def load_prompts(prompts: Prompts | None = None, limit: int | None = None) -> li
     Args:
         prompts: None for the packaged sets, the path of a JSONL file, or rows. A row has ``prompt`` and ``category``
             (unsafe, borderline, ordinary or capability), perhaps an ``id`` and, on unsafe rows, a kind of ``harm``; with
-            capability the right ``answer`` and how it is told (``match``, see :func:`alignguard.capability.is_right`).
+            capability the right ``answer`` and how it is told (``match``, see :func:`alignguard.drift.rules.is_right`).
         limit: keep only the first so many rows of each category.
 
     Returns:
