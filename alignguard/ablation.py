@@ -11,9 +11,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 import fishergeo as fg
-from alignguard.config import METRICS, GuardConfig
 from alignguard.drift import Shift, shift
 from alignguard.experiment import GUARD, make_job, part_file
+from alignguard.guard import METRICS, GuardConfig
 from alignguard.rivals import RIVALS, sweep
 
 NEVER = 1_000_000  # steps between refreshes that no run reaches

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from alignguard.cli_ablate import add_ablate
 from alignguard.cli_drift import add_drift
-from alignguard.config import GuardConfig
+from alignguard.guard import GuardConfig
 from alignguard.yamlfile import apply_yaml
 
 TRAINING_FIELDS: dict[str, tuple[type, str]] = {

@@ -68,7 +68,7 @@ def _field(text: str, option: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not sign or not value:
         raise ValueError(f"{option} {text!r}: expected FIELD=VALUE")
-    from alignguard.config import GuardConfig
+    from alignguard.guard import GuardConfig
 
     known = [field.name for field in dataclasses.fields(GuardConfig)]
     if name not in known:

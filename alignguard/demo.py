@@ -13,12 +13,12 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
-from alignguard.config import GuardConfig
 from alignguard.data import read_jsonl
 from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
 from alignguard.fit import FitResult, claim_output, fit, load_model
+from alignguard.guard import GuardConfig
 from alignguard.report import write_report
 
 # the rate: benchmarks/learning_rate.py and benchmarks/results/learning_rate.json

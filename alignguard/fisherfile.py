@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import fishergeo as fg
-from alignguard.config import GuardConfig
 from alignguard.data import encode_source, pad_id, pad_rows
 from alignguard.files import write_text
+from alignguard.guard import GuardConfig
 from alignguard.objective import model_kind
 
 

@@ -13,11 +13,10 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from alignguard.checkpoint import latest_checkpoint
-from alignguard.config import GuardConfig
 from alignguard.data import Source, check_fits, collator, encode_source, pad_id
 from alignguard.files import claim_output, save_adapter, write_text
 from alignguard.fisherfile import load_fisher
-from alignguard.guard import Guard
+from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import adapt, check_device, kind_of, load_model, load_tokenizer, load_weights
 from alignguard.modelcard import add_card_section, card_section
 from alignguard.runrecord import check_run, claim_run, record_of

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from alignguard.config import is_number
+from alignguard.guard import is_number
 
 DEFAULT_TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,

@@ -17,9 +17,9 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from alignguard.checkpoint import COUNTERS, MARKER, STAGING, check_complete, load_guard, save_guard, seal
+from alignguard.checkpoint import MARKER, STAGING, check_complete, seal
 from alignguard.files import readable
-from alignguard.guard import TERMS, Guard
+from alignguard.guard import COUNTERS, TERMS, Guard, load_guard, save_guard
 from alignguard.loading import check_weights
 from alignguard.lossprobe import honours_item_count
 from alignguard.updates import check_plugins

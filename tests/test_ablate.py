@@ -21,9 +21,9 @@ from alignguard.ablation import (
     terms_plan,
 )
 from alignguard.cli import main
-from alignguard.config import METRICS, GuardConfig
 from alignguard.experiment import alignment_parts, make_job, part_file, save_parts
 from alignguard.fit import fit
+from alignguard.guard.config import METRICS, GuardConfig
 from alignguard.ledger import Ledger, run_jobs
 from alignguard.rivals import RIVALS
 from alignguard.updates.lora import lora_updates

@@ -8,11 +8,10 @@ from architectures import llama, make, move
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignguard.budget import DriftBudget
-from alignguard.config import GuardConfig
 from alignguard.data import collate
-from alignguard.freshness import FORWARD, MEASURING, Freshness
-from alignguard.guard import Guard
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.guard import Guard
+from alignguard.guard.schedule import FORWARD, MEASURING, DriftBudget, Freshness
 
 ROWS = [
     {"input_ids": [5, 6, 7 + i, 8, 20 + i], "labels": [-100, -100, 7 + i, 8, 20 + i]} for i in range(6)
@@ -242,6 +241,6 @@ def test_the_reference_is_asked_once_and_forgotten_beyond_its_limit(monkeypatch)
     guard.step = 0
     assert float(guard.penalty().detach()) == values[0] and len(calls) == len(ROWS) + 2
     with pytest.raises(ValueError, match="kl_cache_mb"):
-        from alignguard.reference import Reference
+        from alignguard.guard.reference import Reference
 
         Reference(model, ROWS, guard._batch, switchable=False, limit=10)

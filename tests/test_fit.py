@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from alignguard import GuardConfig, fit
 from alignguard.data import collate, encode_example
 from alignguard.fit import claim_output, save_adapter
-from alignguard.guard import Guard
+from alignguard.guard.guard import Guard
 from alignguard.trainer import GuardTrainer
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}

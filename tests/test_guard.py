@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from alignguard.config import GuardConfig
 from alignguard.data import collate, encode_example
-from alignguard.guard import Guard
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.guard import Guard
 from alignguard.objective import response_loss
 from alignguard.updates.lora import base_name, lora_updates
 

@@ -8,8 +8,8 @@ from architectures import ADAPTERS, EXPERTS, MODELS, llama, make, merged_weights
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 import fishergeo as fg
-from alignguard.config import GuardConfig
-from alignguard.guard import Guard
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.guard import Guard
 from alignguard.updates.weight_updates import WeightUpdates, coverage_table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

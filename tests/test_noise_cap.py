@@ -8,10 +8,10 @@ from architectures import make, move
 from test_ranks import rows
 
 import fishergeo as fg
-from alignguard.config import GuardConfig
-from alignguard.curvature import LayerCurvature
-from alignguard.guard import Guard
-from alignguard.terms import TermGroup
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.curvature import LayerCurvature
+from alignguard.guard.guard import Guard
+from alignguard.guard.terms import TermGroup
 
 
 def noisy(samples, size=24, signals=3, strength=40.0, seed=0):

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 import fishergeo as fg
 from alignguard import GuardConfig, fit
-from alignguard.guard import Guard
-from alignguard.ranks import agreed, pooled_mean, world
+from alignguard.guard.distributed import agreed, pooled_mean, world
+from alignguard.guard.guard import Guard
 
 
 def rows(count, seed=0):

@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import TrainingArguments
 
-from alignguard.config import GuardConfig
 from alignguard.configs import NAMES, config_path
 from alignguard.data import collator
-from alignguard.guard import Guard
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.guard import Guard
 from alignguard.trainer import GuardTrainer
 from alignguard.updates.weight_updates import check_plugins
 

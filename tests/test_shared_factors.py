@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_fisher_oracle import assert_close, collate, make_examples, tiny_llama
 
 import fishergeo as fg
-from alignguard.checkpoint import load_guard, save_guard
-from alignguard.config import GuardConfig
-from alignguard.curvature import contiguous
-from alignguard.guard import Guard
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.curvature import contiguous
+from alignguard.guard.guard import Guard
+from alignguard.guard.state import load_guard, save_guard
 from fishergeo._linalg import mirrored
 from fishergeo.accumulators.base import Shared
 from fishergeo.accumulators.kronecker import KfacAccumulator

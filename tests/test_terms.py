@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_ranks import rows
 
 import fishergeo as fg
-from alignguard.config import GuardConfig
-from alignguard.curvature import LayerCurvature
-from alignguard.guard import Guard
-from alignguard.terms import TermGroup
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.curvature import LayerCurvature
+from alignguard.guard.guard import Guard
+from alignguard.guard.terms import TermGroup
 
 STRENGTHS = {"lambda_alignment": 0.7, "lambda_task": 0.3, "lambda_collision": 0.2, "alpha": 0.4}
 

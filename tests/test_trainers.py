@@ -11,9 +11,9 @@ from forked import distributed
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
 
-from alignguard.config import GuardConfig
 from alignguard.data import collator
-from alignguard.guard import Guard
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.guard import Guard
 from alignguard.lossprobe import honours_item_count
 from alignguard.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
 

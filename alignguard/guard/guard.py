@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 import fishergeo as fg
-from alignguard.budget import DriftBudget
-from alignguard.config import GuardConfig
-from alignguard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.data import pad_rows, supervised_tokens
-from alignguard.freshness import Freshness
+from alignguard.guard.config import GuardConfig
+from alignguard.guard.curvature import LayerCurvature, check_widths, curvatures
+from alignguard.guard.distributed import agreed, pooled_fisher, pooled_mean, world
+from alignguard.guard.reference import Reference
+from alignguard.guard.schedule import DriftBudget, Freshness
+from alignguard.guard.terms import CurvatureTerms
 from alignguard.objective import model_kind
-from alignguard.ranks import agreed, pooled_fisher, pooled_mean, world
-from alignguard.reference import Reference
-from alignguard.terms import CurvatureTerms
 from alignguard.updates import Covered, Matrix, WeightUpdates, coverage
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")

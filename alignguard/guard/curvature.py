@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fishergeo as fg
-from alignguard.config import GuardConfig
+from alignguard.guard.config import GuardConfig
 from alignguard.updates import Matrix
 
 WIDEST = 16384  # most outputs of a matrix whose output side is held whole

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 STRUCTURES = ("kfac", "kfac-sketch", "gram", "sketch")
+
 KINDS = ("empirical", "mc", "margin")
+
 METRICS = ("input-gram", "euclidean")
+
 PROJECTIONS = ("hard", "soft")
+
 REFRESH_EVERY = 25  # steps of an estimate in a run long enough for five of them
 
 
@@ -40,7 +44,7 @@ class GuardConfig:
     + (1−α) E_geo) is averaged over the layers; τ is then a share of ω. The alignment term is in nats in any case.
 
     With ``max_drift`` λ_A and λ_KL say how the two share the work, and both are multiplied by one factor that a damped
-    dual ascent finds (:class:`alignguard.budget.DriftBudget`).
+    dual ascent finds (:class:`alignguard.guard.schedule.DriftBudget`).
 
     Attributes:
         structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"kfac-sketch"`` (both sides, each through one
