@@ -76,8 +76,8 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     on from there, and the file goes when the report is whole.
     """
     from alignguard.drift import DriftReport, driftcheck, hub_prompts, load_prompts, make_judge
-    from alignguard.driftpage import compare_text, write_drift
     from alignguard.loading import load_adapter, load_model
+    from alignguard.pages import compare_text, write_drift
 
     _unclaimed("--output", args.output, args.overwrite)
     _unclaimed("--html", args.html, args.overwrite)
@@ -151,7 +151,7 @@ def run_prompts(args: argparse.Namespace) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     """Print the paired comparison of two reports, or what one holds, and write the page."""
     from alignguard.drift import DriftReport
-    from alignguard.driftpage import compare_text, write_drift
+    from alignguard.pages import compare_text, write_drift
 
     _unclaimed("--html", args.html, args.overwrite)
     before = DriftReport.load(args.before)

@@ -19,7 +19,7 @@ from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
 from alignguard.fit import FitResult, claim_output, fit, load_model
 from alignguard.guard import GuardConfig
-from alignguard.report import write_report
+from alignguard.pages import write_report
 
 # the rate: benchmarks/learning_rate.py and benchmarks/results/learning_rate.json
 TRAINING: dict[str, Any] = {"learning_rate": 4e-3, "max_steps": 200, "per_device_train_batch_size": 16}

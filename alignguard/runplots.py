@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from alignguard.frontier import Point, frontier, hull
-from alignguard.plots import DIM, INK, KINDS, draw_svg, finite
+from alignguard.pages import DIM, INK, KINDS, draw_svg, finite
 
 # The page's variables, for a file that is looked at without the page.
 _LIGHT = "--ink:#1c2126;--dim:#5d6670;--line:#dfe0dc;--base:#848c96;--plain:#d8692f;--guarded:#17877a"

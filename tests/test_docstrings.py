@@ -45,7 +45,7 @@ NO_FORMULA = {
     "alignguard.drift.rules": ["is_right"],
     "alignguard.checkpoint": ["check_complete", "latest_checkpoint", "load_guard", "save_guard"],
     "alignguard.updates.weight_updates": ["coverage_table"],
-    "alignguard.driftpage": ["render_drift"],
+    "alignguard.pages.drift_page": ["render_drift"],
     "alignguard.drift.report": ["DriftReport", "DriftRow"],
     "alignguard.data": ["encode_source", "pad_rows"],
     "alignguard.experiment": ["Bench"],

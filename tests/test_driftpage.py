@@ -8,7 +8,7 @@ import pytest
 
 from alignguard.cli import main
 from alignguard.drift.report import DriftReport, DriftRow
-from alignguard.driftpage import compare_text, render_drift
+from alignguard.pages.drift_page import compare_text, render_drift
 
 SECRET = "Of course! First take the pin"
 

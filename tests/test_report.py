@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from alignguard.report import render_report, write_report
+from alignguard.pages.demo_page import render_report, write_report
 
 SECRET = "Of course! First take the pin"
 RESULT = {

@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from alignguard import plots
 from alignguard.drift import shown_answer
 from alignguard.files import write_text
+from alignguard.pages import plots
 
 MODELS = ("base", "plain", "guarded")
 

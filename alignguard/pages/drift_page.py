@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from alignguard import plots
 from alignguard.drift import CATEGORIES, MEASURES, OTHER_SHARES, DriftReport, shown_answer
 from alignguard.files import write_text
+from alignguard.pages import plots
 
 _STYLES = ("base", "plain")  # colours of the page, for the first report and the second
 

@@ -17,8 +17,11 @@ from matplotlib.ticker import MaxNLocator
 
 # Matplotlib draws in these stand-ins; in the SVG they become variables of the page's style sheet.
 INK, DIM, LINE = "#010203", "#040506", "#070809"
+
 MODELS = {"base": "#0a0b0c", "plain": "#0d0e0f", "guarded": "#101112"}
+
 _VARIABLES = {INK: "ink", DIM: "dim", LINE: "line"} | {colour: name for name, colour in MODELS.items()}
+
 KINDS = [
     "#4c8bf5",
     "#e0823d",
