@@ -1,7 +1,6 @@
 """Fine-tuning that keeps what alignment put in: a Fisher guard for LoRA and full runs, and DriftCheck to measure what was lost."""
 
-from alignguard.fit import FitResult, fit
 from alignguard.guard import Guard, GuardConfig
-from alignguard.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.training import FitResult, GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, fit
 
 __all__ = ["FitResult", "Guard", "GuardConfig", "GuardMixin", "GuardSeq2SeqTrainer", "GuardTrainer", "fit"]

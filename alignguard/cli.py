@@ -121,8 +121,7 @@ def _claim(path: Path, overwrite: bool) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from alignguard.fit import fit, prepare
-    from alignguard.plan import plan_text, seconds_of_step
+    from alignguard.training import fit, plan_text, prepare, seconds_of_step
 
     _required(args, "model", "task_data", *(() if args.plain else ("alignment_data",)))
     config = GuardConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(GuardConfig)})
@@ -150,8 +149,8 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _fisher(args: argparse.Namespace) -> None:
-    from alignguard.fisherfile import origin_path, write_fisher
-    from alignguard.fit import load_model
+    from alignguard.loading import load_model
+    from alignguard.training import origin_path, write_fisher
 
     _required(args, "model", "data", "output")
     config = GuardConfig(seed=args.seed, **{name: getattr(args, name) for name in FISHER_FIELDS})

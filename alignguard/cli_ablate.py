@@ -153,11 +153,11 @@ def run_ablate(args: argparse.Namespace) -> None:
         print(f"{len(jobs)} runs on {args.processes} processes, results in {args.output_dir}")
         return
     from alignguard import ablation
-    from alignguard.demo import versions
     from alignguard.experiment import measure_base, run_job
     from alignguard.frontier import Point
     from alignguard.ledger import Ledger, run_jobs
     from alignguard.runplots import dots, frontier_plot, standalone
+    from alignguard.training import versions
 
     start = Ledger(args.output_dir / "base.jsonl", head)
     base = run_jobs([{"name": "base"}], lambda job: measure_base(bench), start)[0]["result"]

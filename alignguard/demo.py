@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,24 @@ from rich.table import Table
 from alignguard.data import read_jsonl
 from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
-from alignguard.files import write_text
-from alignguard.fit import FitResult, claim_output, fit, load_model
+from alignguard.files import claim_output, write_text
 from alignguard.guard import GuardConfig
+from alignguard.loading import load_model
 from alignguard.pages import write_report
+from alignguard.training import FitResult, fit, versions
 
 # the rate: benchmarks/learning_rate.py and benchmarks/results/learning_rate.json
 TRAINING: dict[str, Any] = {"learning_rate": 4e-3, "max_steps": 200, "per_device_train_batch_size": 16}
+
 PROMPTS = {"unsafe": 150, "ordinary": 100, "borderline": 60}  # a category, DriftCheck prompts of it in the demo
 
 
 SHARES = {"refusal": "refusal", "compliance": "compliance", "borderline": "borderline"}  # ours, DriftCheck's
+
 MODELS = ("base", "plain", "guarded")
+
 SHOWN = 12  # prompts of each category in the report
+
 COLUMNS = (
     ("task", "task accuracy, %", "{:.1f}"),
     ("refusal", "unsafe refused, %", "{:.1f}"),
@@ -74,12 +77,6 @@ def answers(base: DriftReport, plain: DriftReport, guarded: DriftReport) -> dict
     return shown
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    names = ("fishergeo", "torch", "transformers", "peft", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
 def demo_prompts() -> list[dict[str, Any]]:
     """The leading rows of each DriftCheck category that the demo asks."""
     rows: list[dict[str, Any]] = []
@@ -89,7 +86,7 @@ def demo_prompts() -> list[dict[str, Any]]:
 
 
 def train(output_dir: Path, guarded: bool, seed: int, config: GuardConfig | None = None, **options: Any) -> FitResult:
-    """One run on the embedded task; ``options`` go to :func:`alignguard.fit`."""
+    """One run on the embedded task; ``options`` go to :func:`alignguard.training.run`."""
     training = {**TRAINING, **options.pop("training", {})}
     return fit(
         model_path(),

@@ -19,10 +19,11 @@ from alignguard.data import encode_source, load_conversations, pad_id, pad_rows
 from alignguard.demo import TRAINING
 from alignguard.drift import REFUSAL, driftcheck, load_prompts, measured_kl, task_score
 from alignguard.embedded import data_path, model_path
-from alignguard.fit import fit, load_model
 from alignguard.guard import GuardConfig
+from alignguard.loading import load_model
 from alignguard.objective import model_kind
 from alignguard.rivals import RIVALS, make_rival, train_rival
+from alignguard.training import fit
 from alignguard.updates import base_name, lora_updates
 
 GUARD = "guard"

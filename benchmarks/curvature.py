@@ -30,8 +30,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fishergeo as fg
-from alignguard.demo import versions
 from alignguard.files import write_text
+from alignguard.training import versions
 
 HIDDEN, FF, LAYERS, VOCABULARY, HEADS = 256, 688, 4, 1024, 4
 

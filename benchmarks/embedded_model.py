@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from alignguard.data import read_jsonl
-from alignguard.demo import versions
 from alignguard.drift import driftcheck
 from alignguard.embedded import model_path
 from alignguard.files import write_text
-from alignguard.fit import load_model
+from alignguard.loading import load_model
+from alignguard.training import versions
 
 TRAINING = "training.json"  # what scripts/train_embedded.py leaves beside the weights
 

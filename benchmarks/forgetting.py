@@ -23,11 +23,12 @@ from typing import Any
 from rivals import FIXED, chosen
 from transformers import AutoModelForCausalLM
 
-from alignguard.demo import TRAINING, versions
+from alignguard.demo import TRAINING
 from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
 from alignguard.ledger import Ledger, run_jobs
 from alignguard.scaling import fit_scaling_law
+from alignguard.training import versions
 
 AMOUNTS = (6, 12, 25, 50, 100, 200, 400)  # optimizer steps of 16 examples, each run with a schedule of its own
 PROMPTS = 100  # of each DriftCheck category: the law is fitted to KL, and answers take time

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import alignguard.fit  # noqa: F401  # before forking, so that the children need not
+import alignguard.training.run  # noqa: F401  # before forking, so that the children need not
 from alignguard.cli import main as alignguard_main
-from alignguard.demo import versions
 from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
+from alignguard.training import versions
 
 RESULT = Path(__file__).parent / "results" / "kill_resume.json"
 BUDGET = ["--max-drift", "0.5"]

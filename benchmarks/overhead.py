@@ -27,11 +27,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignguard.data import collate, encode_example, read_jsonl
-from alignguard.demo import versions
 from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
-from alignguard.fit import adapt, load_model
 from alignguard.guard import Guard, GuardConfig
+from alignguard.loading import adapt, load_model
+from alignguard.training import versions
 
 TERMS = {"lambda_task": 0.01, "lambda_collision": 0.01, "whole_update": False}
 GUARDS: dict[str, dict[str, Any]] = {

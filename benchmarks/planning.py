@@ -24,8 +24,8 @@ from curvature import Bench
 from scaling import allocator_peak
 
 import fishergeo as fg
-from alignguard.demo import versions
 from alignguard.files import write_text
+from alignguard.training import versions
 
 STRUCTURES = ("sketch", "kfac", "gram", "ekfac", "diagonal")
 

@@ -31,11 +31,12 @@ from learning_rate import SEED, bench
 from transformers import AutoConfig
 
 from alignguard.ablation import ANCHOR, GUARDS, rivals_plan
-from alignguard.demo import TRAINING, versions
+from alignguard.demo import TRAINING
 from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
 from alignguard.ledger import Ledger, run_jobs
 from alignguard.rivals import RIVALS
+from alignguard.training import versions
 
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
 METHODS = [

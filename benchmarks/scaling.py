@@ -24,8 +24,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fishergeo as fg
-from alignguard.demo import versions
 from alignguard.files import write_text
+from alignguard.training import versions
 
 STRUCTURES = ("sketch", "kfac", "gram")
 MIDDLE = {"hidden": 64, "depth": 2, "examples": 32}

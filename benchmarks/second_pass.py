@@ -18,8 +18,8 @@ import torch
 from sketch import subject
 
 import fishergeo as fg
-from alignguard.demo import versions
 from alignguard.files import write_text
+from alignguard.training import versions
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ import torch
 
 import fishergeo as fg
 from alignguard.data import collate, encode_example, read_jsonl
-from alignguard.demo import versions
 from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
-from alignguard.fit import load_model
+from alignguard.loading import load_model
+from alignguard.training import versions
 
 
 def subject(examples: int, model_folder: Path | None = None) -> tuple[Any, list[dict[str, torch.Tensor]], list[str]]:

@@ -22,10 +22,10 @@ from alignguard.ablation import (
 )
 from alignguard.cli import main
 from alignguard.experiment import alignment_parts, make_job, part_file, save_parts
-from alignguard.fit import fit
 from alignguard.guard.config import METRICS, GuardConfig
 from alignguard.ledger import Ledger, run_jobs
 from alignguard.rivals import RIVALS
+from alignguard.training.run import fit
 from alignguard.updates.lora import lora_updates
 
 

@@ -10,8 +10,9 @@ import yaml
 from malformed import digest
 
 import fishergeo as fg
-from alignguard import GuardConfig, cli, fit
-from alignguard.fisherfile import load_fisher, origin_path, write_fisher
+from alignguard import GuardConfig, cli
+from alignguard.training import run as fit
+from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True}
 
@@ -110,7 +111,7 @@ def test_bad_values_in_yaml_are_named(folder, text, words, capsys):
 
 
 def test_a_run_that_fails_is_told_from_bad_input(folder, capsys, monkeypatch):
-    module = importlib.import_module("alignguard.fit")  # the package's attribute of that name is the function
+    module = importlib.import_module("alignguard.training.run")  # the package's attribute of that name is the function
 
     def diverge(*arguments, **options):
         raise FloatingPointError("the training loss is nan at step 1")

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from alignguard import GuardConfig, cli, fit
-from alignguard.fit import prepare
+from alignguard import GuardConfig, cli
+from alignguard.training import run as fit
+from alignguard.training.run import prepare
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_every_option_of_every_command_has_help():
     assert not bare
 
 
-# What alignguard.fit is told in Python, and how the command line and YAML say it.
+# What alignguard.training.run is told in Python, and how the command line and YAML say it.
 SAID_OTHERWISE = {"guarded": "plain", "max_length": "task_max_length"}
 ONLY_PYTHON = {
     "config",
@@ -92,9 +93,11 @@ def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkey
     expected = GuardConfig(**values)
     assert all(getattr(expected, field.name) != field.default for field in dataclasses.fields(GuardConfig))
     heard = []
-    monkeypatch.setattr(importlib.import_module("alignguard.fit"), "prepare", lambda *a, **k: heard.append((a, k)))
-    monkeypatch.setattr(importlib.import_module("alignguard.plan"), "plan_text", lambda *a: "")
-    monkeypatch.setattr(importlib.import_module("alignguard.plan"), "seconds_of_step", lambda *a: 1.0)
+    monkeypatch.setattr(
+        importlib.import_module("alignguard.training.run"), "prepare", lambda *a, **k: heard.append((a, k))
+    )
+    monkeypatch.setattr(importlib.import_module("alignguard.training.dry_run"), "plan_text", lambda *a: "")
+    monkeypatch.setattr(importlib.import_module("alignguard.training.dry_run"), "seconds_of_step", lambda *a: 1.0)
     more = {"model": "m", "task_data": "t", "alignment_data": "a", "output_dir": "o", "offload": "cpu", "save_every": 3,
             "max_steps": 9, "learning_rate": 0.5, "rank": 3, "target_modules": ["q_proj"], "task_max_length": 50}  # fmt: skip
     flags = ["fit", "--dry-run"]

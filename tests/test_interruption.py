@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignguard import GuardConfig, fit
-from alignguard.checkpoint import MARKER, check_complete, latest_checkpoint
+from alignguard import GuardConfig
 from alignguard.guard.guard import Guard
 from alignguard.guard.state import load_guard, save_guard
+from alignguard.training import run as fit
+from alignguard.training.checkpoint import MARKER, check_complete, latest_checkpoint
 
 CONFIG = GuardConfig(
     refresh_every=2, refresh_examples=2, lambda_alignment=5.0, lambda_kl=0.5, max_drift=0.05, held_back=1,

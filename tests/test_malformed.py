@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import alignguard
 from alignguard import GuardConfig, cli
-from alignguard.checkpoint import MARKER, seal
 from alignguard.data import read_jsonl
 from alignguard.loading import load_model
+from alignguard.training.checkpoint import MARKER, seal
 
 # How many inputs each test makes at least, by what is malformed; the tests hold themselves to it.
 LEAST = {"configs": 150, "rows": 95, "fisher": 55, "checkpoints": 40, "adapters": 45, "models": 15, "reports": 30}
@@ -119,7 +119,7 @@ def test_malformed_configurations(trial, tmp_path):
             "alignment_data": data,
             "output_dir": tmp_path / "new",
         }
-        return lambda: alignguard.fit(**{**given, **options})
+        return lambda: alignguard.training.run(**{**given, **options})
 
     for name, value in bad_fields():
         trial.call(f"GuardConfig {name}={str(value)[:9]!r} {type(value)}",
@@ -297,7 +297,9 @@ def test_malformed_rows(trial, tmp_path):
         for option in ("task_data", "alignment_data"):
             given = {"task_data": rows, "alignment_data": rows, option: value}
             trial.call(
-                f"{option} is {name}", lambda g=given: alignguard.fit(model, output_dir=tmp_path / "new", **g), word
+                f"{option} is {name}",
+                lambda g=given: alignguard.training.run(model, output_dir=tmp_path / "new", **g),
+                word,
             )
 
     # what only this model cannot take
@@ -323,7 +325,7 @@ def test_malformed_rows(trial, tmp_path):
         words.chat_template = template
         trial.call(
             f"template {template}",
-            lambda: alignguard.fit(base, rows, rows, tokenizer=words, output_dir=tmp_path / "new"),
+            lambda: alignguard.training.run(base, rows, rows, tokenizer=words, output_dir=tmp_path / "new"),
             word,
         )
     trial.end(LEAST["rows"])
@@ -334,7 +336,7 @@ def test_malformed_rows_by_hypothesis(trial, tmp_path):
     base, words = load_model(trial.ground / "model")
 
     def fit(rows):
-        alignguard.fit(base, rows, None, guarded=False, tokenizer=words, output_dir=tmp_path / "new")
+        alignguard.training.run(base, rows, None, guarded=False, tokenizer=words, output_dir=tmp_path / "new")
 
     @HYPOTHESIS
     @given(st.binary(max_size=60).filter(lambda content: content.strip()))
@@ -628,7 +630,7 @@ def test_malformed_adapters(trial, tmp_path, tokenizer):
 
     def fit(model, lora=None, **more):
         more = {"guarded": True, **more}
-        return lambda: alignguard.fit(
+        return lambda: alignguard.training.run(
             model, rows, rows, tokenizer=tokenizer, lora=lora, output_dir=tmp_path / "new", **more
         )
 
@@ -707,7 +709,7 @@ def test_malformed_models(trial, tmp_path):
     for value, word in ((3, "model"), (None, "model"), ([good], "model")):
         trial.call(
             f"model={value}",
-            lambda v=value: alignguard.fit(v, rows, rows, tokenizer=object(), output_dir=tmp_path / "new"),
+            lambda v=value: alignguard.training.run(v, rows, rows, tokenizer=object(), output_dir=tmp_path / "new"),
             word,
         )
     trial.end(LEAST["models"])

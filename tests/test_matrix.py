@@ -11,7 +11,8 @@ from architectures import EXPERTS, MODELS, TASKS, merged_weights
 from peft import LoraConfig, get_peft_model
 from test_models import compare
 
-from alignguard import GuardConfig, fit
+from alignguard import GuardConfig
+from alignguard.training import run as fit
 
 CONFIG = GuardConfig(
     structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, energy=0.6,

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fishergeo as fg
-from alignguard import GuardConfig, fit
+from alignguard import GuardConfig
 from alignguard.guard.distributed import agreed, pooled_mean, world
 from alignguard.guard.guard import Guard
+from alignguard.training import run as fit
 
 
 def rows(count, seed=0):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from alignguard.data import collate, encode_example
-from alignguard.fit import fit
 from alignguard.rivals import (
     EMA,
     EWC,
@@ -33,6 +32,7 @@ from alignguard.rivals import (
     train_rival,
     without_conflict,
 )
+from alignguard.training.run import fit
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 

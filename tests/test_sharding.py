@@ -23,7 +23,7 @@ from alignguard.configs import NAMES, config_path
 from alignguard.data import collator
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.guard import Guard
-from alignguard.trainer import GuardTrainer
+from alignguard.training.trainer import GuardTrainer
 from alignguard.updates.weight_updates import check_plugins
 
 CONFIG = GuardConfig(
@@ -119,7 +119,7 @@ def test_accelerate_plugins_that_shard_so_are_refused(tmp_path, monkeypatch):
     guard = Guard(model, rows(2), CONFIG)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     refused = []
-    monkeypatch.setattr("alignguard.trainer.check_plugins", refused.append)
+    monkeypatch.setattr("alignguard.updates.check_plugins", refused.append)
     GuardTrainer(model=model, args=arguments, train_dataset=rows(2), data_collator=collator(0, "causal"), guard=guard)
     assert len(refused) == 1 and hasattr(refused[0], "distributed_type")
 

@@ -14,8 +14,7 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArgu
 from alignguard.data import collator
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.guard import Guard
-from alignguard.lossprobe import honours_item_count
-from alignguard.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, honours_item_count
 
 CONFIG = GuardConfig(
     refresh_every=1, refresh_examples=2, lambda_alignment=5.0, lambda_task=0.5, lambda_collision=0.5, lambda_kl=0.5

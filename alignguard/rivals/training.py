@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from alignguard.data import Source, encode_source, load_conversations, pad_id, pad_rows
-from alignguard.files import write_text
-from alignguard.fit import DEFAULT_TRAINING, adapt, claim_output, load_model, save_adapter
+from alignguard.files import claim_output, save_adapter, write_text
+from alignguard.loading import adapt, load_model
 from alignguard.objective import model_kind
 from alignguard.rivals.base import Encoded, Rival, Run
-from alignguard.trainer import GuardTrainer
+from alignguard.training import DEFAULT_TRAINING, GuardTrainer
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def train_rival(
     seed: int = 0,
     trained: str | Path | None = None,
 ) -> RivalResult:
-    """Fine-tune with LoRA under one rival; arguments and defaults are those of :func:`alignguard.fit`.
+    """Fine-tune with LoRA under one rival; arguments and defaults are those of :func:`alignguard.training.run`.
 
     Args:
         rival: a fresh one; an instance serves one run.

@@ -24,7 +24,9 @@ DEFAULT_TRAINING: dict[str, Any] = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
+
 FULL_RATE = 2e-5  # learning rate where every weight trains
+
 OWN = {"output_dir": "output_dir", "seed": "seed", "remove_unused_columns": None}  # set by fit, and its name for them
 
 
@@ -33,9 +35,13 @@ def _whole(value: Any) -> bool:
 
 
 Check = tuple[Callable[[Any], bool], str]
+
 AT_LEAST_ONE: Check = (lambda v: _whole(v) and v >= 1, "a whole number of at least 1")
+
 AT_LEAST_ZERO: Check = (lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
+
 POSITIVE: Check = (lambda v: is_number(v) and v > 0, "a finite number above 0")
+
 CHECKS: dict[str, Check] = {
     "learning_rate": AT_LEAST_ZERO,
     "weight_decay": AT_LEAST_ZERO,
@@ -63,7 +69,7 @@ def run_settings(
         progress: show the Trainer's bar.
 
     Raises:
-        TypeError, ValueError: an unknown field, one that :func:`alignguard.fit` sets itself, or a value out of range;
+        TypeError, ValueError: an unknown field, one that :func:`alignguard.training.run` sets itself, or a value out of range;
             named.
     """
     if training is not None and not isinstance(training, Mapping):

@@ -12,19 +12,16 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from alignguard.checkpoint import latest_checkpoint
 from alignguard.data import Source, check_fits, collator, encode_source, pad_id
-from alignguard.files import claim_output, save_adapter, write_text
-from alignguard.fisherfile import load_fisher
+from alignguard.files import save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
-from alignguard.loading import adapt, check_device, kind_of, load_model, load_tokenizer, load_weights
-from alignguard.modelcard import add_card_section, card_section
-from alignguard.runrecord import check_run, claim_run, record_of
-from alignguard.settings import DEFAULT_TRAINING, run_settings, training_arguments
-from alignguard.trainer import GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
+from alignguard.training.checkpoint import latest_checkpoint
+from alignguard.training.fisher_file import load_fisher
+from alignguard.training.record import add_card_section, card_section, check_run, claim_run, record_of
+from alignguard.training.settings import run_settings, training_arguments
+from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
 from alignguard.updates import METHODS, coverage_table
-
-__all__ = ["DEFAULT_TRAINING", "FitResult", "Prepared", "claim_output", "fit", "load_model", "prepare", "save_adapter"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def prepare(
     """Read and check what :func:`fit` is given; nothing is written.
 
     Args:
-        model: this and all other arguments are those of :func:`alignguard.fit`.
+        model: this and all other arguments are those of :func:`alignguard.training.run`.
         task_data: what to learn.
         alignment_data: what to keep; may be None for a plain run.
         config: strengths of the guard.
@@ -233,7 +230,7 @@ def fit(
         >>> from alignguard.embedded import data_path, model_path
         >>> from alignguard.data import read_jsonl
         >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        ...     result = alignguard.fit(
+        ...     result = alignguard.training.run(
         ...         model_path(),
         ...         read_jsonl(data_path("task_train"))[:2],
         ...         read_jsonl(data_path("alignment"))[:2],

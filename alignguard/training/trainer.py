@@ -6,6 +6,7 @@ import logging
 import operator
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,39 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from alignguard.checkpoint import MARKER, STAGING, check_complete, seal
 from alignguard.files import readable
 from alignguard.guard import COUNTERS, TERMS, Guard, load_guard, save_guard
 from alignguard.loading import check_weights
-from alignguard.lossprobe import honours_item_count
+from alignguard.objective import evaluation_mode
+from alignguard.training.checkpoint import MARKER, STAGING, check_complete, seal
 from alignguard.updates import check_plugins
+
+
+def honours_item_count(model: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the loss halves when ``num_items_in_batch`` doubles; two forward passes, random state untouched.
+
+    transformers' Trainer concludes from ``**kwargs`` in a signature that a model divides its loss by that number.
+    Encoder-decoders that take a plain mean (T5, mT5, BART, ...) accept and ignore it, and gradients come out too
+    large by the number of micro-batches and of processes.
+
+    Args:
+        model: not wrapped for data parallelism.
+        inputs: a batch with labels, as the Trainer passes it.
+
+    Returns:
+        True too where nothing can be told: a loss that is zero or not finite.
+    """
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    losses = []
+    with torch.random.fork_rng(devices=devices), evaluation_mode(model):
+        for count in (64, 128):
+            output = model(**{**inputs, "num_items_in_batch": torch.tensor(count)})
+            loss = output["loss"] if isinstance(output, dict) else output[0]
+            losses.append(float(loss))
+    if not all(map(torch.isfinite, map(torch.tensor, losses))) or losses[1] == 0:
+        return True  # nothing can be told from this batch; the loss itself is checked elsewhere
+    return abs(losses[0] / losses[1] - 2) < 1e-2
+
 
 logger = logging.getLogger(__name__)
 

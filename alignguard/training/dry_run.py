@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from alignguard.data import collator, pad_id
-from alignguard.fit import Prepared
+from alignguard.training.run import Prepared
 from alignguard.updates import coverage_table
 
 
@@ -57,7 +57,7 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
     """The plan in words.
 
     Args:
-        ready: what :func:`alignguard.fit.prepare` read.
+        ready: what :func:`alignguard.training.prepare` read.
         seconds_per_step: time of an optimizer step of the plain run, where it is known (:func:`seconds_of_step`).
 
     Returns:
