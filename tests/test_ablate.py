@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from alignguard.cli.main.main import main
 
 from alignguard.ablation import (
     GUARDS,
@@ -20,7 +21,6 @@ from alignguard.ablation import (
     table,
     terms_plan,
 )
-from alignguard.cli import main
 from alignguard.experiment import alignment_parts, make_job, part_file, save_parts
 from alignguard.guard.config import METRICS, GuardConfig
 from alignguard.ledger import Ledger, run_jobs

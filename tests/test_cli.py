@@ -9,7 +9,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from alignguard import GuardConfig, cli
+from alignguard import GuardConfig
+from alignguard.cli import main as cli
 from alignguard.training import run as fit
 from alignguard.training.run import prepare
 

@@ -5,8 +5,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from alignguard.cli.main.main import main
 
-from alignguard.cli import main
 from alignguard.drift.report import DriftReport, DriftRow
 from alignguard.pages.drift_page import compare_text, render_drift
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
+from alignguard.cli.main.main import main
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alignguard import demo
-from alignguard.cli import main
 from alignguard.data import read_jsonl
 from alignguard.drift.check import driftcheck
 from alignguard.drift.prompts import load_prompts

@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
+from alignguard.cli.main.main import main
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignguard.cli import main
 from alignguard.drift.prompts import load_prompts
 from alignguard.drift.prompts.recipes import HARMS, build_prompts, even_shares, harm_of, hub_prompts
 

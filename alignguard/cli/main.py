@@ -16,10 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alignguard.cli.drift import add_drift
+from alignguard.cli.yaml_config import apply_yaml
 from alignguard.cli_ablate import add_ablate
-from alignguard.cli_drift import add_drift
 from alignguard.guard import GuardConfig
-from alignguard.yamlfile import apply_yaml
 
 TRAINING_FIELDS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "peak learning rate"),
@@ -28,7 +28,9 @@ TRAINING_FIELDS: dict[str, tuple[type, str]] = {
     "per_device_train_batch_size": (int, "task examples in a micro-batch"),
     "gradient_accumulation_steps": (int, "micro-batches in an optimizer step"),
 }
+
 FISHER_FIELDS = ("structure", "kind", "sketch_rank", "batch_size", "max_length")
+
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
