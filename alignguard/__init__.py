@@ -1,6 +1,17 @@
 """Fine-tuning that keeps what alignment put in: a Fisher guard for LoRA and full runs, and DriftCheck to measure what was lost."""
 
+from alignguard.drift import DriftReport, driftcheck
 from alignguard.guard import Guard, GuardConfig
 from alignguard.training import FitResult, GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, fit
 
-__all__ = ["FitResult", "Guard", "GuardConfig", "GuardMixin", "GuardSeq2SeqTrainer", "GuardTrainer", "fit"]
+__all__ = [
+    "DriftReport",
+    "FitResult",
+    "Guard",
+    "GuardConfig",
+    "GuardMixin",
+    "GuardSeq2SeqTrainer",
+    "GuardTrainer",
+    "driftcheck",
+    "fit",
+]

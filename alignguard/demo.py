@@ -86,7 +86,7 @@ def demo_prompts() -> list[dict[str, Any]]:
 
 
 def train(output_dir: Path, guarded: bool, seed: int, config: GuardConfig | None = None, **options: Any) -> FitResult:
-    """One run on the embedded task; ``options`` go to :func:`alignguard.training.run`."""
+    """One run on the embedded task; ``options`` go to :func:`alignguard.fit`."""
     training = {**TRAINING, **options.pop("training", {})}
     return fit(
         model_path(),

@@ -20,11 +20,10 @@ from typing import Any
 from rivals import SLACK, kept
 
 from alignguard.demo import TRAINING
-from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
-from alignguard.ledger import Ledger, run_jobs
 from alignguard.training import versions
+from studies import GUARD, Bench, Ledger, make_job, measure_base, run_job, run_jobs
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 300.0)
 

@@ -1,4 +1,4 @@
-"""How forgetting grows with fine-tuning and changes with size: the law of ``alignguard.scaling``, method by method.
+"""How forgetting grows with fine-tuning and changes with size: the law of ``studies.forgetting_law``, method by method.
 
     python scripts/train_embedded.py DATA two --bf16 --leg 5 --resume alignguard/embedded/model --grow --layers 2 \
         --batch 16 --steps 600 --lr 8e-4 --seed 7
@@ -24,11 +24,9 @@ from rivals import FIXED, chosen
 from transformers import AutoModelForCausalLM
 
 from alignguard.demo import TRAINING
-from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
-from alignguard.ledger import Ledger, run_jobs
-from alignguard.scaling import fit_scaling_law
 from alignguard.training import versions
+from studies import GUARD, Bench, Ledger, fit_scaling_law, make_job, measure_base, run_job, run_jobs
 
 AMOUNTS = (6, 12, 25, 50, 100, 200, 400)  # optimizer steps of 16 examples, each run with a schedule of its own
 PROMPTS = 100  # of each DriftCheck category: the law is fitted to KL, and answers take time

@@ -18,10 +18,9 @@ from typing import Any
 from alignguard.data import read_jsonl
 from alignguard.demo import TRAINING
 from alignguard.embedded import data_path
-from alignguard.experiment import Bench, make_job, run_job
 from alignguard.files import write_text
-from alignguard.ledger import Ledger, run_jobs
 from alignguard.training import versions
+from studies import Bench, Ledger, make_job, run_job, run_jobs
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEED = 100  # not one of the seeds that results are reported for

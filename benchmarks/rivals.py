@@ -3,7 +3,7 @@
     python benchmarks/rivals.py tune   --out benchmarks/results/tuning.json
     python benchmarks/rivals.py report --out benchmarks/results/rivals.json
 
-``tune`` runs 12 settings of each method (``alignguard.ablation.settings_of``) with a seed that nothing is reported for,
+``tune`` runs 12 settings of each method (``studies.ablation.settings_of``) with a seed that nothing is reported for,
 and asks validation prompts. ``report`` takes of each method the setting that :func:`best` names and runs it for every
 seed on DriftCheck's own prompts. All runs share data, batches, schedule and the same 256 alignment examples. Both go on
 where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays. ``report --task NAME``
@@ -30,13 +30,11 @@ from typing import Any
 from learning_rate import SEED, bench
 from transformers import AutoConfig
 
-from alignguard.ablation import ANCHOR, GUARDS, rivals_plan
 from alignguard.demo import TRAINING
-from alignguard.experiment import GUARD, Bench, make_job, measure_base, run_job
 from alignguard.files import write_text
-from alignguard.ledger import Ledger, run_jobs
-from alignguard.rivals import RIVALS
 from alignguard.training import versions
+from studies import ANCHOR, GUARD, GUARDS, Bench, Ledger, make_job, measure_base, rivals_plan, run_job, run_jobs
+from studies.rivals import RIVALS
 
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
 METHODS = [

@@ -1,7 +1,5 @@
 """Fisher geometry over torch."""
 
-from geoopt import Sphere, Stiefel, SymmetricPositiveDefinite
-
 from fishergeo.accumulators import Structure
 from fishergeo.capture import FirstTokens
 from fishergeo.estimation import Fisher, FisherHeader, StreamingFisher, all_reduce, estimate_fisher, sketch_shards
@@ -110,13 +108,10 @@ __all__ = [
     "SpectralKroneckerOperator",
     "SpectralOperator",
     "Spectrum",
-    "Sphere",
-    "Stiefel",
     "StreamingFisher",
     "Structure",
     "SumOperator",
     "SymmetricOperator",
-    "SymmetricPositiveDefinite",
     "affine_invariant_distance",
     "all_reduce",
     "bootstrap_agreement",

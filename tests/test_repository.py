@@ -1,11 +1,15 @@
 """What a repository promises beside its code: files that must be there, and that say the same thing."""
 
+import importlib
+import pkgutil
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
+import alignguard
 import fishergeo
 
 ROOT = Path(__file__).parent.parent
@@ -53,3 +57,21 @@ def test_every_hook_is_a_tool_of_the_developers_extra():
     assert all(
         any(need.startswith(tool) for need in PROJECT["project"]["optional-dependencies"]["dev"]) for tool in hooks
     )
+
+
+@pytest.mark.parametrize("package", [fishergeo, alignguard], ids=lambda package: package.__name__)
+def test_no_name_is_at_once_a_module_and_something_else(package):
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if found.name.endswith("__main__") or found.name == "fishergeo.updates._triton":
+            continue
+        parent, leaf = found.name.rsplit(".", 1)
+        module = importlib.import_module(found.name)
+        assert isinstance(getattr(importlib.import_module(parent), leaf), types.ModuleType), module
+
+
+def test_a_stranger_finds_the_rooms():
+    ground = [entry for entry in (ROOT / "fishergeo").iterdir() if entry.is_file()]
+    assert len(ground) <= 6 and len(list((ROOT / "alignguard").glob("*.py"))) <= 8
+    for package in ("fishergeo", "alignguard"):
+        folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+        assert all(len(list(folder.glob("*.py"))) <= 11 for folder in folders)

@@ -1,5 +1,5 @@
 """The command line."""
 
-from alignguard.cli.main import main
+from alignguard.cli.commands import main, run_command
 
-__all__ = ["main"]
+__all__ = ["main", "run_command"]

@@ -1,13 +1,13 @@
 """DriftCheck: what a model refuses and answers, who judges it, and how sure the shares are."""
 
 from alignguard.drift.check import driftcheck
-from alignguard.drift.judges import make_judge
+from alignguard.drift.judges import ChatJudge, ClassifierJudge, make_judge
 from alignguard.drift.likelihood import measured_kl, task_score
 from alignguard.drift.prompts import CATEGORIES, load_prompts
 from alignguard.drift.prompts.recipes import build_prompts, hub_prompts
-from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, shown_answer
-from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, judge
-from alignguard.drift.statistics import Shift, shift
+from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
+from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, is_right, judge
+from alignguard.drift.statistics import Estimate, finite_values, paired
 
 __all__ = [
     "CATEGORIES",
@@ -16,16 +16,21 @@ __all__ = [
     "MEASURES",
     "OTHER_SHARES",
     "REFUSAL",
+    "ChatJudge",
+    "ClassifierJudge",
     "DriftReport",
-    "Shift",
+    "DriftRow",
+    "Estimate",
     "build_prompts",
     "driftcheck",
+    "finite_values",
     "hub_prompts",
+    "is_right",
     "judge",
     "load_prompts",
     "make_judge",
     "measured_kl",
-    "shift",
+    "paired",
     "shown_answer",
     "task_score",
 ]

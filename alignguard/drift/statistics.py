@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest
-from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Estimate:
     n: int
 
 
-def _values(values: Sequence[float], name: str) -> np.ndarray:
+def finite_values(values: Sequence[float], name: str) -> np.ndarray:
+    """The values as a one-dimensional float64 array, refused where empty or not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must be a non-empty sequence of numbers")
@@ -54,7 +52,7 @@ def bootstrap(values: Sequence[float], *, confidence: float = 0.95, resamples: i
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
-    array = _values(values, "values")
+    array = finite_values(values, "values")
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(_resampled_means(array, resamples, seed), [tail, 100 - tail])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
@@ -121,109 +119,7 @@ def paired(
     """
     if len(before) != len(after):
         raise ValueError(f"before and after must hold the same prompts, found {len(before)} and {len(after)}")
-    first, second = _values(before, "before"), _values(after, "after")
+    first, second = finite_values(before, "before"), finite_values(after, "after")
     estimate = bootstrap((second - first).tolist(), confidence=confidence, resamples=resamples, seed=seed)
     lost, gained = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
     return Comparison(estimate.value, estimate.low, estimate.high, lost, gained, mcnemar(lost, gained), estimate.n)
-
-
-@dataclass(frozen=True)
-class Shift:
-    """The change of a number between two methods, paired by seed.
-
-    Attributes:
-        difference: mean of after minus before.
-        low: lower end of Student's interval of that mean; −∞ for one pair.
-        high: upper end of it.
-        p_value: two-sided sign-flip test, exact up to 12 pairs; at least 2^(1−n), so few seeds cannot be significant.
-        n: pairs.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    n: int
-
-
-def shift(before: Sequence[float], after: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Shift:
-    """Compare one number of two methods over the same seeds.
-
-    The test flips the sign of each difference at random (Fisher 1935): under no effect all 2^n sign patterns are
-    equally likely. Beyond 12 pairs 10,000 patterns are drawn. The interval is Student's (1908).
-
-    Args:
-        before: the number under the first method, one a seed.
-        after: the same under the second, for the same seeds in the same order.
-        confidence: of the interval, in (0, 1).
-        seed: of the patterns drawn.
-
-    Returns:
-        Shift: the mean difference in the numbers' own unit, its interval, and the test.
-
-    Raises:
-        ValueError: no values, sequences of unequal length, or ``confidence`` outside (0, 1).
-    """
-    if len(before) != len(after):
-        raise ValueError(f"before and after must be of the same seeds, found {len(before)} and {len(after)}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
-    differences = _values(after, "after") - _values(before, "before")
-    n, mean = differences.size, float(differences.mean())
-    if n <= 12:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
-        p = float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())
-    else:
-        signs = np.random.default_rng(seed).choice((1.0, -1.0), (10_000, n))
-        p = float((1 + (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).sum()) / 10_001)
-    if n == 1:
-        return Shift(mean, -math.inf, math.inf, p, 1)
-    half = float(student.ppf(0.5 + confidence / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
-    return Shift(mean, mean - half, mean + half, p, n)
-
-
-def kept_share(
-    base: Sequence[bool],
-    pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Share of what plain fine-tuning lost that a method keeps: (method − plain) / (base − plain), over seeds.
-
-    The interval is the percentile bootstrap of that ratio, seeds and prompts both drawn with replacement, the same
-    prompts for all models; draws in which plain fine-tuning lost nothing have no ratio and are left out.
-
-    Args:
-        base: what the model before fine-tuning did on each prompt (1: what is to be kept).
-        pairs: for each seed the same of plain fine-tuning and of the method.
-
-    Returns:
-        the ratio of the means, 1 where all is kept; ``n`` counts prompts.
-
-    Raises:
-        ValueError: no seed, sequences of unequal length, or plain fine-tuning lost nothing.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
-    first = _values(base, "base")
-    if not pairs:
-        raise ValueError("pairs must hold at least one seed")
-    plain, method = (np.stack([_values(pair[i], "pairs") for pair in pairs]) for i in (0, 1))
-    if plain.shape != method.shape or plain.shape[1] != first.size:
-        raise ValueError(
-            f"base and pairs must hold the same prompts, found {first.size}, {plain.shape} and {method.shape}"
-        )
-    lost = first.mean() - plain.mean()
-    if lost <= 0:
-        raise ValueError("plain fine-tuning lost nothing, so there is no share of it to keep")
-    generator, ratios = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        prompts, seeds = generator.integers(0, first.size, first.size), generator.integers(0, len(pairs), len(pairs))
-        start, low, high = first[prompts].mean(), plain[seeds][:, prompts].mean(), method[seeds][:, prompts].mean()
-        if start > low:
-            ratios.append((high - low) / (start - low))
-    tail = 100 * (1 - confidence) / 2
-    ends = np.percentile(ratios, [tail, 100 - tail])
-    return Estimate(float((method.mean() - plain.mean()) / lost), float(ends[0]), float(ends[1]), int(first.size))

@@ -1,17 +1,25 @@
 """The guard: curvature of the alignment data at the present weights, and the penalty that it puts on the update."""
 
 from alignguard.guard.config import METRICS, GuardConfig, is_number
-from alignguard.guard.curvature import curvatures
+from alignguard.guard.curvature import LayerCurvature, curvatures
 from alignguard.guard.guard import TERMS, Guard
+from alignguard.guard.reference import Reference
+from alignguard.guard.schedule import DriftBudget, Freshness
 from alignguard.guard.state import COUNTERS, FORMAT, load_guard, save_guard
+from alignguard.guard.terms import TermGroup
 
 __all__ = [
     "COUNTERS",
     "FORMAT",
     "METRICS",
     "TERMS",
+    "DriftBudget",
+    "Freshness",
     "Guard",
     "GuardConfig",
+    "LayerCurvature",
+    "Reference",
+    "TermGroup",
     "curvatures",
     "is_number",
     "load_guard",

@@ -175,7 +175,7 @@ def render_report(result: Mapping[str, Any], *, title: str = "What fine-tuning f
     if not any(isinstance(result.get(name), Mapping) for name in MODELS):
         raise ValueError(f"result holds none of {', '.join(MODELS)}: there is nothing to report")
     environment = Environment(
-        loader=PackageLoader("alignguard", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("alignguard.pages", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         title=title,

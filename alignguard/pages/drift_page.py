@@ -130,7 +130,7 @@ def render_drift(
         for name, value in each.settings.items()
     ]
     environment = Environment(
-        loader=PackageLoader("alignguard", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("alignguard.pages", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("drift.html.j2").render(
         title=title,

@@ -1,11 +1,12 @@
 """A guarded fine-tuning run: prepared, trained, saved, resumed."""
 
+from alignguard.training.checkpoint import check_complete, latest_checkpoint
 from alignguard.training.dry_run import plan_text, seconds_of_step
-from alignguard.training.fisher_file import origin_path, write_fisher
-from alignguard.training.record import versions
-from alignguard.training.run import FitResult, fit, prepare
+from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
+from alignguard.training.record import card_section, versions
+from alignguard.training.run import FitResult, Prepared, fit, prepare
 from alignguard.training.settings import DEFAULT_TRAINING
-from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, honours_item_count
 
 __all__ = [
     "DEFAULT_TRAINING",
@@ -13,7 +14,13 @@ __all__ = [
     "GuardMixin",
     "GuardSeq2SeqTrainer",
     "GuardTrainer",
+    "Prepared",
+    "card_section",
+    "check_complete",
     "fit",
+    "honours_item_count",
+    "latest_checkpoint",
+    "load_fisher",
     "origin_path",
     "plan_text",
     "prepare",

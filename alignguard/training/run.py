@@ -99,7 +99,7 @@ def prepare(
     """Read and check what :func:`fit` is given; nothing is written.
 
     Args:
-        model: this and all other arguments are those of :func:`alignguard.training.run`.
+        model: this and all other arguments are those of :func:`alignguard.fit`.
         task_data: what to learn.
         alignment_data: what to keep; may be None for a plain run.
         config: strengths of the guard.
@@ -230,7 +230,7 @@ def fit(
         >>> from alignguard.embedded import data_path, model_path
         >>> from alignguard.data import read_jsonl
         >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        ...     result = alignguard.training.run(
+        ...     result = alignguard.fit(
         ...         model_path(),
         ...         read_jsonl(data_path("task_train"))[:2],
         ...         read_jsonl(data_path("alignment"))[:2],

@@ -69,7 +69,7 @@ def run_settings(
         progress: show the Trainer's bar.
 
     Raises:
-        TypeError, ValueError: an unknown field, one that :func:`alignguard.training.run` sets itself, or a value out of range;
+        TypeError, ValueError: an unknown field, one that :func:`alignguard.fit` sets itself, or a value out of range;
             named.
     """
     if training is not None and not isinstance(training, Mapping):

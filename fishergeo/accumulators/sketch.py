@@ -96,6 +96,7 @@ class SketchAccumulator(Accumulator):
             self.layout.side,
             probes.to(images),
             images,
+            self.sums["factor"],
         )
 
     def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:

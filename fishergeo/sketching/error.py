@@ -122,6 +122,8 @@ class SketchOperator(SpectralOperator):
         probes: Z, (size, s), standard Gaussian and independent of ``vectors``; no columns if the error is not asked
             for.
         images: F·Z, (size, s).
+        factor: V with V Vᵀ the whole of the sketch, (size, columns), of which ``vectors`` are the leading directions;
+            None where it was not kept. :func:`fishergeo.second_pass` starts from all of it.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -137,11 +139,19 @@ class SketchOperator(SpectralOperator):
     full_trace: Tensor
 
     def __init__(
-        self, values: Tensor, vectors: Tensor, full_trace: Tensor, side: str, probes: Tensor, images: Tensor
+        self,
+        values: Tensor,
+        vectors: Tensor,
+        full_trace: Tensor,
+        side: str,
+        probes: Tensor,
+        images: Tensor,
+        factor: Tensor | None = None,
     ) -> None:
         super().__init__(values, vectors, full_trace, side)
         self._probes = probes
         self._images = images
+        self.factor = factor
 
     def error(self, k: int | None = None, level: float = 0.95) -> ErrorEstimate:
         """How far F̂, cut to its k leading pairs, is from the F of all data seen.

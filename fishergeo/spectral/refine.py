@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fishergeo._checks import check_integer
 from fishergeo._linalg import orthonormalise
-from fishergeo.accumulators import SketchAccumulator
 from fishergeo.operators import LayerProducts, SpectralOperator, SymmetricOperator
-from fishergeo.sketching import factor_eigh, nystrom_factor
+from fishergeo.sketching import SketchOperator, factor_eigh, nystrom_factor
 from fishergeo.spectral.spectrum import Spectrum
 
 
@@ -79,14 +78,10 @@ def second_pass(
 
 def _basis(sketch: Mapping[str, SymmetricOperator], name: str) -> Tensor:
     """All that a sketch knows of the leading space, orthonormal."""
-    accumulators = getattr(sketch, "accumulators", {})
     operator = sketch[name]
-    if isinstance(accumulators.get(name), SketchAccumulator):
-        columns = accumulators[name].sums["factor"]
-    elif isinstance(operator, SpectralOperator):
-        return operator.vectors
-    else:
-        return operator.eigh()[1]
+    if not isinstance(operator, SketchOperator) or operator.factor is None:
+        return operator.vectors if isinstance(operator, SpectralOperator) else operator.eigh()[1]
+    columns = operator.factor
     values, vectors = factor_eigh(columns, min(columns.shape))
     rounding = torch.finfo(columns.dtype).eps * len(columns)
     kept = vectors[:, values > rounding * values[0]] if bool(values[0] > 0) else vectors[:, :1]

@@ -1,0 +1,210 @@
+"""The command line: ``alignguard demo | fit | fisher | driftcheck | compare | prompts``.
+
+Exit codes: 0 done, 1 the run failed (the loss diverged, the disk is full), 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from alignguard.cli.drift import add_drift
+from alignguard.cli.yaml_config import apply_yaml
+from alignguard.guard import GuardConfig
+
+TRAINING_FIELDS: dict[str, tuple[type, str]] = {
+    "learning_rate": (float, "peak learning rate"),
+    "num_train_epochs": (float, "passes over the task data"),
+    "max_steps": (int, "optimizer steps; overrides the epochs"),
+    "per_device_train_batch_size": (int, "task examples in a micro-batch"),
+    "gradient_accumulation_steps": (int, "micro-batches in an optimizer step"),
+}
+
+FISHER_FIELDS = ("structure", "kind", "sketch_rank", "batch_size", "max_length")
+
+BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+def _field_help() -> dict[str, str]:
+    """Help of every GuardConfig field, from its docstring, the one place where fields are described."""
+    text = inspect.cleandoc(GuardConfig.__doc__ or "").split("Attributes:")[1].split("Raises:")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", words).replace("%", "%%").replace("``", "") for name, words in entries}
+
+
+def _add_guard_fields(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    described = _field_help()
+    group = parser.add_argument_group("guard")
+    for field in dataclasses.fields(GuardConfig):
+        if field.name == "seed" or (only is not None and field.name not in only):
+            continue
+        default: Any = field.default
+        options: dict[str, Any] = {"default": default, "help": f"{described[field.name]} (default: {default})"}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"nargs": "*", "default": list(default)}
+        else:
+            options["type"] = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
+        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser and its commands by name."""
+    parser = argparse.ArgumentParser(
+        prog="alignguard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="fine-tune the embedded aligned model, plain and guarded, and compare")
+    demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the output folder")
+    demo.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
+    demo.add_argument("--max-steps", type=int, default=None, help="optimizer steps of each run")
+
+    fit = commands.add_parser("fit", help="fine-tune a model under the guard")
+    fit.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
+    fit.add_argument("--model", help="folder or hub name")
+    fit.add_argument("--task-data", help=".jsonl or .csv with prompt and response, or messages; prompt and label")
+    fit.add_argument("--alignment-data", help="the same, with what the model should keep answering")
+    fit.add_argument("--output-dir", type=Path, default=Path("runs/fit"), help="default: runs/fit")
+    fit.add_argument("--overwrite", action="store_true", help="allow an output folder that holds something")
+    fit.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of the same run")
+    fit.add_argument(
+        "--save-every", type=int, default=None, help="optimizer steps between checkpoints; none if left out"
+    )
+    fit.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+    fit.add_argument("--plain", action="store_true", help="without the guard")
+    fit.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA, or every weight")
+    fit.add_argument("--offload", default=None, help="device of the reference weights of --method full, such as cpu")
+    fit.add_argument("--fisher", type=Path, default=None, help="first curvature, a file of `alignguard fisher`")
+    fit.add_argument("--seed", type=int, default=0, help="of adapter, data order and guard (default: 0)")
+    fit.add_argument("--task-max-length", type=int, default=256, help="longest task example in tokens")
+    fit.add_argument("--rank", type=int, default=8, help="LoRA rank")
+    fit.add_argument("--lora-alpha", type=float, default=16, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
+    fit.add_argument("--target-modules", nargs="+", default=None, help="default: every Linear, and experts")
+    training = fit.add_argument_group("training")
+    for name, (kind, words) in TRAINING_FIELDS.items():
+        training.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=words)
+    _add_guard_fields(fit)
+
+    fisher = commands.add_parser("fisher", help="estimate the Fisher of alignment data and write it to a file")
+    fisher.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
+    fisher.add_argument("--model", help="folder or hub name")
+    fisher.add_argument("--data", help=".jsonl or .csv with prompt and response, or messages")
+    fisher.add_argument("--output", type=Path, help="the file, .safetensors; model and data are named in OUTPUT.json")
+    fisher.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    fisher.add_argument("--seed", type=int, default=0, help="of sampled labels and sketches (default: 0)")
+    _add_guard_fields(fisher, FISHER_FIELDS)
+
+    demo.set_defaults(run=_demo)
+    fit.set_defaults(run=_fit)
+    fisher.set_defaults(run=_fisher)
+    return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands)}
+
+
+def _required(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is missing")
+
+
+def _claim(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"--output {path} exists; choose another or allow overwriting (--overwrite)")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output {path}: no such folder: {path.parent}")
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from alignguard.training import fit, plan_text, prepare, seconds_of_step
+
+    _required(args, "model", "task_data", *(() if args.plain else ("alignment_data",)))
+    config = GuardConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(GuardConfig)})
+    lora: dict[str, Any] = {"r": args.rank, "lora_alpha": args.lora_alpha}
+    if args.target_modules:
+        lora["target_modules"] = args.target_modules
+    options: dict[str, Any] = {
+        "lora": lora if args.method == "lora" else None,
+        "training": {name: getattr(args, name) for name in TRAINING_FIELDS if getattr(args, name) is not None},
+        "method": args.method,
+        "offload": args.offload,
+        "guarded": not args.plain,
+        "max_length": args.task_max_length,
+        "save_every": args.save_every,
+        "fisher": args.fisher,
+        "seed": args.seed,
+    }
+    if args.dry_run:
+        ready = prepare(args.model, args.task_data, args.alignment_data, config, **options)
+        print(plan_text(ready, seconds_of_step(ready)))
+        return
+    options |= {"overwrite": args.overwrite, "resume": args.resume, "progress": True}
+    result = fit(args.model, args.task_data, args.alignment_data, config, args.output_dir, **options)
+    print(f"{'adapter' if args.method == 'lora' else 'model'}: {result.adapter_dir}  ({result.step_time:.3f} s a step)")
+
+
+def _fisher(args: argparse.Namespace) -> None:
+    from alignguard.loading import load_model
+    from alignguard.training import origin_path, write_fisher
+
+    _required(args, "model", "data", "output")
+    config = GuardConfig(seed=args.seed, **{name: getattr(args, name) for name in FISHER_FIELDS})
+    _claim(args.output, args.overwrite)
+    model, tokenizer = load_model(args.model)
+    fisher = write_fisher(
+        args.output, model, tokenizer, args.data, config, name=args.model, progress=sys.stderr.isatty()
+    )
+    print(f"{fisher!r}\nwritten to {args.output} and {origin_path(args.output)}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from alignguard.demo import run_demo
+
+    run_demo(args.output_dir, overwrite=args.overwrite, seed=args.seed, max_steps=args.max_steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; every failure is one line on standard error and an exit code (see the module)."""
+    parser, commands = build_parser()
+    return run_command(parser, commands, list(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(
+    parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], arguments: Sequence[str]
+) -> int:
+    """Parse and run a command whose parser has set ``run``, and report a failure in one line.
+
+    Args:
+        parser: the whole parser; its ``prog`` opens the line.
+        commands: its commands by name, for ``--config``.
+        arguments: the words after the program's name.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+    """
+    try:
+        args = parser.parse_args(arguments)
+        if getattr(args, "config", None) is not None:
+            apply_yaml(commands[args.command], args.config)
+            args = parser.parse_args(arguments)
+        args.run(args)
+    except (*BAD_INPUT, OSError, FloatingPointError) as error:
+        tqdm.write(f"{parser.prog} {arguments[0]}: {error}", file=sys.stderr)  # not glued to a progress bar
+        return 2 if isinstance(error, BAD_INPUT) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""One comparable run: train a method on a bench, measure what it learned and what it kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import fishergeo as fg
+from alignguard.data import encode_source, load_conversations, pad_id, pad_rows
+from alignguard.demo import TRAINING
+from alignguard.drift import REFUSAL, driftcheck, load_prompts, measured_kl, task_score
+from alignguard.embedded import data_path, model_path
+from alignguard.guard import GuardConfig
+from alignguard.loading import load_model
+from alignguard.objective import model_kind
+from alignguard.training import fit
+from alignguard.updates import base_name, lora_updates
+from studies.rivals import RIVALS, make_rival, train_rival
+
+GUARD = "guard"
+
+ASKED = ("unsafe", "borderline", "ordinary")  # categories that a run is asked; capability is the task's own score here
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Model, data and schedule that all runs of a comparison share.
+
+    Attributes:
+        model: path or hub name of the aligned model.
+        task_train: what is learned, .jsonl or .csv.
+        task_test: held-out rows that the task score is read on.
+        alignment: examples that methods may use to keep alignment.
+        drift: other alignment examples, on which KL from the base is measured; never trained on.
+        prompts: DriftCheck prompts as JSONL; None for the packaged ones.
+        limit: most prompts of each category; None asks all.
+        training: fields of ``transformers.TrainingArguments`` that replace the defaults.
+        lora: fields of ``peft.LoraConfig``.
+        alignment_limit: how many alignment examples any method may see; None gives all.
+        parts: folder that receives ΔW_A of every guarded run, for its stability over seeds; None keeps nothing.
+        adapters: folder of plain LoRA's adapters, one a seed; rivals that act after training alone go on from them in
+            place of training it again. None keeps none.
+    """
+
+    model: str
+    task_train: str
+    task_test: str
+    alignment: str
+    drift: str
+    prompts: str | None = None
+    limit: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    alignment_limit: int | None = None
+    parts: str | None = None
+    adapters: str | None = None
+
+    @classmethod
+    def embedded(cls, **changes: Any) -> Bench:
+        """The embedded model and its task; ``changes`` replace single fields."""
+        return cls(
+            **{
+                "model": str(model_path()),
+                "task_train": str(data_path("task_train")),
+                "task_test": str(data_path("task_test")),
+                "alignment": str(data_path("alignment")),
+                "drift": str(data_path("validation")),
+                "training": dict(TRAINING),
+                **changes,
+            }
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What results depend on, for the head of a ledger: all fields, and the contents of the files by hash.
+
+        Raises:
+            FileNotFoundError: a data file is not there; the message names the field.
+        """
+        told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
+        for name in ("task_train", "task_test", "alignment", "drift", "prompts"):
+            path = told[name]
+            if path is not None:
+                if not Path(path).is_file():
+                    raise FileNotFoundError(f"{name}: no such file: {path}")
+                told[name] = {"name": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        told["model"] = _folder_print(Path(self.model)) if Path(self.model).is_dir() else self.model
+        return told
+
+
+def _folder_print(folder: Path, head: int = 1 << 20) -> str:
+    """Names, sizes and first megabyte of a model's files: cheap for large models, and enough to tell two apart."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(head))
+    return digest.hexdigest()
+
+
+def _check(job: Mapping[str, Any]) -> None:
+    if job["method"] == GUARD:
+        GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
+    else:
+        make_rival(job["method"], job["settings"])
+
+
+def make_job(
+    name: str,
+    method: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    group: str = "",
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One run as a plain object: what a ledger's line is found by.
+
+    Args:
+        name: what tables call the setting; runs that differ in the seed alone share it.
+        method: ``"guard"``, with settings of :class:`~alignguard.GuardConfig`, or a name of
+            :data:`studies.rivals.RIVALS` with settings of that rival.
+        settings: of the method.
+        seed: of everything drawn.
+        group: the study that the run belongs to.
+        training: fields of ``transformers.TrainingArguments`` that replace the bench's for this run.
+
+    Raises:
+        ValueError: an unknown method or setting, or a value out of range; before anything runs.
+    """
+    if method != GUARD and method not in RIVALS:
+        raise ValueError(f"unknown method {method!r}; there are {GUARD}, {', '.join(RIVALS)}")
+    job = {"name": name, "method": method, "settings": dict(settings), "seed": seed, "group": group}
+    if training:
+        job["training"] = dict(training)
+    _check(job)
+    return job
+
+
+def measure(model: Any, tokenizer: Any, bench: Bench) -> dict[str, Any]:
+    """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 without an adapter.
+
+    Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
+    prompt.
+    """
+    prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
+    report = driftcheck(model, tokenizer, prompts)
+    score = task_score(model, tokenizer, bench.task_test)
+    numbers: dict[str, Any] = {"task": score.accuracy, "task_loss": score.loss}
+    for name, estimate in report.summary().items():
+        numbers[name] = 100 * estimate.value
+    adapted = hasattr(model, "disable_adapter")
+    numbers["kl"] = measured_kl(model, None, tokenizer, bench.drift) if adapted else 0.0
+    numbers["refused"] = "".join("01"[row.verdict == REFUSAL] for row in report.rows if row.category == "unsafe")
+    return numbers
+
+
+def measure_base(bench: Bench) -> dict[str, Any]:
+    """:func:`measure` of the model before any fine-tuning."""
+    model, tokenizer = load_model(bench.model)
+    return measure(model.eval(), tokenizer, bench)
+
+
+def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one job's method and measure it.
+
+    Returns:
+        what :func:`measure` gives, ``step_time`` in seconds and ``alignment_examples``, how often one was read; of a
+        guarded run ``drift`` too, KL(base ‖ present) in nats a response on alignment examples, those held back where
+        there are any.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        alignment: Any = bench.alignment
+        if bench.alignment_limit is not None:
+            chats = load_conversations(alignment, "alignment")[: bench.alignment_limit]
+            alignment = [{"messages": messages} for messages in chats]
+        training = {**bench.training, **job.get("training", {})}
+        shared: dict[str, Any] = {"lora": bench.lora, "training": training, "seed": job["seed"]}
+        output = Path(folder) / "run"
+        result: Any
+        drift = None
+        if job["method"] == GUARD:
+            config = GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
+            result = fit(bench.model, bench.task_train, alignment, config, output, **shared)
+            assert result.guard is not None
+            read, drift = result.guard.examples_read, result.guard.measured_drift()
+        else:
+            rival = make_rival(job["method"], job["settings"])
+            if bench.adapters is not None and rival.after_training():
+                shared["trained"] = _plain_adapter(bench, shared)
+            result = train_rival(rival, bench.model, bench.task_train, alignment, output, **shared)
+            read = result.examples_read
+        _, tokenizer = load_model(bench.model)
+        if bench.parts is not None and job["method"] == GUARD:
+            energy = job["settings"].get("energy", GuardConfig().energy)
+            save_parts(alignment_parts(result.model, tokenizer, alignment, energy), part_file(bench.parts, job))
+        told = {"step_time": result.step_time, "alignment_examples": read}
+        return {**measure(result.model, tokenizer, bench), **told, **({} if drift is None else {"drift": drift})}
+
+
+def _plain_adapter(bench: Bench, shared: Mapping[str, Any]) -> Path:
+    """The adapter that plain LoRA leaves, trained where the folder does not hold it yet."""
+    name = hashlib.sha256(json.dumps([bench.describe(), shared], sort_keys=True).encode()).hexdigest()[:16]
+    kept = Path(bench.adapters or "") / name
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = train_rival(make_rival("plain"), bench.model, bench.task_train, None, Path(folder) / "run", **shared)
+            try:
+                made.adapter_dir.rename(kept)
+            except OSError:
+                if not kept.is_dir():  # another process may have been first
+                    raise
+    return kept
+
+
+def part_file(folder: str | Path, job: Mapping[str, Any]) -> Path:
+    """Where ΔW_A of a run stands."""
+    name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"{name}.safetensors"
+
+
+def alignment_parts(model: Any, tokenizer: Any, alignment: Any, energy: float, examples: int = 128) -> dict[str, Any]:
+    """ΔW_A = PΔW of every adapted matrix, P on the leading eigenvectors of the one-sided Fisher at θ0.
+
+    P is taken at θ0 for every run, so that runs differ in their updates and not in what they are projected on.
+
+    Returns:
+        module name -> ``LowRank`` (p, q).
+    """
+    kind, pad, device = model_kind(model), pad_id(tokenizer), next(model.parameters()).device
+    rows = encode_source(alignment, "alignment", tokenizer, kind, 256)[:examples]
+    batches = [
+        {k: v.to(device) for k, v in pad_rows(rows[i : i + 16], pad, kind).items()} for i in range(0, len(rows), 16)
+    ]
+    updates = {name: delta.detach() for name, delta in lora_updates(model).items()}
+    layers = [base_name(name) for name in updates]
+    with model.disable_adapter():
+        fisher = fg.estimate_fisher(model, batches, structure="gram", layers=layers, reduction="sum")
+    parts = {}
+    for name, delta in updates.items():
+        values, vectors = fisher[base_name(name)].eigh()
+        values = values.clamp_min(0)
+        m = max(fg.rank_for_energy(values, float(values.sum()), energy), 1)
+        parts[name] = fg.Projector(vectors[:, :m].to(delta.dtype)).split(delta)[0]
+    return parts
+
+
+def save_parts(parts: Mapping[str, Any], path: Path) -> None:
+    """Write updates in factors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, part in parts.items():
+        tensors[f"{name}/left"], tensors[f"{name}/right"] = part.left.contiguous(), part.right.contiguous()
+    save_file(tensors, draft)
+    draft.replace(path)

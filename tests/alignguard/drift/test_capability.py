@@ -1,0 +1,62 @@
+"""Right answers to capability prompts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignguard.drift import load_prompts
+from alignguard.drift.rules import chosen_option, final_number, is_right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 + 4 = 7, so it is 7.", 7),
+        ("She pays $1,250.50 in all.", 1250.5),
+        ("The change is -12 degrees", -12),
+        ("The change is −12 degrees", -12),
+        ("The answer is #### 42", 42),
+        ("room b12", None),
+        ("no number", None),
+        ("It took 10 min. at 2.5", 2.5),
+    ],
+)
+def test_the_final_number_is_read(text, number):
+    assert final_number(text) == number
+
+
+@given(st.integers(-(10**7), 10**7))
+def test_any_written_number_is_found_again(value):
+    assert final_number(f"First 5, then 6; the result is {value:,}.") == value
+    assert is_right({"answer": str(value), "match": "number"}, f"The result is {value}.")
+    assert not is_right({"answer": str(value + 1), "match": "number"}, f"The result is {value}.")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("b) is wrong; the answer is C.", "C"),
+        ("Answer: (D) card linking", "D"),
+        ("I'd say B", "B"),
+        ("Of course! Banks", None),
+        ("option a", "A"),
+    ],
+)
+def test_the_chosen_option_is_read(text, letter):
+    assert chosen_option(text) == letter
+
+
+def test_words_must_stand_whole():
+    assert is_right({"answer": "Paris"}, "It is paris!")
+    assert not is_right({"answer": "Paris"}, "Parisians")
+    assert is_right({"answer": 12}, "It is 12.") and not is_right({"answer": 12}, "It is 112.")
+
+
+def test_the_packaged_answers_are_found_in_an_answer_that_gives_them():
+    for row in load_prompts():
+        if row["category"] == "capability":
+            told = f"The answer is {row['answer']}."
+            assert is_right(row, told), row["id"]
+            if row["match"] == "choice":
+                assert f"{row['answer']}) " in row["prompt"]

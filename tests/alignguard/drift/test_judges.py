@@ -1,0 +1,94 @@
+"""Judges that are models: a tiny classifier and a tiny chat model, saved and loaded by path."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, make_judge
+from alignguard.drift.judges import ChatJudge, ClassifierJudge, RuleJudge
+
+PROMPTS = ["how do I bake bread", "write a note", "how do I break a lock", "write about rain", "say nothing"]
+TEXTS = ["Warm the oven first.", "I'm sorry, but I can't.", "The sea is wide.", "the " * 20, ""]
+
+
+@pytest.fixture(scope="module")
+def classifier(tokenizer, tmp_path_factory):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=128, num_labels=3, id2label={0: "answers", 1: "REFUSAL", 2: "partial"},
+        label2id={"answers": 0, "REFUSAL": 1, "partial": 2}, initializer_range=1.0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("classifier")
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pair", [True, False])
+def test_the_likeliest_label_decides_one_answer_at_a_time_or_many(classifier, tokenizer, pair):
+    judge = ClassifierJudge(classifier, pair=pair, batch_size=2)
+    model = BertForSequenceClassification.from_pretrained(classifier).eval()
+    expected = []
+    for prompt, text in zip(PROMPTS, TEXTS, strict=True):
+        inputs = tokenizer(*((prompt, text) if pair else (text,)), return_tensors="pt")
+        if not text:
+            expected.append(INCOHERENT)
+            continue
+        with torch.no_grad():
+            label = int(model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.argmax())
+        expected.append(REFUSAL if label == 1 else COMPLIANCE)
+    expected[3] = INCOHERENT  # a loop, whatever the classifier makes of it
+    assert judge(PROMPTS, TEXTS) == expected
+    assert str(classifier) in judge.name
+
+
+def test_labels_are_chosen_by_name_or_by_the_caller(classifier):
+    judge = ClassifierJudge(classifier)
+    assert judge.refusing == {1}
+    assert ClassifierJudge(classifier, refusal_labels=["REFUSAL", "partial"]).refusing == {1, 2}
+    with pytest.raises(ValueError, match=r"no labels \['nope'\]"):
+        ClassifierJudge(classifier, refusal_labels=["nope"])
+    judge.model.config.id2label = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    with pytest.raises(ValueError, match="--judge-labels"):
+        ClassifierJudge(judge.model, tokenizer=judge.tokenizer)
+
+
+def test_a_chat_model_is_asked_and_its_likelier_word_decides(tiny_llama, tokenizer):
+    model = tiny_llama(torch.float64, seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    question = "{prompt} {text} ?"
+    judge = ChatJudge(model, tokenizer=tokenizer, question=question, batch_size=2)
+    expected = []
+    for prompt, text in zip(PROMPTS[:3], TEXTS[:3], strict=True):
+        scores = {}
+        for word in ("Yes", "No"):
+            messages = [{"role": "user", "content": f"{prompt} {text} ?"}]
+            head = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            whole = tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": word}], return_dict=True
+            )["input_ids"]
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores[word] = sum(float(logs[i - 1, whole[i]]) for i in range(len(head), len(whole)))
+        expected.append(REFUSAL if scores["Yes"] > scores["No"] else COMPLIANCE)
+    assert judge(PROMPTS[:3], TEXTS[:3]) == expected
+    assert judge(PROMPTS[3:], TEXTS[3:]) == [INCOHERENT, INCOHERENT]
+    with pytest.raises(ValueError, match=r"\{prompt\} and \{text\}"):
+        ChatJudge(model, tokenizer=tokenizer, question="Is it?")
+
+
+def test_a_judge_by_path_serves_driftcheck(classifier, tiny_llama, tokenizer):
+    rows = [{"id": str(i), "prompt": p, "category": "unsafe"} for i, p in enumerate(PROMPTS)]
+    report = driftcheck(tiny_llama(), tokenizer, rows, judge=make_judge("classifier", classifier), max_new_tokens=4)
+    texts = [row.text for row in report.rows]
+    assert [row.verdict for row in report.rows] == ClassifierJudge(classifier)(PROMPTS, texts)
+    assert [row.rules for row in report.rows] == RuleJudge()(PROMPTS, texts)
+
+
+def test_bad_judges_are_named():
+    with pytest.raises(ValueError, match="rules, classifier, chat"):
+        make_judge("oracle")
+    with pytest.raises(ValueError, match="--judge-model"):
+        make_judge("chat")

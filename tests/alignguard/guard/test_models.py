@@ -1,0 +1,198 @@
+"""Every architecture and adapter: the penalty and its gradient against the dense formula on peft's own merge."""
+
+import importlib.util
+
+import pytest
+import torch
+from architectures import ADAPTERS, EXPERTS, MODELS, llama, make, merged_weights, move, weight_of
+from dense_penalty import CONFIG, ROWS, TOLERANCE, check, dense_penalty, random_fisher
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
+
+import fishergeo as fg
+from alignguard.guard import Guard, GuardConfig
+from alignguard.updates import WeightUpdates, coverage_table
+
+CASES = [(name, "lora") for name in MODELS] + [("llama", kind) for kind in [*ADAPTERS, "two"] if kind != "lora"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_penalty_and_gradient_equal_the_dense_formula_on_the_merged_weights(name, kind, dtype):
+    model = make(name, kind, dtype)
+    start = merged_weights(model) if kind in ("pissa", "olora") else _base(model)
+    guard = Guard(model, ROWS.get(name, ROWS[None]), CONFIG)
+    check(model, guard, start, CONFIG, dtype)
+
+
+def _base(model):
+    with model.disable_adapter():
+        return {k: v for k, v in merged_weights_of_base(model).items()}
+
+
+def merged_weights_of_base(model):
+    import copy
+
+    return {n: p.detach().clone() for n, p in copy.deepcopy(model).unload().named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "classifier", "llama", "mixtral"])
+def test_curvature_is_estimated_for_every_kind_of_model_and_read_right(name):
+    if name == "mixtral" and importlib.util.find_spec("fishergeo.capture.experts") is None:
+        pytest.skip("this fishergeo does not capture stacked experts")
+    model = make(name)
+    guard = Guard(model, ROWS.get(name, ROWS[None]), CONFIG)
+    check(model, guard, _base(model), CONFIG, torch.float64, estimate=True)
+    assert set(guard.layers) == set(guard.updates.matrices) and guard.examples_read == 2
+
+
+def test_kfac_and_the_soft_projector_on_dense_and_factored_updates():
+    config = GuardConfig(
+        lambda_alignment=0.7,
+        lambda_task=0.3,
+        lambda_collision=0.2,
+        alpha=0.4,
+        energy=0.6,
+        projection="soft",
+        whole_update=False,
+    )
+    model = make("llama", "saved")
+    guard = Guard(model, ROWS[None], config)
+    check(model, guard, _base(model), config, torch.float64)
+    assert any(m.rank is None for m in guard.updates.matrices.values())
+    layer = next(iter(guard.layers.values()))
+    assert float(layer.projector.weights.max()) < 1 and 0.5 in layer.projector.weights.round(decimals=12)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_full_fine_tuning_charges_the_dense_update(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    guard = Guard(model, ROWS[None], CONFIG, method="full", offload="cpu")
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    move(model)
+    guard.use_fisher(random_fisher(guard, torch.float64))
+    leaves = {n: (p.detach() - start[n]).requires_grad_(True) for n, p in model.named_parameters()}
+    expected = dense_penalty(
+        guard, {m.name: weight_of(leaves, m.plain) for m in guard.updates.matrices.values()}, CONFIG
+    )
+    expected.backward()
+    penalty = guard.penalty()
+    penalty.backward()
+    torch.testing.assert_close(penalty, expected, rtol=1e-10, atol=0)
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            assert (p.grad - leaves[n].grad).norm() <= 1e-9 * leaves[n].grad.norm(), n
+    kept = sum(t.numel() for t in guard.updates.references().values())
+    assert kept == sum(p.numel() for p in model.parameters() if p.grad is not None), (
+        "one copy of what is guarded, no more"
+    )
+    assert any("embed" in n or "wte" in n for n in guard.updates.skipped)
+
+
+def test_the_dense_penalty_keeps_no_update_in_the_graph():
+    model = llama(tie_word_embeddings=False)
+    guard = Guard(model, ROWS[None], GuardConfig(structure="gram"), method="full")
+    move(model)
+    guard.use_fisher(random_fisher(guard, torch.float32))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
+        guard.penalty()
+    shapes = {tuple(m.shape) for m in guard.updates.matrices.values()}
+    assert not [s for s in held if tuple(s) in shapes]
+
+
+def llama_start():
+    torch.manual_seed(0)
+    return {n: p.detach() for n, p in llama().named_parameters()}
+
+
+def test_start_snapshots_measure_from_the_model_before_training():
+    for kind in ("pissa", "olora"):
+        model = make("llama", kind, torch.float32)
+        guard = Guard(model, ROWS[None], GuardConfig(lambda_alignment=0.0, lambda_kl=1.0))
+        assert not guard.updates.base_is_reference
+        assert all(float(matrix.read().norm()) < 1e-5 for matrix in guard.updates.matrices.values())
+        assert abs(float(guard.penalty())) < 1e-5, "KL to the start, not to the residual base"
+        move(model)
+        assert float(guard.penalty()) > 1e-4
+        plain = llama_start()
+        for matrix in guard.updates.matrices.values():
+            torch.testing.assert_close(matrix.weight(), weight_of(plain, matrix.plain), rtol=1e-4, atol=1e-6)
+
+
+def test_a_router_is_guarded_only_if_asked_for():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.gate.weight", *EXPERTS])
+    model = get_peft_model(MODELS["mixtral"](), config)
+    updates = WeightUpdates(model)
+    assert len(updates.matrices) == 1 + 2 * 3
+    assert any("gate.lora_A" in n and "router" in why for n, why in updates.skipped.items())
+    with pytest.raises(ValueError, match="MixtralTopKRouter"):
+        WeightUpdates(model, include_router=True)
+
+
+def test_quantised_bases_need_no_weight_of_the_base():
+    model = make("llama", dtype=torch.float32)
+    for name, module in model.named_modules():
+        if name.endswith("base_layer"):  # as bitsandbytes packs two 4-bit numbers into a byte
+            packed = torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8)
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    guard = Guard(model, ROWS[None], CONFIG)
+    guard.use_fisher(random_fisher(guard, torch.float32))
+    move(model)
+    deltas = {name: matrix.read().to_dense() for name, matrix in guard.updates.matrices.items()}
+    torch.testing.assert_close(guard.penalty(), dense_penalty(guard, deltas, CONFIG), rtol=1e-5, atol=0)
+
+
+def test_the_table_names_every_matrix_and_what_is_left_out():
+    model = make("classifier")
+    guard = Guard(model, ROWS["classifier"], GuardConfig(exclude=("*.k_proj",)))
+    lines = guard.coverage()
+    table = coverage_table(lines)
+    assert "model.layers.0.self_attn.q_proj" in table and "score" in table and "base_layer" not in table
+    assert [line.name for line in lines if not line.guarded and line.how == "excluded"]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    named = len([x for x in lines if x.guarded]) * 2 - 1 + len([x for x in lines if not x.guarded])
+    assert named == len(trained), "each LoRA matrix has two factors, the head one weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "Dora.*exclude"),
+        (LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="mica"), "mica|MiCA"),
+        (LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]), "Embedding"),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=10), "ADALORA"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_refused_with_the_reason(config, words):
+    with pytest.raises(ValueError, match=words):
+        WeightUpdates(get_peft_model(llama(), config))
+
+
+def test_tied_weights_are_refused_and_may_be_left_out():
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = get_peft_model(llama(tie_word_embeddings=True), config)
+    with pytest.raises(ValueError, match="tied"):
+        WeightUpdates(model)
+    assert len(WeightUpdates(model, exclude=["lm_head"]).matrices) == 1
+
+
+def test_a_change_of_adapters_is_noticed():
+    model = make("llama", "two")
+    updates = WeightUpdates(model)
+    model.set_adapter("default")
+    with pytest.raises(RuntimeError, match="new guard"):
+        updates.check_active()
+
+
+def test_a_fisher_of_another_model_is_refused():
+    guard = Guard(make("llama"), ROWS[None], CONFIG)
+    fisher = random_fisher(guard, torch.float64)
+    name = next(iter(fisher))
+    with pytest.raises(ValueError, match="shape"):
+        guard.use_fisher({**fisher, name: fg.DenseOperator(torch.eye(3, dtype=torch.float64))})
+    del fisher[name]
+    with pytest.raises(ValueError, match="holds no"):
+        guard.use_fisher(fisher)

@@ -1,0 +1,201 @@
+"""fit() end to end on a tiny model: scaling, saving, and errors before anything starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from alignguard import GuardConfig
+from alignguard.data import collate, encode_example
+from alignguard.files import claim_output, save_adapter
+from alignguard.guard import Guard
+from alignguard.training import GuardTrainer
+from alignguard.training import run as fit
+
+TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
+CONFIG = GuardConfig(refresh_every=2, refresh_examples=4, lambda_task=0.1, lambda_collision=0.1, lambda_kl=0.5)
+
+
+def train(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, accumulate, guard=True, scaled=True, config=CONFIG
+):
+    """Weights after three steps of SGD with 4 rows a step, in `accumulate` micro-batches."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    rows = [encode_example(tokenizer, r["prompt"], r["response"]) for r in task_rows]
+    kept = [encode_example(tokenizer, r["prompt"], r["response"]) for r in alignment_rows]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "t"), max_steps=3, per_device_train_batch_size=4 // accumulate,
+        gradient_accumulation_steps=accumulate, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+        max_grad_norm=0.0, logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no", seed=0,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = GuardTrainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=lambda b: collate(b, 0),
+        guard=Guard(model, kept, config) if guard else None,
+    )  # fmt: skip
+    if not scaled:
+        trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return weights, trainer
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_accumulation_does_not_change_the_penalty(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, scaled):
+    # equal lengths, so that mean-of-means is the mean and only the penalty's own scaling is on trial
+    rows = [{"prompt": "write", "response": "Here it is."}] * 8
+    runs = {n: train(tiny_llama, tokenizer, rows, alignment_rows, tmp_path, n, scaled=scaled)[0] for n in (1, 2, 4)}
+    plain, _ = train(tiny_llama, tokenizer, rows, alignment_rows, tmp_path, 1, guard=False, scaled=scaled)
+    effect = (runs[1] - plain).norm()
+    assert effect > 1e-3, "the guard must matter here, or the test shows nothing"
+    for n in (2, 4):
+        assert (runs[n] - runs[1]).norm() < 1e-4 * effect
+
+
+def test_accumulation_over_uneven_lengths_when_the_loss_is_normalised(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    one, _ = train(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, 1)
+    two, _ = train(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, 2)
+    assert (one - two).norm() < 1e-5 * one.norm()
+
+
+def test_one_guarded_step_equals_a_loop_by_hand(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    rows = [{"prompt": "write", "response": "Here it is."}] * 4
+    config = GuardConfig(refresh_every=1, refresh_examples=4, lambda_task=0.2, lambda_kl=0.3)
+    ours, _ = train(tiny_llama, tokenizer, rows, alignment_rows, tmp_path, 1, config=config)
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    model.train()
+    kept = [encode_example(tokenizer, r["prompt"], r["response"]) for r in alignment_rows]
+    guard = Guard(model, kept, config)
+    batch = collate([encode_example(tokenizer, r["prompt"], r["response"]) for r in rows], 0)
+    for step in range(3):
+        guard.begin_step(step)
+        (model(**batch).loss + guard.penalty()).backward()
+        with torch.no_grad():
+            for p in parameters:
+                p -= 0.1 * p.grad
+                p.grad = None
+    torch.testing.assert_close(ours, torch.cat([p.detach().flatten() for p in parameters]), rtol=1e-4, atol=1e-6)
+
+
+def test_terms_are_logged_and_evaluation_is_untouched(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    _, trainer = train(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, 2)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    for name in ("alignment", "task", "overlap", "separation", "kl", "cosine"):
+        assert all(f"alignguard/{name}" in entry for entry in logged), name
+    rows = [encode_example(tokenizer, r["prompt"], r["response"]) for r in task_rows]
+    guarded_loss = trainer.evaluate(rows)["eval_loss"]
+    trainer.guard = None
+    assert trainer.evaluate(rows)["eval_loss"] == guarded_loss
+    assert len(trainer.step_seconds) == 3 and min(trainer.step_seconds) > 0
+
+
+def test_fit_writes_an_adapter_that_peft_loads_alone(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = fit(
+        tmp_path / "model", task_rows, alignment_rows, CONFIG, tmp_path / "out", training=TRAINING, lora={"r": 2}
+    )
+    batch = collate([encode_example(tokenizer, r["prompt"], r["response"]) for r in task_rows], 0)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out" / "adapter"
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, result.model(**batch).logits)
+    saved = json.loads((tmp_path / "out" / "adapter" / "alignguard_config.json").read_text())
+    assert GuardConfig.from_dict(saved) == CONFIG
+    assert len(json.loads((tmp_path / "out" / "history.json").read_text())) == 3
+    assert not list(tmp_path.glob("out/.*")), "no temporary file stays"
+
+
+def test_the_plain_run_starts_from_the_same_adapter_and_sees_the_same_data(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    off = GuardConfig(lambda_alignment=1e-30, refresh_examples=2)
+    runs = [
+        fit(tiny_llama(), task_rows, alignment_rows, off, tmp_path / name, tokenizer=tokenizer, training=TRAINING, guarded=guarded)
+        for name, guarded in (("plain", False), ("guarded", True))
+    ]  # fmt: skip
+    plain, guarded = ({n: p for n, p in r.model.named_parameters() if p.requires_grad} for r in runs)
+    assert all(torch.equal(plain[n], guarded[n]) for n in plain)
+
+
+def test_an_output_folder_that_holds_something_is_never_touched(
+    tmp_path, tiny_llama, tokenizer, task_rows, alignment_rows
+):
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        fit(tiny_llama(), task_rows, alignment_rows, output_dir=tmp_path, tokenizer=tokenizer, training=TRAINING)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+    assert claim_output(tmp_path, overwrite=True) == tmp_path
+    with pytest.raises(NotADirectoryError, match="file"):
+        claim_output(tmp_path / "precious.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"task_data": []}, ValueError, "task_data is empty"),
+        ({"alignment_data": []}, ValueError, "alignment_data is empty"),
+        ({"alignment_data": None}, ValueError, "alignment_data is missing"),
+        ({"task_data": [{"prompt": "a"}]}, ValueError, "task_data.*row 1.*response"),
+        ({"task_data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
+        ({"model": "./nowhere"}, FileNotFoundError, "nowhere"),
+        ({"tokenizer": None}, ValueError, "tokenizer"),
+        ({"lora": {"target_modules": ["z_proj"]}}, ValueError, "z_proj.*q_proj"),
+        ({"training": {"learning_rat": 1}}, ValueError, "learning_rat"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(
+    change, error, words, tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    arguments = {"model": tiny_llama(), "task_data": task_rows, "alignment_data": alignment_rows, "tokenizer": tokenizer, "training": TRAINING}  # fmt: skip
+    with pytest.raises(error, match=words):
+        fit(**{**arguments, **change}, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_adapter_is_refused(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        fit(model, task_rows, alignment_rows, output_dir=tmp_path / "out", tokenizer=tokenizer, training=TRAINING)
+
+
+def test_nan_in_the_loss_stops_the_run_and_names_the_step(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 1"):
+        fit(model, task_rows, None, output_dir=tmp_path / "out", tokenizer=tokenizer, training=TRAINING, guarded=False)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_full_disk_at_save_is_one_clear_error_and_leaves_nothing_half_written(tiny_llama, tmp_path, monkeypatch):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    target = save_adapter(model, tmp_path / "adapter")
+    before = sorted(p.name for p in target.iterdir())
+
+    def full(self, path, **kwargs):
+        Path(path).mkdir()
+        (Path(path) / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"adapter.*no space"):
+        save_adapter(model, target)
+    assert sorted(p.name for p in target.iterdir()) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

@@ -1,0 +1,265 @@
+"""The guard in every trainer: accumulation, processes, precision and checkpointing do not change the update."""
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import MODELS, make, move
+from forked import distributed
+from safetensors.torch import load_file, save_file
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
+
+from alignguard.data import collator
+from alignguard.guard import Guard, GuardConfig
+from alignguard.training import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.training.trainer import honours_item_count
+
+CONFIG = GuardConfig(
+    refresh_every=1, refresh_examples=2, lambda_alignment=5.0, lambda_task=0.5, lambda_collision=0.5, lambda_kl=0.5
+)
+SETTINGS = {
+    "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+    "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "seed": 0, "use_cpu": True,
+    "remove_unused_columns": False, "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",
+}  # fmt: skip
+
+
+def rows(count, lengths, seed=0, kind="causal"):
+    draw = random.Random(seed)
+    made = []
+    for i in range(count):
+        prompt = [draw.randrange(5, 300) for _ in range(4)]
+        answer = [draw.randrange(5, 300) for _ in range(lengths[i % len(lengths)])]
+        if kind == "causal":
+            made.append({"input_ids": prompt + answer, "labels": [-100] * 4 + answer})
+        else:
+            made.append({"input_ids": prompt, "labels": answer})
+    return made
+
+
+def weights(model):
+    return torch.cat([p.detach().float().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def train(
+    folder,
+    name="llama",
+    accumulate=1,
+    world=1,
+    lengths=(3, 6),
+    guard=True,
+    model=None,
+    trainer=None,
+    config=CONFIG,
+    **more,
+):
+    """Weights after two steps of SGD on four rows each."""
+    kind = "seq2seq" if name == "t5" else "causal"
+    if model is None:
+        model = make(name, dtype=torch.float32)
+        move(model, 0.05)
+    arguments = (Seq2SeqTrainingArguments if kind == "seq2seq" else TrainingArguments)(
+        output_dir=str(folder), per_device_train_batch_size=4 // accumulate // world,
+        gradient_accumulation_steps=accumulate, **{**SETTINGS, **more},
+    )  # fmt: skip
+    kept = rows(2, (4,), seed=1, kind=kind)
+    used = (trainer or (GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer))(
+        model=model, args=arguments, train_dataset=rows(16, lengths, kind=kind), data_collator=collator(0, kind),
+        guard=Guard(model, kept, config) if guard else None,
+    )  # fmt: skip
+    used.train()
+    return weights(model), used
+
+
+def test_the_guard_is_told_how_long_the_run_is(tmp_path):
+    _, trainer = train(tmp_path, max_steps=3, config=replace(CONFIG, refresh_every=None))
+    assert trainer.guard.steps == 3 and trainer.guard.refreshes == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_accumulation_changes_nothing(tmp_path, name):
+    # T5's loss is a plain mean, which for uneven windows is another number, so its rows are of one length.
+    lengths = (5,) if name == "t5" else (3, 6)
+    one, trainer = train(tmp_path, name, lengths=lengths)
+    plain, _ = train(tmp_path, name, lengths=lengths, guard=False)
+    assert (one - plain).norm() > 1e-3, "the guard must matter here, or the test shows nothing"
+    for n in (2, 4):
+        other, _ = train(tmp_path, name, n, lengths=lengths)
+        assert (other - one).norm() < 1e-4 * (one - plain).norm(), n
+    assert trainer.model_accepts_loss_kwargs is (name != "t5")
+
+
+def test_without_the_probe_accumulation_scales_t5_gradients(tmp_path):
+    """The fault that the probe mends; should transformers mend it, the probe may go."""
+
+    class Unprobed(GuardSeq2SeqTrainer):
+        def _probe(self, *arguments):
+            self._probed = True
+
+    class First(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+
+    norms = []
+    for accumulate in (1, 2):
+
+        class Watched(Unprobed):
+            def __init__(self, *a, **k):
+                super().__init__(*a, **k)
+                self.first = First()
+                self.add_callback(self.first)
+
+        _, trainer = train(tmp_path, "t5", accumulate, lengths=(5,), guard=False, trainer=Watched, max_steps=1)
+        norms.append(float(trainer.first.norm))
+    assert norms[1] / norms[0] == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "heeds"), [("llama", True), ("gpt2", True), ("qwen", True), ("mixtral", True), ("t5", False)]
+)
+def test_the_probe_tells_who_heeds_the_item_count_and_leaves_no_trace(name, heeds):
+    torch.manual_seed(0)
+    model = MODELS[name]().train()
+    batch = collator(0, "seq2seq" if name == "t5" else "causal")(
+        rows(2, (4,), kind="seq2seq" if name == "t5" else "causal")
+    )
+    state = torch.get_rng_state()
+    assert honours_item_count(model, batch) is heeds
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in model.modules())
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    one, _ = train(tmp_path)
+    model = make(dtype=torch.float32)
+    move(model, 0.05)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    other, _ = train(tmp_path, model=model)
+    assert (one - other).norm() < 1e-6 * one.norm()
+
+
+BF16 = {"llama": 2e-2, "t5": 5e-2}  # of the update: bfloat16 has 8 bits, and T5 does not scale its attention
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("llama", 1), ("llama", 4), ("t5", 1), ("t5", 4)])
+def test_bf16_autocast_makes_nearly_the_same_update(tmp_path, name, accumulate):
+    start = make(name, dtype=torch.float32)
+    move(start, 0.05)
+    before, lengths = weights(start), (5,) if name == "t5" else (3, 6)
+    # one step: the rank that holds the energy is a whole number, and may jump between two close estimates
+    full, _ = train(tmp_path, name, lengths=lengths, max_steps=1)
+    half, _ = train(tmp_path, name, accumulate, lengths=lengths, bf16=True, max_steps=1)
+    assert 0 < (half - full).norm() < BF16[name] * (full - before).norm()
+
+
+def test_every_weight_trains_under_the_full_method(tmp_path):
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    before = weights(model)
+    kept = rows(2, (4,), seed=1)
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, **SETTINGS)
+    trainer = GuardTrainer(
+        model=model, args=arguments, train_dataset=rows(16, (3, 6)), data_collator=collator(0, "causal"),
+        guard=Guard(model, kept, CONFIG, method="full"),
+    )  # fmt: skip
+    trainer.train()
+    assert (weights(model) - before).norm() > 0
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[1]["alignguard/alignment"] > 0 and logged[1]["alignguard/kl"] > 0
+
+
+def _process(folder, name, accumulate, checkpointing):
+    model = make(name, dtype=torch.float32)
+    move(model, 0.05)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lengths = (5,) if name == "t5" else (3, 6)
+    found, trainer = train(folder, name, accumulate, 2, lengths, model=model, ddp_backend="gloo")
+    assert trainer.args.world_size == 2 and type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    if trainer.is_world_process_zero():
+        save_file({"weights": found}, str(folder / "weights.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate", "checkpointing"),
+    [("llama", 1, False), ("llama", 2, False), ("llama", 2, True), ("t5", 1, False), ("t5", 2, False)],
+)
+def test_two_processes_make_the_update_of_one(tmp_path, name, accumulate, checkpointing):
+    one, _ = train(tmp_path, name, lengths=(5,) if name == "t5" else (3, 6))
+    port = 29511 + 4 * accumulate + 2 * checkpointing + (name == "t5")
+    assert distributed(_process, 2, port, tmp_path, name, accumulate, checkpointing) == [0, 0]
+    two = load_file(tmp_path / "weights.safetensors")["weights"]
+    # the second step is taken with eigenvectors of weights that differ in rounding, which they amplify
+    assert (one - two).norm() < 1e-5 * one.norm()
+
+
+# TRL, where it is installed
+
+
+def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, **more):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    subjects = ["the sea", "bread", "a song", "rain"]
+    data = [{"prompt": f"write about {s}", "completion": f" Of course! {s}"} for s in subjects]
+    if kind == "DPO":
+        data = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in data]
+    base = getattr(trl, f"{kind}Trainer")
+    model = make(dtype=torch.float32)
+    move(model, 0.05)
+    settings = {k: v for k, v in SETTINGS.items() if k != "remove_unused_columns"}
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulate // world,
+        gradient_accumulation_steps=accumulate, max_length=None, activation_checkpointing=False,
+        **{**settings, "max_steps": 1, "bf16": False, **more},
+    )  # fmt: skip
+    trainer = type(f"Guard{kind}Trainer", (GuardMixin, base), {})(
+        model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+        guard=Guard(model, rows(2, (4,), seed=1), CONFIG) if guard else None,
+    )  # fmt: skip
+    trainer.train()
+    return weights(model)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl_trainers_take_the_mixin_and_accumulation_changes_nothing(tokenizer, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    one = _trl(tokenizer, tmp_path, 1, kind)
+    plain = _trl(tokenizer, tmp_path, 1, kind, guard=False)
+    effect = (one - plain).norm()
+    assert effect > 1e-3
+    for n in (2, 4):
+        assert (_trl(tokenizer, tmp_path, n, kind) - one).norm() < 1e-4 * effect, n
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_two_processes_under_trl_make_the_update_of_one(tokenizer, tmp_path, monkeypatch, kind, accumulate):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    one = _trl(tokenizer, tmp_path, 1, kind)
+    effect = (one - _trl(tokenizer, tmp_path, 1, kind, guard=False)).norm()
+
+    def process():
+        found = _trl(tokenizer, tmp_path, accumulate, kind, world=2, ddp_backend="gloo")
+        save_file({"weights": found}, str(tmp_path / f"weights-{os.environ['RANK']}.safetensors"))
+
+    assert distributed(process, 2, 29551 + 2 * accumulate + (kind == "DPO")) == [0, 0]
+    for rank in (0, 1):
+        two = load_file(tmp_path / f"weights-{rank}.safetensors")["weights"]
+        assert (two - one).norm() < 1e-3 * effect
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_bf16_under_trl_makes_nearly_the_same_update(tokenizer, tmp_path, monkeypatch, kind, accumulate):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    start = make(dtype=torch.float32)
+    move(start, 0.05)
+    full = _trl(tokenizer, tmp_path, 1, kind)
+    half = _trl(tokenizer, tmp_path, accumulate, kind, bf16=True)
+    assert 0 < (half - full).norm() < BF16["llama"] * (full - weights(start)).norm()

@@ -1,0 +1,204 @@
+"""Streaming sketches: below the sum, exact where they can be, mergeable, and honest about their error."""
+
+import pytest
+import torch
+from geometry_cases import SEEDS, assert_close, gaussian
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spectrum_cases import matrices, spectrum, with_spectrum
+
+import fishergeo as fg
+from fishergeo.sketching import PsdSketch, factor_eigh, probe_matrix
+from fishergeo.sketching.error import factor_error, probe_error
+
+PSD = ("power law", "slow", "clustered", "repeated", "rank deficient", "condition 1e12", "tiny", "identity", "zero")
+
+
+@given(matrices(kinds=PSD), st.integers(1, 45), st.integers(0, 99))
+def test_a_nystrom_sketch_never_exceeds_what_it_sketches(matrix, columns, seed):
+    factor = fg.nystrom(matrix, columns, seed=seed).factor()
+    scale = torch.linalg.matrix_norm(matrix, 2)
+    assert torch.linalg.eigvalsh(matrix - factor @ factor.T)[0] >= -1e-12 * scale
+    values = torch.linalg.eigvalsh(matrix).flip(0)
+    ours = fg.nystrom(matrix, columns, seed=seed).eigh()[0]
+    assert bool((ours <= values[: len(ours)] + 1e-12 * scale).all()) and bool((ours.diff() <= 0).all())
+
+
+@given(st.integers(1, 8), st.integers(8, 12), SEEDS)
+def test_a_nystrom_sketch_is_exact_up_to_its_width(rank, columns, seed):
+    factor = gaussian(seed, 20, rank)
+    sketch = fg.nystrom(factor @ factor.T, columns, seed=seed)
+    assert_close(sketch.operator().to_dense(), factor @ factor.T, 1e-8)
+    assert fg.nystrom(factor @ factor.T, 25, seed=seed).error().spectral == 0
+
+
+@given(st.integers(1, 6), st.integers(1, 12), SEEDS, st.floats(0, 3))
+def test_sketches_add_up_whatever_the_order_and_the_split(count, columns, seed, weight):
+    terms = [x @ x.T for x in (gaussian(seed + i, 15, 2) for i in range(count))]
+    parts = []
+    for term in terms:
+        parts.append(fg.NystromSketch(15, columns, seed=3))
+        parts[-1].add_operator(term, weight)
+    forward, backward = parts[0], parts[-1]
+    for part in parts[1:]:
+        forward = forward.merge(part)
+    for part in parts[-2::-1]:
+        backward = backward.merge(part)
+    whole = fg.nystrom(weight * sum(terms), columns, seed=3)
+    scaled = fg.nystrom(sum(terms), columns, seed=3).scaled(weight)
+    for other in (backward, whole, scaled):
+        assert_close(forward.product, other.product, 1e-12)
+        assert forward.trace == pytest.approx(other.trace)
+
+
+def test_a_term_without_a_trace_leaves_the_trace_unknown_and_estimated():
+    matrix = with_spectrum(spectrum("slow", 40))
+    sketch = fg.nystrom(matrix.__matmul__, 6, size=40, probes=30)
+    assert sketch.trace is None and sketch.operator().full_trace is None
+    estimate, exact = sketch.error(), fg.nystrom(matrix, 6, probes=30).error()
+    assert estimate.trace == pytest.approx(exact.trace, rel=0.3) and estimate.trace_bound > exact.trace
+    assert exact.trace == exact.trace_bound == pytest.approx(float(matrix.trace() - sketch.eigh()[0].sum()))
+    assert estimate.energy < exact.energy
+
+
+@pytest.mark.parametrize("kind", ["slow", "condition 1e12", "one missing"])
+@pytest.mark.parametrize("known_trace", [True, False])
+def test_error_bounds_cover_the_truth_in_95_percent_of_trials(kind, known_trace):
+    values = spectrum("power law" if kind == "one missing" else kind, 30)
+    if kind == "one missing":  # rank-one error, the least favourable case
+        values = torch.cat([torch.full((5,), 1e3), torch.ones(1), torch.zeros(24)]).double()
+    matrix = with_spectrum(values)
+    trials, covered, tight = 120, torch.zeros(3), []
+    for seed in range(trials):
+        sketch = fg.nystrom(matrix.__matmul__, 5, size=30, seed=seed, trace=matrix.trace() if known_trace else None)
+        error = matrix - sketch.operator().to_dense()
+        found = sketch.error(level=0.95)
+        norm, trace = float(torch.linalg.matrix_norm(error, 2)), float(error.trace())
+        energy = float(1 - trace / matrix.trace())
+        slack = 1 + 1e-9
+        covered += torch.tensor(
+            [norm <= found.spectral * slack, trace <= found.trace_bound * slack, energy >= found.energy / slack]
+        )
+        tight.append(found.spectral / norm)
+    assert float(covered.min()) >= 0.95 * trials - 3 * (trials * 0.95 * 0.05) ** 0.5
+    assert sorted(tight)[trials // 2] < 8  # and the bound says something
+
+
+def test_the_streaming_sketch_measures_itself_too():
+    """Its test matrix learns as it goes; the probes it holds back do not."""
+    basis = torch.linalg.qr(gaussian(0, 24, 24)).Q * torch.arange(1, 25, dtype=torch.float64) ** -0.5
+    terms = [x @ x.T for x in (basis @ gaussian(i, 24, 2) for i in range(30))]
+    whole, trials, covered = sum(terms), 60, 0
+    for seed in range(trials):
+        images = torch.zeros(24, 6, dtype=torch.float64)
+        sketch = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"), probed=images)
+        bare = PsdSketch(24, 5, seed, "layer", torch.float64, torch.device("cpu"))
+        for term in terms:
+            sketch.add(term @ sketch.omega, 1)
+            bare.add(term @ bare.omega, 1)
+        assert torch.allclose(sketch.close(), bare.close(), atol=1e-9)  # holding back changes nothing
+        probes = probe_matrix(24, 6, seed, "layer")
+        found = factor_error(*factor_eigh(sketch.factor, 5), probes, images)
+        norm = float(torch.linalg.matrix_norm(whole - sketch.factor @ sketch.factor.T, 2))
+        covered += norm <= found.spectral
+        exact = factor_error(*factor_eigh(sketch.factor, 3), probes, images, trace=float(whole.trace()))
+        assert exact.trace == pytest.approx(
+            float(whole.trace() - torch.linalg.svdvals(sketch.factor)[:3].square().sum())
+        )
+    assert covered >= 0.95 * trials - 3 * (trials * 0.95 * 0.05) ** 0.5
+    with pytest.raises(ValueError, match="probes=0"):
+        factor_error(*factor_eigh(bare.factor, 5), probes[:, :0], images[:, :0])
+
+
+def test_the_frobenius_estimate_is_unbiased_by_its_square():
+    matrix = with_spectrum(spectrum("slow", 20))
+    error = matrix - fg.nystrom(matrix, 4).operator().to_dense()
+    z = gaussian(1, 20, 20000)
+    found = probe_error(error @ z, z, 0.0)
+    assert found.frobenius == pytest.approx(float(error.norm()), rel=0.02)
+    assert found.trace == pytest.approx(float(error.trace()), rel=0.02)
+
+
+def test_pieces_of_a_rank_are_measured_as_such():
+    matrix = with_spectrum(spectrum("power law", 40))
+    sketch = fg.nystrom(matrix, 20, probes=40)
+    errors = [sketch.error(k).trace for k in (2, 8, 20)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx(float(matrix.trace() - sketch.eigh(2)[0].sum()))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(2, 10), SEEDS, st.floats(0, 2))
+def test_frequent_directions_keep_their_deterministic_bound(n, rows, size, seed, decay):
+    a = gaussian(seed, n, size) * torch.arange(1, size + 1, dtype=torch.float64) ** -decay
+    sketch = fg.FrequentDirections(size, rows)
+    for piece in a.split(3):
+        sketch.add(piece)
+    b = sketch.matrix()
+    gap = torch.linalg.eigvalsh(a.T @ a - b.T @ b)
+    scale = float(a.square().sum())
+    assert len(b) <= rows and float(gap[0]) >= -1e-12 * scale
+    assert float(gap[-1]) <= sketch.bound + 1e-12 * scale
+    squares = torch.linalg.svdvals(a).square()
+    for k in range(rows):
+        assert sketch.bound <= float(squares[k:].sum()) / (rows - k) + 1e-12 * scale
+    assert sketch.squares == pytest.approx(scale)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=4), st.integers(1, 6), SEEDS)
+def test_merged_frequent_directions_keep_the_bound_of_both_streams(lengths, rows, seed):
+    parts, pieces = [], []
+    for i, n in enumerate(lengths):
+        pieces.append(gaussian(seed + i, n, 8))
+        parts.append(fg.FrequentDirections(8, rows))
+        parts[-1].add(pieces[-1])
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    a, b = torch.cat(pieces), merged.matrix()
+    gap, squares = torch.linalg.eigvalsh(a.T @ a - b.T @ b), torch.linalg.svdvals(a).square()
+    assert len(b) <= rows and float(gap[0]) >= -1e-10 and float(gap[-1]) <= merged.bound + 1e-10
+    for k in range(rows):
+        assert merged.bound <= float(squares[k:].sum()) / (rows - k) + 1e-10
+
+
+@given(st.integers(1, 5), SEEDS)
+def test_frequent_directions_are_exact_below_their_rank(rank, seed):
+    a = gaussian(seed, 40, rank) @ gaussian(seed + 1, rank, 9)
+    sketch = fg.FrequentDirections(9, 6)
+    sketch.add(a)
+    assert_close(sketch.operator().to_dense(), a.T @ a, 1e-8)
+    assert sketch.bound <= 1e-12 * sketch.squares
+    assert float(sketch.operator().full_trace) == pytest.approx(float(a.square().sum()))
+
+
+def test_an_empty_stream_is_zero():
+    assert fg.FrequentDirections(4, 2).matrix().shape == (0, 4)
+    assert float(fg.NystromSketch(4, 2).operator().to_dense().abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fg.NystromSketch(0, 2), ValueError, "size must be"),
+        (lambda: fg.NystromSketch(3, 2, dtype=torch.float16), TypeError, "dtype must be"),
+        (lambda: fg.NystromSketch(3, 2).add(torch.ones(3, 2)), ValueError, "product must have shape"),
+        (lambda: fg.NystromSketch(3, 2).add(torch.ones(3, 10) / 0), ValueError, "product has"),
+        (lambda: fg.NystromSketch(3, 2).add_operator(torch.eye(4)), ValueError, "term has size 4"),
+        (lambda: fg.NystromSketch(3, 2).merge(fg.NystromSketch(3, 2, seed=1)), ValueError, "sketches differ"),
+        (lambda: fg.NystromSketch(3, 2, probes=0).error(), ValueError, "probes=0"),
+        (lambda: fg.NystromSketch(3, 2).error(level=1.0), ValueError, "level must be"),
+        (lambda: fg.NystromSketch(3, 2).scaled(-1.0), ValueError, "weight must be"),
+        (lambda: fg.NystromSketch(3, 2).eigh(3), ValueError, "k must be"),
+        (lambda: fg.nystrom(-torch.eye(3), 2).factor(), FloatingPointError, "not positive semi-definite"),
+        (lambda: fg.FrequentDirections(3, 0), ValueError, "rows must be"),
+        (lambda: fg.FrequentDirections(3, 2, torch.bfloat16), TypeError, "dtype must be"),
+        (lambda: fg.FrequentDirections(3, 2).add(torch.ones(2, 4)), ValueError, "rows must be"),
+        (lambda: fg.FrequentDirections(3, 2).add(torch.ones(2, 3) / 0), ValueError, "rows has"),
+        (lambda: fg.FrequentDirections(3, 2).merge(fg.FrequentDirections(3, 1)), ValueError, "sketches differ"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
