@@ -13,7 +13,7 @@ from unittest import mock
 import transformers
 
 import alignguard
-from alignguard.cli import main as cli
+from alignguard import cli
 
 ROOT = Path(alignguard.__file__).parent.parent
 OURS = (str(ROOT / "alignguard"), str(ROOT / "fishergeo"))

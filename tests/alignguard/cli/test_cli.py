@@ -9,8 +9,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from alignguard import GuardConfig
-from alignguard.cli import main as cli
+from alignguard import GuardConfig, cli
 from alignguard.training import prepare
 from alignguard.training import run as fit
 

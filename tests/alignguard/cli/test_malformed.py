@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import alignguard
-from alignguard import GuardConfig
-from alignguard.cli import main as cli
+from alignguard import GuardConfig, cli
 from alignguard.data import read_jsonl
 from alignguard.loading import load_model
 from alignguard.training.checkpoint import MARKER, seal

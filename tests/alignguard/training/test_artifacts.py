@@ -10,8 +10,7 @@ import yaml
 from malformed import digest
 
 import fishergeo as fg
-from alignguard import GuardConfig
-from alignguard.cli import main as cli
+from alignguard import GuardConfig, cli
 from alignguard.training import origin_path, write_fisher
 from alignguard.training import run as fit
 from alignguard.training.fisher_file import load_fisher
