@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,20 +31,28 @@ def aligned_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         batch: ``input_ids``, ``attention_mask`` and ``labels``; (n, T) labels, or (n,) classes.
 
     Returns:
-        (n, T, V) and (n, T): shifted by one for a decoder alone, fed to the decoder for an encoder-decoder, and T = 1
-        for a classifier.
+        (n, T, V) and (n, T): shifted by one for a decoder alone, of the positions that some row supervises where the
+        model can leave the others out; fed to the decoder for an encoder-decoder; and T = 1 for a classifier.
     """
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     kind = model_kind(model)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if kind == "seq2seq":
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=labels)
         return model(**inputs).logits, labels
-    logits = model(**inputs).logits
     if kind == "classification":
-        return logits[:, None], labels[:, None]
-    return logits[:, :-1], labels[:, 1:]
+        return model(**inputs).logits[:, None], labels[:, None]
+    targets = labels[:, 1:]
+    # Prompts are most of an alignment row, and a vocabulary is wide: the output embedding is spared their positions.
+    columns = (targets != IGNORED).any(0).nonzero()[:, 0]
+    if len(columns) and "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        logits = model(**inputs, logits_to_keep=columns).logits
+        if logits.shape[1] == len(columns):
+            return logits, targets[:, columns]
+    else:
+        logits = model(**inputs).logits
+    return logits[:, :-1], targets
 
 
 def widened(logits: Tensor) -> Tensor:
