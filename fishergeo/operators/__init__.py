@@ -11,6 +11,7 @@ from fishergeo.operators.base import (
 )
 from fishergeo.operators.diagonal import DiagonalOperator
 from fishergeo.operators.exact import ExactOperator
+from fishergeo.operators.joint import JointFisher
 from fishergeo.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SpectralKroneckerOperator
 from fishergeo.operators.matrix_free import BlackBox, EachOperator, LayerProducts, black_box
 from fishergeo.operators.spectral import SpectralOperator
@@ -23,6 +24,7 @@ __all__ = [
     "EachOperator",
     "EigenKroneckerOperator",
     "ExactOperator",
+    "JointFisher",
     "KroneckerOperator",
     "LayerProducts",
     "SpectralKroneckerOperator",

@@ -49,6 +49,7 @@ class ExactOperator(SymmetricOperator):
                 f"{int(lengths.sum())} do not belong together"
             )
         lengths = lengths.cpu()
+        order = torch.arange(len(lengths))
         if bool((lengths[1:] < lengths[:-1]).any()):  # examples of one length side by side; their order means nothing
             order = lengths.argsort(stable=True)
             ends = lengths.cumsum(0)
@@ -58,6 +59,7 @@ class ExactOperator(SymmetricOperator):
         self.gradients = gradients
         self.inputs = inputs
         self.lengths = lengths
+        self._places = order.argsort().to(gradients.device)  # of the examples as given, among those held
         self.count = count
         self.budget = budget
         self._dual: tuple[Tensor, Tensor] | None = None
@@ -120,8 +122,43 @@ class ExactOperator(SymmetricOperator):
         """Σ ‖G_i‖² / N, a scalar tensor."""
         return torch.stack([g.square().sum() for _, g in self._weight_gradients()]).sum() / self.count
 
+    @property
+    def examples(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    def inner(self, delta: Any) -> Tensor:
+        """The first-order change of each example's objective, ⟨G_i, ΔW⟩, differentiable in the update.
+
+        Args:
+            delta: ΔW, a (p, q) tensor, or factors with ``.left`` (p, r) and ``.right`` (r, q).
+
+        Returns:
+            (N,), of the operator's dtype, in the order in which the examples were given.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        p, q = self.layer_shape
+        if isinstance(delta, Tensor):
+            self._check_delta(delta.shape[0], delta.shape[-1])
+            dense = delta.to(self.dtype)
+            parts = [((a @ dense.T) * d).sum((1, 2)) for _, d, a in self._factors(p + q)]
+        else:
+            left, right = delta.left.to(self.dtype), delta.right.to(self.dtype)
+            self._check_delta(left.shape[0], right.shape[-1])
+            parts = [((d @ left) * (a @ right.T)).sum((1, 2)) for _, d, a in self._factors(p + q)]
+        return torch.cat(parts)[self._places]
+
     def dual(self) -> Tensor:
-        """⟨G_i, G_j⟩/N, (N, N): the same eigenvalues but for zeros. ⟨G_i, G_j⟩ = Σ (A_iA_jᵀ)∘(D_iD_jᵀ)."""
+        """⟨G_i, G_j⟩/N, (N, N), in the order in which the examples were given: the same eigenvalues but for zeros.
+
+        ⟨G_i, G_j⟩ = Σ (A_iA_jᵀ)∘(D_iD_jᵀ).
+        """
+        return self._held_dual()[self._places][:, self._places]
+
+    def _held_dual(self) -> Tensor:
+        """The dual matrix in the order in which the examples are held."""
         n, (p, q) = len(self.lengths), self.layer_shape
         rows = len(self.inputs)
         matrix = torch.empty(n, n, dtype=self.dtype, device=self.device)
@@ -136,7 +173,7 @@ class ExactOperator(SymmetricOperator):
 
     def _dual_pairs(self) -> tuple[Tensor, Tensor]:
         if self._dual is None:
-            matrix = self.dual().double()
+            matrix = self._held_dual().double()
             values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
             self._dual = values.flip(0).clamp_min(0), vectors.flip(1)
         return self._dual
