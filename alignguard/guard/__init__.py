@@ -3,8 +3,10 @@
 from alignguard.guard.config import METRICS, GuardConfig, is_number
 from alignguard.guard.curvature import LayerCurvature, curvatures
 from alignguard.guard.guard import TERMS, Guard
+from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg
 from alignguard.guard.reference import Reference
-from alignguard.guard.schedule import DriftBudget, Freshness
+from alignguard.guard.rows import AlignmentRows
+from alignguard.guard.schedule import DriftBudget, Freshness, Schedule
 from alignguard.guard.state import COUNTERS, FORMAT, load_guard, save_guard
 from alignguard.guard.terms import TermGroup
 
@@ -13,12 +15,17 @@ __all__ = [
     "FORMAT",
     "METRICS",
     "TERMS",
+    "AlignmentRows",
+    "CurvatureLeg",
     "DriftBudget",
     "Freshness",
     "Guard",
     "GuardConfig",
+    "KLLeg",
     "LayerCurvature",
+    "Leg",
     "Reference",
+    "Schedule",
     "TermGroup",
     "curvatures",
     "is_number",

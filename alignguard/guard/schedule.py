@@ -1,11 +1,118 @@
-"""The drift budget: one factor on the guard's strengths, found while training instead of swept."""
+"""When the guard measures and estimates, and the drift budget: one factor on its strengths, found while training."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from alignguard.guard.config import GuardConfig
+from alignguard.guard.distributed import agreed
+
+
+class Schedule:
+    """Decides when drift is measured and when the curvature is estimated anew; it runs neither itself.
+
+    It decides by counts of steps and examples, not by seconds, so that a resumed run decides alike, and with
+    torch.distributed by the first process's counts, so that all processes decide alike.
+
+    Args:
+        config: intervals, and whether refreshes are adaptive.
+        rotating: alignment examples that an estimate may read.
+        held: alignment examples that a measurement reads; 0 where drift is not measured.
+
+    Attributes:
+        step: optimizer steps done when the present one began.
+        steps: optimizer steps of the whole run; None where they are not known.
+        refreshes: estimates so far.
+        estimated_at: step of the last estimate; None before the first.
+        freshness: cost and outcome of measurements; None where drift is not measured.
+    """
+
+    def __init__(self, config: GuardConfig, rotating: int, held: int) -> None:
+        self.config, self.rotating, self.held = config, rotating, held
+        self.step = 0
+        self.steps: int | None = None
+        self.refreshes = 0
+        self.estimated_at: int | None = None
+        self.freshness = Freshness(config) if held else None
+
+    def begin_run(self, steps: int) -> None:
+        """Take in the length of the run, see :meth:`alignguard.Guard.begin_run`."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        self.steps = steps
+
+    def begin_step(self, step: int, task_examples: int | None = None) -> None:
+        """Take in which optimizer step begins and the task examples it reads, see :meth:`alignguard.Guard.begin_step`."""
+        self.step = step
+        if self.freshness is not None:
+            if self.config.adaptive and task_examples is not None:
+                task_examples = int(agreed(task_examples))
+            self.freshness.spend_on(task_examples)
+
+    def measures(self) -> bool:
+        """Whether drift is to be measured before this step; if so its cost is counted."""
+        return self.freshness is not None and self.freshness.may_measure(self.step, self.held)
+
+    def refreshes_now(self, parted: bool) -> bool:
+        """Whether the curvature is to be estimated anew before this step; if adaptive its cost is counted.
+
+        Args:
+            parted: a measurement of this step was off the prediction by more than the tolerance.
+        """
+        last, interval = self.estimated_at or 0, self.config.interval(self.steps)
+        if self.step < last + (interval if last else min(self.config.first_refresh or interval, interval)):
+            return False
+        if not self.config.adaptive:
+            return True
+        examples = min(self.config.refresh_examples, self.rotating)
+        return parted and self.freshness is not None and self.freshness.may_refresh(examples)
+
+    def estimated(self) -> None:
+        """Note that the curvature has been estimated at the weights of this step."""
+        self.estimated_at = self.step
+        self.refreshes += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters as plain values; the length of the run is left to :meth:`begin_run`."""
+        return {
+            "step": self.step,
+            "refreshes": self.refreshes,
+            "estimated_at": self.estimated_at,
+            "freshness": None if self.freshness is None else self.freshness.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: a counter is missing, or is no whole number.
+        """
+        self.step, self.refreshes = whole_number(state, "step"), whole_number(state, "refreshes")
+        self.estimated_at = None if state["estimated_at"] is None else whole_number(state, "estimated_at")
+        if self.freshness is not None:
+            self.freshness.load_state_dict(state["freshness"])
+
+
+def whole_number(state: Mapping[str, Any], name: str) -> int:
+    """A counter of a state.
+
+    Raises:
+        ValueError: it is something else; the message names it.
+    """
+    value = state[name]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
+
+
+def _take_back(part: Any, state: Mapping[str, Any]) -> None:
+    """Set the counters of a dataclass, each as the kind of number that it is."""
+    for name in part.state_dict():
+        setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
+
 
 FORWARD = 1 / 3  # cost of a forward pass alone, in forward and backward passes
 
@@ -84,9 +191,20 @@ class Freshness:
         if self.drift >= NOISE and predicted > 0:
             self.ratio = self.drift / predicted
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """The counters, as JSON."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "config"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Args:
+            state: counters by name.
+
+        Raises:
+            KeyError, TypeError, ValueError: a counter is missing, or is no number.
+        """
+        _take_back(self, state)
 
 
 ROUNDING = 1e-12  # nats a response: predictions below this are of weights that have not moved
@@ -206,6 +324,17 @@ class DriftBudget:
         self.multiplier = self.strength * min(max(smoothed**4, 1.0), 2.0)
         return self.multiplier
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """Everything, as JSON."""
         return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Args:
+            state: all attributes by name.
+
+        Raises:
+            KeyError, TypeError, ValueError: an attribute is missing, or is no number.
+        """
+        _take_back(self, state)

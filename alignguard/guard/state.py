@@ -1,8 +1,9 @@
-"""."""
+"""A guard's state in files: plain values as JSON, tensors as safetensors."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 import fishergeo as fg
 from alignguard.files import read_tensors, write_tensors, write_text
-from alignguard.guard.curvature import curvatures
 
 if TYPE_CHECKING:
     from alignguard.guard.guard import Guard
@@ -20,13 +20,13 @@ COUNTERS = "alignguard_guard.json"
 
 TENSORS = "alignguard_guard.safetensors"
 
-RUNNING = "alignguard_fisher.safetensors"
+FORMAT = 3
 
-FORMAT = 2
+TENSOR = "$tensor"  # key of a tensor's name in the plain values
 
 
 def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None:
-    """Write a guard's curvature, references and counters into a folder.
+    """Write a guard's state into a folder.
 
     Args:
         folder: an existing folder.
@@ -37,42 +37,39 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
         OSError: the folder cannot be written.
         TypeError: a curvature of a kind that has no file form, such as one passed to :meth:`Guard.use_fisher`.
     """
-    counters: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
+    values: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
     if guard is not None:
         tensors: dict[str, Tensor] = {}
-        kinds: dict[str, str] = {}
-        written: dict[int, str] = {}
-        aliases: dict[str, str] = {}  # q, k and v share their input factor, which is written once
-        for name, layer in guard.layers.items():
-            kinds[name] = type(layer.operator).__name__
-            for role, tensor in _operator_tensors(layer.operator).items():
-                key = f"layer|{name}|{role}"
-                first = written.setdefault(id(tensor), key)
-                if first == key:
-                    tensors[key] = tensor
-                else:
-                    aliases[key] = first
-        tensors |= {f"reference|{name}": tensor for name, tensor in guard.updates.references().items()}
-        counters["guard"] = {
-            "config": guard.config.to_dict(),
-            "layers": kinds,
-            "aliases": aliases,
-            "step": guard.step,
-            "examples_read": guard.examples_read,
-            "refreshes": guard.refreshes,
-            "estimated_at": guard._estimated_at,
-            "samples": next((layer.samples for layer in guard.layers.values()), None),
-            "scales": guard._scales,
-            "budget": None if guard.budget is None else guard.budget.state(),
-            "freshness": None if guard.freshness is None else guard.freshness.state(),
-        }
+        values["guard"] = _without_tensors(guard.state_dict(), "", tensors, {})
         write_tensors(folder / TENSORS, tensors)
-        if guard.running is not None:
-            guard.running.save(folder / RUNNING)
-    write_text(folder / COUNTERS, json.dumps(counters))
+    write_text(folder / COUNTERS, json.dumps(values))
 
 
-def _operator_tensors(operator: Any) -> dict[str, Tensor]:
+def _without_tensors(state: Any, path: str, tensors: dict[str, Tensor], written: dict[int, str]) -> Any:
+    """The state with every tensor replaced by its name in the file; q, k and v share theirs, which are written once."""
+    if isinstance(state, Tensor):
+        name = written.setdefault(id(state), path)
+        tensors[name] = state
+        return {TENSOR: name}
+    if isinstance(state, Mapping):
+        return {
+            key: _without_tensors(value, f"{path}|{key}" if path else key, tensors, written)
+            for key, value in state.items()
+        }
+    return state
+
+
+def _with_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`_without_tensors`."""
+    if not isinstance(values, dict):
+        return values
+    if set(values) == {TENSOR}:
+        return tensors[values[TENSOR]]
+    return {key: _with_tensors(value, tensors) for key, value in values.items()}
+
+
+def operator_tensors(operator: Any) -> dict[str, Tensor]:
+    """What an operator is made of, by role."""
     if isinstance(operator, fg.KroneckerOperator):
         return {"output_factor": operator.output_factor, "input_factor": operator.input_factor}
     if isinstance(operator, fg.SpectralKroneckerOperator):
@@ -90,7 +87,8 @@ def _spectral_tensors(operator: fg.SpectralOperator, side: str) -> dict[str, Ten
     return {f"{side}eigenvalues": operator.values, f"{side}eigenvectors": operator.vectors, **trace, **rest}
 
 
-def _operator(kind: str, parts: dict[str, Tensor]) -> Any:
+def operator_of(kind: str, parts: dict[str, Tensor]) -> Any:
+    """The operator of a kind made of such tensors."""
     if kind == "KroneckerOperator":
         return fg.KroneckerOperator(parts["output_factor"], parts["input_factor"])
     if kind == "SpectralKroneckerOperator":
@@ -110,7 +108,7 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
     """Put a guard back where :func:`save_guard` found it; for None only check that there was none.
 
     Args:
-        folder: that was written.
+        folder: folder that was written.
         guard: a new one on the same model, with the same configuration; or None.
 
     Returns:
@@ -120,59 +118,24 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
         ValueError: files damaged or missing, of another configuration, or of another model.
     """
     try:
-        counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
-        kept, extra, version = counters["guard"], counters["extra"], counters["format"]
+        values = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+        kept, extra, version = values["guard"], values["extra"], values["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
-    if not isinstance(version, int) or version > FORMAT:
+    if isinstance(version, bool) or not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{folder}: written in format {version}, this alignguard reads up to {FORMAT}; upgrade it")
+    if version < FORMAT:
+        raise ValueError(f"{folder}: written in format {version}, this alignguard reads {FORMAT}; start anew")
     if (kept is None) != (guard is None):
         raise ValueError(f"{folder}: written by a run {'without' if kept is None else 'with'} a guard; resume it so")
     if guard is None:
         return extra
+    device = next(guard.model.parameters()).device
+    tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / TENSORS).items()}
     try:
-        _restore(folder, guard, kept)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, ValueError) and str(folder) in str(error):
-            raise
+        guard.load_state_dict(_with_tensors(kept, tensors))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{folder}: damaged {COUNTERS} or {TENSORS} ({type(error).__name__}: {error})") from error
     return extra
-
-
-def _restore(folder: Path, guard: Guard, kept: dict[str, Any]) -> None:
-    ours = json.loads(json.dumps(guard.config.to_dict()))
-    if differ := sorted(name for name in ours if kept["config"].get(name) != ours[name]):
-        raise ValueError(f"{folder}: written with other settings of {differ}; resume with the same, or start anew")
-    for name in ("step", "examples_read", "refreshes"):
-        if isinstance(kept[name], bool) or not isinstance(kept[name], int):
-            raise ValueError(f"{folder}: damaged {COUNTERS}: {name} is {kept[name]!r}")
-    for name in ("estimated_at", "samples"):
-        if kept[name] is not None and (isinstance(kept[name], bool) or not isinstance(kept[name], int)):
-            raise ValueError(f"{folder}: damaged {COUNTERS}: {name} is {kept[name]!r}")
-    scales = {str(name): float(value) for name, value in kept["scales"].items()}
-    device = next(guard.model.parameters()).device
-    grouped: dict[str, dict[str, Tensor]] = {}
-    references: dict[str, Tensor] = {}
-    tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / TENSORS).items()}
-    aliases = kept.get("aliases", {})  # none in format 1
-    for key, tensor in (tensors | {key: tensors[first] for key, first in aliases.items()}).items():
-        group, rest = key.split("|", 1)
-        if group == "reference":
-            references[rest] = tensor
-        else:
-            name, role = rest.rsplit("|", 1)
-            grouped.setdefault(name, {})[role] = tensor
-    operators = {name: _operator(kept["layers"][name], parts) for name, parts in grouped.items()}
-    try:
-        matrices, samples = guard.updates.matrices.values(), kept["samples"]
-        layers = curvatures(operators, matrices, guard.config, samples) if operators else {}
-        guard.updates.restore(references)
-    except ValueError as error:
-        raise ValueError(f"{folder}: of another model ({error})") from error
-    guard.layers = layers
-    guard.step, guard._estimated_at, guard.refreshes = kept["step"], kept["estimated_at"], kept["refreshes"]
-    guard.examples_read, guard._scales = kept["examples_read"], scales
-    for part, state in ((guard.budget, kept["budget"]), (guard.freshness, kept["freshness"])):
-        for name in () if part is None else part.state():
-            setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
-    guard.running = fg.Fisher.load(folder / RUNNING, device=device, lazy=False) if guard.config.averaging else None

@@ -505,7 +505,7 @@ def test_malformed_checkpoints(trial, tmp_path):
             spoilt.unlink() if change is None else swap(spoilt, change)
             trial.command(f"{name} {how}", argv, "checkpoint-1", name)
     read = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-            "alignguard_guard.json", "alignguard_guard.safetensors", "alignguard_fisher.safetensors")  # fmt: skip
+            "alignguard_guard.json", "alignguard_guard.safetensors")  # fmt: skip
     for name in read:
         for how, content in (("empty", b""), ("words", b"hello"), ("object", b"{}")):
             place = fresh()

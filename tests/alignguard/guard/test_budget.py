@@ -60,8 +60,8 @@ def test_the_multiplier_is_bounded_and_a_step_is_counted_once():
     for step in range(2000):
         budget.update(step, 0.0)
     assert budget.multiplier == budget.strength == budget.low
-    before = budget.state()
-    assert budget.update(1999, 5.0) == before["multiplier"] and budget.state() == before
+    before = budget.state_dict()
+    assert budget.update(1999, 5.0) == before["multiplier"] and budget.state_dict() == before
     for step in range(2000, 6000):
         budget.update(step, 1e6)
     assert budget.strength == budget.high and budget.multiplier == 2 * budget.high
@@ -138,7 +138,7 @@ def test_measured_drift_is_the_kl_of_whole_responses_and_the_prediction_its_quad
     guard = Guard.from_alignment(model, ROWS, config)
     assert len(guard.rows) == 4 and guard.predicted_drift() == 0.0
     move(model, 0.05)
-    held = guard._held.rows
+    held = guard.start.rows
     batch = collate(held, 0)
     keep = batch["labels"][:, 1:] != -100
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_averaging_adds_the_earlier_estimates():
     first = guard.layers[name].operator.matrix
     move(model)
     fresh = Guard(model, ROWS, GuardConfig(structure="gram", refresh_examples=3))
-    fresh.refreshes = 1  # the second turn of the rotation
+    fresh.schedule.refreshes = 1  # the second turn of the rotation
     fresh.refresh()
     guard.refresh()
     expected = (fresh.layers[name].operator.matrix + 0.5 * first) / 1.5
@@ -217,7 +217,7 @@ def test_scale_free_terms_do_not_change_with_the_scale_of_the_weights():
         if not values:
             guard.refresh()
             kept = guard.layers
-        guard.layers = kept
+        guard.curvature.layers = kept
         values.append(guard.penalty().detach())
     torch.testing.assert_close(values[0], values[1], rtol=1e-10, atol=0)
 
@@ -231,15 +231,15 @@ def test_the_reference_is_asked_once_and_forgotten_beyond_its_limit(monkeypatch)
     monkeypatch.setattr(type(model), "disable_adapter", lambda self: calls.append(1) or original(self))
     values = []
     for step in range(6):
-        guard.step = step
+        guard.begin_step(step)
         values.append(float(guard.penalty().detach()))
     assert len(calls) == len(ROWS), "three turns of the rotation are read, then never again"
     assert values[:3] == values[3:]
-    guard._anchor.limit = 0
-    guard._anchor._kept.clear()
-    guard.step = 0
+    guard.legs["kl"].reference.limit = 0
+    guard.legs["kl"].reference._kept.clear()
+    guard.begin_step(0)
     assert float(guard.penalty().detach()) == values[0] and len(calls) == len(ROWS) + 2
     with pytest.raises(ValueError, match="kl_cache_mb"):
         from alignguard.guard.reference import Reference
 
-        Reference(model, ROWS, guard._batch, switchable=False, limit=10)
+        Reference(model, ROWS, guard.alignment.batch, switchable=False, limit=10)

@@ -33,8 +33,8 @@ def curvature(structure, count, dtype=torch.float32, **options):
     config = GuardConfig(structure=structure, refresh_examples=count, batch_size=2, **STRUCTURES[structure], **options)
     guard = Guard(moved(dtype), rows(8), config)
     seen = []
-    estimate = guard._estimate
-    guard._estimate = lambda mine, progress: seen.append(len(mine)) or estimate(mine, progress)
+    estimate = guard.curvature.estimate
+    guard.curvature.estimate = lambda mine, *rest: seen.append(len(mine)) or estimate(mine, *rest)
     guard.refresh()
     return {name: layer.operator.to_dense() for name, layer in guard.layers.items()}, seen, guard
 
@@ -89,8 +89,8 @@ def _decide(folder):
     path, own = [], []
     for step in range(12):
         guard.begin_step(step, task_examples=16 + 16 * rank)
-        path.append({**guard.budget.state(), **guard.freshness.state(), "refreshes": guard.refreshes})
-        own.append([guard._held.drift([0, 2] if rank == 0 else [1]), guard.predicted_drift()])
+        path.append({**guard.budget.state_dict(), **guard.freshness.state_dict(), "refreshes": guard.refreshes})
+        own.append([guard.start.drift([0, 2] if rank == 0 else [1]), guard.predicted_drift()])
         move(guard.model, 0.03, seed=step)
     (folder / f"path-{rank}.json").write_text(json.dumps([path, own]))
     dist.destroy_process_group()
@@ -128,7 +128,7 @@ def _sharded(folder):
             single = Guard(whole, rows(10), config, method="full")
             reads = single.rows[:count]
             alone = fg.estimate_fisher(
-                whole, [single._batch([row]) for row in reads], structure="kfac", loss=guard_loss,
+                whole, [single.alignment.batch([row]) for row in reads], structure="kfac", loss=guard_loss,
                 layers=[m.layer for m in single.updates.matrices.values()],
             )  # fmt: skip
             for name, layer in guard.layers.items():
@@ -159,7 +159,11 @@ def _fit(folder, base, task, kept, world_size):
     result = fit(base, task, kept, config, folder, lora={"r": 2}, training=training)
     assert world()[1] == world_size
     rank = world()[0]
-    state = {**result.guard.budget.state(), **result.guard.freshness.state(), "refreshes": result.guard.refreshes}
+    state = {
+        **result.guard.budget.state_dict(),
+        **result.guard.freshness.state_dict(),
+        "refreshes": result.guard.refreshes,
+    }
     (folder.parent / f"state-{world_size}-{rank}.json").write_text(json.dumps(state))
     weights = {n: p.detach().clone() for n, p in result.model.named_parameters() if p.requires_grad}
     save_file(weights, folder.parent / f"weights-{world_size}-{rank}.safetensors")

@@ -156,7 +156,10 @@ def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection, edge):
     assert load_guard(tmp_path, other) == {"note": 1}
     assert torch.equal(other.penalty(), value)
     assert (other.step, other.examples_read, other.refreshes) == (guard.step, guard.examples_read, guard.refreshes)
-    assert other.budget.state() == guard.budget.state() and other.freshness.state() == guard.freshness.state()
+    assert (
+        other.budget.state_dict() == guard.budget.state_dict()
+        and other.freshness.state_dict() == guard.freshness.state_dict()
+    )
     assert other.predicted_drift() == guard.predicted_drift()
     ranks = [{name: len(layer.values) for name, layer in one.layers.items()} for one in (guard, other)]
     assert ranks[0] == ranks[1]

@@ -75,7 +75,7 @@ def train(
 
 def test_the_guard_is_told_how_long_the_run_is(tmp_path):
     _, trainer = train(tmp_path, max_steps=3, config=replace(CONFIG, refresh_every=None))
-    assert trainer.guard.steps == 3 and trainer.guard.refreshes == 3
+    assert trainer.guard.schedule.steps == 3 and trainer.guard.refreshes == 3
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

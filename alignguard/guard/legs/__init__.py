@@ -1,0 +1,7 @@
+"""The legs of the penalty: each charges the update in a way of its own and keeps what it needs for that."""
+
+from alignguard.guard.legs.base import Leg
+from alignguard.guard.legs.curvature import CurvatureLeg
+from alignguard.guard.legs.kl import KLLeg
+
+__all__ = ["CurvatureLeg", "KLLeg", "Leg"]
