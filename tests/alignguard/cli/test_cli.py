@@ -10,8 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from alignguard import GuardConfig, cli
-from alignguard.training import prepare
-from alignguard.training import run as fit
+from alignguard.training import fit, prepare
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import fishergeo as fg
 from alignguard import GuardConfig
 from alignguard.guard import Guard
 from alignguard.guard.distributed import agreed, pooled_mean, world
-from alignguard.training import run as fit
+from alignguard.training import fit
 
 
 def moved(dtype=torch.float32):

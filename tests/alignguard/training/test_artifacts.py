@@ -11,8 +11,7 @@ from malformed import digest
 
 import fishergeo as fg
 from alignguard import GuardConfig, cli
-from alignguard.training import origin_path, write_fisher
-from alignguard.training import run as fit
+from alignguard.training import fit, origin_path, write_fisher
 from alignguard.training.fisher_file import load_fisher
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True}

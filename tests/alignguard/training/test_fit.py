@@ -12,8 +12,7 @@ from alignguard import GuardConfig
 from alignguard.data import collate, encode_example
 from alignguard.files import claim_output, save_adapter
 from alignguard.guard import Guard
-from alignguard.training import GuardTrainer
-from alignguard.training import run as fit
+from alignguard.training import GuardTrainer, fit
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
 CONFIG = GuardConfig(refresh_every=2, refresh_examples=4, lambda_task=0.1, lambda_collision=0.1, lambda_kl=0.5)

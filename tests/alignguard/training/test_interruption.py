@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from alignguard import GuardConfig
 from alignguard.guard import Guard, load_guard, save_guard
-from alignguard.training import run as fit
+from alignguard.training import fit
 from alignguard.training.checkpoint import MARKER, check_complete, latest_checkpoint
 
 CONFIG = GuardConfig(

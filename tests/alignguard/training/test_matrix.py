@@ -12,7 +12,7 @@ from dense_penalty import compare
 from peft import LoraConfig, get_peft_model
 
 from alignguard import GuardConfig
-from alignguard.training import run as fit
+from alignguard.training import fit
 
 CONFIG = GuardConfig(
     structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, energy=0.6,
