@@ -76,6 +76,10 @@ class GuardConfig:
         lambda_kl: λ_KL, weight of KL to the base model on alignment examples, nats a response token; 0 leaves it out.
         kl_examples: alignment examples of each KL evaluation.
         kl_every: optimizer steps between two of them; the weight is multiplied by it, so the pull stays the same.
+        kl_tokens: most response tokens that KL reads of an example, the first ones; None reads whole responses.
+        kl_memory: KL evaluations that go on charging until the next one, each by a quadratic model of itself along its
+            own gradient, which spans all layers; the weight is then not multiplied. 0 keeps none. LoRA only: each holds
+            one number for every trainable weight.
         batch_size: alignment examples in one forward pass of the estimate.
         max_length: longest alignment example in tokens.
         seed: of whatever the guard draws; the run's own random state is never touched.
@@ -130,6 +134,8 @@ class GuardConfig:
     lambda_kl: float = 0.0
     kl_examples: int = 2
     kl_every: int = 1
+    kl_tokens: int | None = None
+    kl_memory: int = 0
     batch_size: int = 8
     max_length: int = 256
     seed: int = 0
@@ -177,11 +183,13 @@ class GuardConfig:
             "measure_every",
             "kl_cache_mb",
         )
-        optional = ("max_rank", "refresh_every", "first_refresh")
+        optional = ("max_rank", "refresh_every", "first_refresh", "kl_tokens")
         for field in counts + tuple(field for field in optional if getattr(self, field) is not None):
             value = getattr(self, field)
             if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
+        if isinstance(self.kl_memory, bool) or not isinstance(self.kl_memory, int) or self.kl_memory < 0:
+            raise ValueError(f"kl_memory must be a whole number of at least 0, not {self.kl_memory!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
         for field in ("whole_update", "noise_edge", "scale_free", "adaptive", "include_router"):

@@ -15,8 +15,9 @@ from alignguard.guard.distributed import agreed, pooled_mean
 from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg
 from alignguard.guard.reference import Reference
 from alignguard.guard.report import Report
-from alignguard.guard.rows import AlignmentRows, Encoded
+from alignguard.guard.rows import AlignmentRows, Encoded, shortened
 from alignguard.guard.schedule import DriftBudget, Freshness, Schedule, whole_number
+from alignguard.objective import model_kind
 from alignguard.updates import Covered, WeightUpdates, coverage
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
@@ -89,7 +90,10 @@ class Guard:
         self.curvature = CurvatureLeg(self.alignment, config, self.budget, self.updates)
         self.legs: dict[str, Leg] = {self.curvature.name: self.curvature}
         if config.lambda_kl:
-            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(rotating))
+            kind = model_kind(model)
+            read = [shortened(row, config.kl_tokens, kind) for row in rotating]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), trained)
         self.start = self._reference(held) if held else None
         self.report = Report(self.curvature, self.schedule, self.budget)
         self.terms: dict[str, Tensor] = {}
@@ -320,7 +324,7 @@ class Guard:
             KeyError, TypeError: a value is missing, or is of another kind.
             ValueError: of another configuration, of another model, or a counter is no number.
         """
-        kept, ours = state["config"], json.loads(json.dumps(self.config.to_dict()))
+        kept, ours = (json.loads(json.dumps(config)) for config in (state["config"], self.config.to_dict()))
         if differ := sorted(name for name in ours if kept.get(name) != ours[name]):
             raise ValueError(f"written with other settings of {differ}; resume with the same, or start anew")
         readings = whole_number(state, "examples_read")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignguard.data import pad_rows
 from alignguard.guard.config import GuardConfig
-from alignguard.objective import model_kind
+from alignguard.objective import IGNORED, model_kind
 
 Encoded = Mapping[str, Any]
 
@@ -60,3 +60,24 @@ class AlignmentRows:
         """Rows padded to one batch on the model's device."""
         device = next(self.model.parameters()).device
         return {k: v.to(device) for k, v in pad_rows(rows, self.pad_token_id, model_kind(self.model)).items()}
+
+
+def shortened(row: Encoded, tokens: int | None, kind: str) -> Encoded:
+    """The row up to its first supervised tokens; what comes after them is not run.
+
+    A refusal is decided in its first words, and where these are kept the rest follows from them.
+
+    Args:
+        row: encoded example; a class instead of labels leaves it as it is.
+        tokens: most supervised tokens; None leaves the row as it is.
+        kind: kind of model, see :func:`alignguard.objective.model_kind`.
+    """
+    labels = row["labels"]
+    if tokens is None or isinstance(labels, int):
+        return row
+    supervised = [place for place, label in enumerate(labels) if label != IGNORED]
+    if len(supervised) <= tokens:
+        return row
+    end = supervised[tokens - 1] + 1
+    read = row["input_ids"] if kind == "seq2seq" else row["input_ids"][:end]
+    return {**row, "input_ids": read, "labels": labels[:end]}

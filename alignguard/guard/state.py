@@ -56,11 +56,15 @@ def _without_tensors(state: Any, path: str, tensors: dict[str, Tensor], written:
             key: _without_tensors(value, f"{path}|{key}" if path else key, tensors, written)
             for key, value in state.items()
         }
+    if isinstance(state, list):
+        return [_without_tensors(value, f"{path}|{place}", tensors, written) for place, value in enumerate(state)]
     return state
 
 
 def _with_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of :func:`_without_tensors`."""
+    if isinstance(values, list):
+        return [_with_tensors(value, tensors) for value in values]
     if not isinstance(values, dict):
         return values
     if set(values) == {TENSOR}:

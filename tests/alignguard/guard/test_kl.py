@@ -1,0 +1,118 @@
+"""KL to the start: of the first response tokens alone, and remembered between two readings as a quadratic of itself."""
+
+import copy
+
+import pytest
+import torch
+from alignment_rows import rows
+from architectures import make, move
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignguard.guard import Guard, GuardConfig
+from alignguard.guard.rows import shortened
+from alignguard.objective import IGNORED
+
+
+def guarded(rows_, dtype=torch.float64, seed=0, **options):
+    model = make(dtype=dtype, seed=seed)
+    guard = Guard(model, rows_, GuardConfig(lambda_alignment=0.0, lambda_kl=1.0, **options))
+    return model, guard
+
+
+def weights(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@given(prompt=st.integers(1, 5), response=st.integers(1, 9), tokens=st.integers(1, 12))
+def test_a_row_is_cut_after_its_first_response_tokens(prompt, response, tokens):
+    row = {"input_ids": list(range(prompt + response)), "labels": [IGNORED] * prompt + list(range(response))}
+    cut = shortened(row, tokens, "causal")
+    kept = min(tokens, response)
+    assert cut["labels"] == row["labels"][: prompt + kept] and cut["input_ids"] == row["input_ids"][: prompt + kept]
+    pair = {"input_ids": [7] * prompt, "labels": list(range(response))}
+    assert shortened(pair, tokens, "seq2seq") == {"input_ids": [7] * prompt, "labels": list(range(kept))}
+    assert shortened({"input_ids": [1], "labels": 2}, tokens, "classification")["labels"] == 2
+    assert shortened(row, None, "causal") is row
+
+
+def test_first_tokens_cost_what_the_cut_row_costs_and_no_later_position_is_run():
+    whole = rows(3)
+    model, guard = guarded(whole, kl_tokens=1, kl_examples=3)
+    other = Guard(copy.deepcopy(model), [shortened(row, 1, "causal") for row in whole], guard.config)
+    seen = []
+    handle = model.get_base_model().model.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    for each in (guard, other):
+        move(each.model)
+        each.begin_step(0)
+    assert torch.equal(guard.penalty(), other.penalty()) and guard.penalty() > 0
+    handle.remove()
+    assert max(seen) == 3  # a prompt of two tokens and one of the response
+
+
+def test_between_readings_the_memory_is_the_quadratic_along_its_own_gradient():
+    model, guard = guarded(rows(2), kl_every=4, kl_memory=2, kl_examples=2)
+    move(model)
+    guard.begin_step(0)
+    read = guard.legs["kl"].reference.divergence([0, 1])[0].mean()
+    slopes = torch.autograd.grad(read, weights(model))
+    assert guard.penalty().item() == pytest.approx(read.item(), rel=1e-12)
+    before = [p.detach().clone() for p in weights(model)]
+    move(model)
+    guard.begin_step(1)
+    readings = guard.examples_read
+    value = guard.penalty()
+    assert guard.examples_read == readings  # no pass through the model
+    moved = sum(float((g * (p - b)).sum()) for g, p, b in zip(slopes, weights(model), before, strict=True))
+    k = float(read)
+    assert value.item() == pytest.approx(k + moved + moved**2 / (4 * k), rel=1e-9)
+    value.backward()
+    for g, p in zip(slopes, weights(model), strict=True):
+        torch.testing.assert_close(p.grad, g * (1 + moved / (2 * k)), rtol=1e-9, atol=1e-14)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 99), memory=st.integers(1, 3))
+def test_it_is_never_negative_and_forgets_the_oldest_first(seed, memory):
+    torch.manual_seed(seed)
+    model, guard = guarded(rows(4, seed), kl_every=1, kl_memory=memory, kl_examples=1)
+    for step in range(5):
+        with torch.no_grad():
+            for p in weights(model):
+                p.add_(torch.randn_like(p) * 0.2)
+        guard.begin_step(step)
+        assert float(guard.penalty()) >= 0
+    assert len(guard.state_dict()["kl_memory"]) == memory
+
+
+def test_a_model_that_has_not_moved_has_nothing_to_remember():
+    _, guard = guarded(rows(2), kl_memory=2)
+    guard.begin_step(0)
+    assert float(guard.penalty()) == 0 and guard.state_dict()["kl_memory"] == []
+
+
+def test_a_resumed_guard_remembers_the_same():
+    model, guard = guarded(rows(4), kl_every=3, kl_memory=2, kl_examples=1)
+    move(model)
+    for step in range(5):
+        guard.begin_step(step)
+        guard.penalty()
+    twin = copy.deepcopy(model)
+    again = Guard(twin, rows(4), guard.config)
+    again.load_state_dict(guard.state_dict())
+    for one in (guard, again):
+        move(one.model)
+        one.begin_step(5)
+    assert torch.equal(guard.penalty(), again.penalty())
+    state = guard.state_dict()
+    state["kl_memory"][0]["gradient"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="a remembered gradient is of 3 weights"):
+        again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "many"])
+def test_a_memory_that_is_no_count_is_refused(value):
+    with pytest.raises(ValueError, match="kl_memory must be a whole number of at least 0"):
+        GuardConfig(kl_memory=value)
