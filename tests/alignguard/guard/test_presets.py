@@ -1,0 +1,40 @@
+"""Presets say what they stand for: the paper's printed values, and the recommended combination."""
+
+import dataclasses
+
+import pytest
+
+from alignguard.guard import GuardConfig
+
+
+def test_the_papers_preset_equals_its_printed_values():
+    config = GuardConfig.paper()
+    printed = {
+        "structure": "gram",
+        "whole_update": False,
+        "max_rank": 32,
+        "lambda_alignment": 0.1,
+        "lambda_task": 0.01,
+        "lambda_collision": 0.1,
+        "alpha": 0.5,
+        "beta": 4.0,
+        "tau": 0.01,
+        "metric": "euclidean",
+        "refresh_every": 1000,
+        "first_refresh": None,
+        "lambda_kl": 0.0,
+        "projection": "hard",
+        "scale_free": False,
+        "adaptive": False,
+        "max_drift": None,
+    }
+    assert {name: getattr(config, name) for name in printed} == printed
+    assert config.interval(5000) == 1000
+
+
+@pytest.mark.parametrize("preset", [GuardConfig.paper, GuardConfig.combined])
+def test_a_preset_can_be_changed_field_by_field(preset):
+    changed = preset(seed=7)
+    assert dataclasses.replace(changed, seed=preset().seed) == preset()
+    with pytest.raises(ValueError, match="alpha"):
+        preset(alpha=2.0)
