@@ -12,6 +12,7 @@ from torch import Tensor
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.curvature import LayerCurvature
 from alignguard.guard.distributed import agreed, pooled_mean
+from alignguard.guard.gauge import DriftGauge
 from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg
 from alignguard.guard.reference import Reference
 from alignguard.guard.report import Report
@@ -21,6 +22,11 @@ from alignguard.objective import model_kind
 from alignguard.updates import Covered, WeightUpdates, coverage
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
+CHECKED = 2  # alignment examples of an estimate on which the estimate before it is held against the drift
+REMEDY = (
+    "Hold the function itself: GuardConfig(lambda_kl=1.0) reads alignment examples at the weights of each step, and "
+    "lambda_alignment=0 leaves the curvature out."
+)
 
 
 class Guard:
@@ -56,6 +62,7 @@ class Guard:
         curvature: leg whose Fisher the terms, the drift predicted and the report are of.
         legs: everything that the penalty is the sum of, by name.
         start: what the model said before training at the examples held back; None where there are none.
+        gauge: drift that the penalty believed in, beside the drift measured, as last compared.
         report: numbers and spectra for people.
 
     Raises:
@@ -95,7 +102,9 @@ class Guard:
             trained = [p for p in model.parameters() if p.requires_grad]
             self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), trained)
         self.start = self._reference(held) if held else None
-        self.report = Report(self.curvature, self.schedule, self.budget)
+        self._whole: Reference | None = None
+        self.gauge = DriftGauge()
+        self.report = Report(self.curvature, self.schedule, self.budget, self.gauge)
         self.terms: dict[str, Tensor] = {}
 
     def _reference(self, rows: Sequence[Encoded]) -> Reference:
@@ -209,6 +218,7 @@ class Guard:
         drift = pooled_mean(held, self.model, self.start.drift)
         self.alignment.readings += len(held)
         predicted = agreed(self.predicted_drift())
+        self.gauge.compare(predicted, drift, REMEDY)
         if self.budget is not None:
             self.budget.measured(drift, predicted)
         return self.freshness.measured(self.step, drift, predicted)
@@ -216,6 +226,7 @@ class Guard:
     def _renew(self) -> None:
         """Refresh, and where drift is measured tell those who compare it with the prediction that it has changed."""
         if self.freshness is None:
+            self._compare()
             self.refresh()
             return
         before = agreed(self.predicted_drift())
@@ -224,6 +235,24 @@ class Guard:
         self.freshness.calibrate(after)
         if self.budget is not None:
             self.budget.renewed(before, after)
+
+    def _readable(self) -> Reference | None:
+        """What the model said before training at the examples in rotation; None where it can no longer be asked."""
+        if self.updates.base_is_reference:
+            self._whole = self._whole or self._reference(self.rows)
+            return self._whole
+        kl = self.legs.get(KLLeg.name)
+        return kl.reference if isinstance(kl, KLLeg) else None
+
+    def _compare(self) -> None:
+        """Hold the curvature against the drift of examples that the next estimate reads, where the start can be read."""
+        reference = self._readable()
+        if reference is None:
+            return
+        chosen = self.alignment.places(self.config.refresh_examples, self.refreshes)[:CHECKED]
+        drift = pooled_mean(chosen, self.model, reference.drift)
+        self.alignment.readings += len(chosen)
+        self.gauge.compare(agreed(self.predicted_drift()), drift, REMEDY)
 
     def refresh(self, progress: bool = False) -> None:
         """Estimate the Fisher of the next alignment examples at the present weights; one forward and backward each.
@@ -276,10 +305,7 @@ class Guard:
         Returns:
             Nats a response, the mean over the examples; None where the model's start can no longer be read.
         """
-        kl = self.legs.get(KLLeg.name)
-        reference = self.start or (kl.reference if isinstance(kl, KLLeg) else None)
-        if reference is None and self.updates.base_is_reference:
-            reference = Reference(self.model, self.rows[:examples], self.alignment.batch, True, 0)
+        reference = self.start or self._readable()
         return None if reference is None else reference.drift(range(min(examples, len(reference.rows))))
 
     def cosine(self) -> float:
@@ -308,6 +334,7 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: tensors and plain values in nested dicts, keys as in a checkpoint's files."""
         state = {"config": self.config.to_dict(), "examples_read": self.examples_read, **self.schedule.state_dict()}
+        state["gauge"] = self.gauge.state_dict()
         state["budget"] = None if self.budget is None else self.budget.state_dict()
         state["reference"] = self.updates.references()
         for leg in self.legs.values():
@@ -336,5 +363,6 @@ class Guard:
             raise ValueError(f"of another model ({error})") from error
         self.schedule.load_state_dict(state)
         self.alignment.readings = readings
+        self.gauge.load_state_dict(state["gauge"])
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])

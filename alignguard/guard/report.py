@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignguard.guard.gauge import DriftGauge
 from alignguard.guard.legs import CurvatureLeg
 from alignguard.guard.schedule import DriftBudget, Schedule
 
@@ -18,10 +19,13 @@ class Report:
         curvature: leg whose estimates are shown.
         schedule: counts the estimates, and knows the last drift measured.
         budget: its multiplier and scale are shown; None where there is no budget.
+        gauge: its last comparison is shown.
     """
 
-    def __init__(self, curvature: CurvatureLeg, schedule: Schedule, budget: DriftBudget | None) -> None:
-        self.curvature, self.schedule, self.budget = curvature, schedule, budget
+    def __init__(
+        self, curvature: CurvatureLeg, schedule: Schedule, budget: DriftBudget | None, gauge: DriftGauge
+    ) -> None:
+        self.curvature, self.schedule, self.budget, self.gauge = curvature, schedule, budget, gauge
         self._shown: tuple[int, dict[str, Tensor]] | None = None  # estimates so far, and the bases of the last one
         self._angle: float | None = None
 
@@ -38,7 +42,7 @@ class Report:
 
     def numbers(self) -> dict[str, float]:
         """What a log line shows beside the terms, see :meth:`alignguard.Guard.numbers`."""
-        shown = {"cosine": self.curvature.cosine()}
+        shown = {"cosine": self.curvature.cosine()} | self.gauge.numbers()
         if (angle := self.angle()) is not None:
             shown["angle"] = angle
         if self.schedule.freshness is not None:
