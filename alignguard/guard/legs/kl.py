@@ -72,11 +72,12 @@ class KLLeg(Leg):
         """The term ``kl``: where it is due its own, ``kl_every`` times as heavy; with a memory the mean of its models."""
         c = self.config
         strength = c.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)
-        due = step % c.kl_every == 0
         if not c.kl_memory:
+            due = step % c.kl_every == 0
             return {"kl": strength * c.kl_every * self._read(step // c.kl_every)} if due else {}
-        if due:
-            self._remember(self._read(step // c.kl_every))
+        # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
+        if step < c.kl_every or step % c.kl_every == 0:
+            self._remember(self._read(min(step, c.kl_every - 1) + step // c.kl_every))
         return {"kl": strength * self._recalled()} if self._memory else {}
 
     def _read(self, turn: int) -> Tensor:

@@ -55,13 +55,13 @@ def test_first_tokens_cost_what_the_cut_row_costs_and_no_later_position_is_run()
 def test_between_readings_the_memory_is_the_quadratic_along_its_own_gradient():
     model, guard = guarded(rows(2), kl_every=4, kl_memory=2, kl_examples=2)
     move(model)
-    guard.begin_step(0)
+    guard.begin_step(4)
     read = guard.legs["kl"].reference.divergence([0, 1])[0].mean()
     slopes = torch.autograd.grad(read, weights(model))
     assert guard.penalty().item() == pytest.approx(read.item(), rel=1e-12)
     before = [p.detach().clone() for p in weights(model)]
     move(model)
-    guard.begin_step(1)
+    guard.begin_step(5)
     readings = guard.examples_read
     value = guard.penalty()
     assert guard.examples_read == readings  # no pass through the model
@@ -85,6 +85,22 @@ def test_it_is_never_negative_and_forgets_the_oldest_first(seed, memory):
         guard.begin_step(step)
         assert float(guard.penalty()) >= 0
     assert len(guard.state_dict()["kl_memory"]) == memory
+
+
+def test_the_first_steps_are_each_read_and_then_every_so_many_none_twice_in_a_row():
+    model, guard = guarded(rows(6), kl_every=3, kl_memory=2, kl_examples=1)
+    places = []
+    divergence = guard.legs["kl"].reference.divergence
+    guard.legs["kl"].reference.divergence = lambda chosen: places.append(list(chosen)) or divergence(chosen)
+    read = []
+    for step in range(10):
+        move(model)
+        guard.begin_step(step)
+        before = guard.examples_read
+        guard.penalty()
+        read.append(guard.examples_read - before)
+    assert read == [1, 1, 1, 1, 0, 0, 1, 0, 0, 1]
+    assert places == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_a_model_that_has_not_moved_has_nothing_to_remember():
