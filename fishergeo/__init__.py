@@ -32,6 +32,7 @@ from fishergeo.operators import (
     SpectralOperator,
     SumOperator,
     SymmetricOperator,
+    operator_from_tensors,
 )
 from fishergeo.planning import LayerPlan, Plan, plan
 from fishergeo.sketching import ErrorEstimate, FrequentDirections, NystromSketch, SketchOperator, nystrom
@@ -135,6 +136,7 @@ __all__ = [
     "log_euclidean_distance",
     "marchenko_pastur_edge",
     "nystrom",
+    "operator_from_tensors",
     "plan",
     "principal_angles",
     "rank_by_gavish_donoho",

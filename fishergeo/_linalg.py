@@ -203,3 +203,39 @@ def orthonormalise(block: Tensor, basis: Tensor, floor: float) -> Tensor:
         if work.shape[1] == 0 or basis.shape[1] == 0 or float((basis.T @ work).abs().max()) <= limit:
             break
     return work.contiguous()
+
+
+def tiled_squares(entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Σ_ij F_ij (L R)²_ij, a scalar, differentiable once in L and R; of the product one tile of rows is held at a time.
+
+    Args:
+        entries: F, (p, q), constant.
+        left: L, (p, r), the same dtype.
+        right: R, (r, q), the same dtype.
+    """
+    return _TiledSquares.apply(entries, left, right)  # type: ignore[no-untyped-call]
+
+
+class _TiledSquares(torch.autograd.Function):
+    """See :func:`tiled_squares`; the backward recomputes each tile."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(entries, left, right)
+        total = torch.zeros((), dtype=left.dtype, device=left.device)
+        for start in range(0, len(left), _TILE):
+            rows = slice(start, start + _TILE)
+            total += (entries[rows] * (left[rows] @ right).square()).sum()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
+        entries, left, right = ctx.saved_tensors
+        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
+        for start in range(0, len(left), _TILE):
+            rows = slice(start, start + _TILE)
+            tile = (left[rows] @ right).mul_(entries[rows]).mul_(2 * upstream)
+            grad_left[rows] = tile @ right.T
+            grad_right += left[rows].T @ tile
+        return None, grad_left, grad_right

@@ -35,7 +35,7 @@ class LayerCurvature:
 
     @property
     def _output(self) -> Any:
-        return getattr(self.operator, "output_factor", self.operator)
+        return self.operator.factors()[0]
 
     @cached_property
     def total(self) -> float:
@@ -56,10 +56,8 @@ class LayerCurvature:
             return values, fg.Projector(vectors)
         if isinstance(output, Tensor):
             values, vectors = (found.flip(-1) for found in torch.linalg.eigh(output))
-        elif isinstance(output, fg.SpectralOperator):  # those it knows; the rest of a sketched factor has no directions
-            values, vectors = output.values, output.vectors
-        else:
-            values, vectors = output.eigh()
+        else:  # those it knows: the rest of a sketched factor has no directions
+            values, vectors = output.known_eigenpairs()
         values = values.clamp_min(0)  # rounding leaves tiny negative ones
         m = min(fg.rank_for_energy(values, self.total, c.energy), c.max_rank or len(values), vectors.shape[1])
         if c.noise_edge:
@@ -117,22 +115,6 @@ class LayerCurvature:
         return {"values": self.values.tolist(), "total": self.total, "rank": len(self.values), "energy": held}
 
 
-def contiguous(operator: Any) -> Any:
-    """The operator with its tensors laid out as a file lays them out: products of other strides round otherwise."""
-    if isinstance(operator, fg.KroneckerOperator):
-        return fg.KroneckerOperator(operator.output_factor.contiguous(), operator.input_factor.contiguous())
-    if isinstance(operator, fg.SpectralKroneckerOperator):
-        return fg.SpectralKroneckerOperator(contiguous(operator.output_factor), contiguous(operator.input_factor))
-    if isinstance(operator, fg.SpectralOperator):
-        vectors, trace = operator.vectors.contiguous(), operator.full_trace
-        return fg.SpectralOperator(operator.values.contiguous(), vectors, trace, operator.side, operator.rest)
-    return (
-        fg.DenseOperator(operator.matrix.contiguous(), operator.side)
-        if isinstance(operator, fg.DenseOperator)
-        else operator
-    )
-
-
 def check_widths(matrices: Iterable[Matrix], config: GuardConfig) -> None:
     """Refuse matrices whose output side would not fit in memory.
 
@@ -173,5 +155,5 @@ def curvatures(
                 f"the Fisher of {matrix.plain!r} has shape {operator.shape} on the {operator.side} side, the matrix "
                 f"{matrix.shape}; it is of another model, or not of the output side"
             )
-        layers[matrix.name] = LayerCurvature(contiguous(operator), config, samples)
+        layers[matrix.name] = LayerCurvature(operator.compact(), config, samples)
     return layers

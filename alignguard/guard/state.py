@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-import fishergeo as fg
 from alignguard.files import read_tensors, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def save_guard(folder: Path, guard: Guard | None, extra: dict[str, Any]) -> None
 
     Raises:
         OSError: the folder cannot be written.
-        TypeError: a curvature of a kind that has no file form, such as one passed to :meth:`Guard.use_fisher`.
+        TypeError: a curvature that is not made of tensors, such as one passed to :meth:`Guard.use_fisher`.
     """
     values: dict[str, Any] = {"format": FORMAT, "extra": extra, "guard": None}
     if guard is not None:
@@ -70,42 +68,6 @@ def _with_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
     if set(values) == {TENSOR}:
         return tensors[values[TENSOR]]
     return {key: _with_tensors(value, tensors) for key, value in values.items()}
-
-
-def operator_tensors(operator: Any) -> dict[str, Tensor]:
-    """What an operator is made of, by role."""
-    if isinstance(operator, fg.KroneckerOperator):
-        return {"output_factor": operator.output_factor, "input_factor": operator.input_factor}
-    if isinstance(operator, fg.SpectralKroneckerOperator):
-        return _spectral_tensors(operator.output_factor, "output_") | _spectral_tensors(operator.input_factor, "input_")
-    if isinstance(operator, fg.SpectralOperator):
-        return _spectral_tensors(operator, "")
-    if isinstance(operator, fg.DenseOperator):
-        return {"matrix": operator.matrix}
-    raise TypeError(f"a curvature of kind {type(operator).__name__} cannot be saved")
-
-
-def _spectral_tensors(operator: fg.SpectralOperator, side: str) -> dict[str, Tensor]:
-    trace = {} if operator.full_trace is None else {f"{side}full_trace": operator.full_trace}
-    rest = {f"{side}rest": torch.tensor(operator.rest, dtype=torch.float64)} if operator.rest else {}
-    return {f"{side}eigenvalues": operator.values, f"{side}eigenvectors": operator.vectors, **trace, **rest}
-
-
-def operator_of(kind: str, parts: dict[str, Tensor]) -> Any:
-    """The operator of a kind made of such tensors."""
-    if kind == "KroneckerOperator":
-        return fg.KroneckerOperator(parts["output_factor"], parts["input_factor"])
-    if kind == "SpectralKroneckerOperator":
-        return fg.SpectralKroneckerOperator(_spectral(parts, "output_", "output"), _spectral(parts, "input_", "input"))
-    if kind == "SpectralOperator":
-        return _spectral(parts, "", "output")
-    return fg.DenseOperator(parts["matrix"])
-
-
-def _spectral(parts: dict[str, Tensor], prefix: str, side: str) -> fg.SpectralOperator:
-    rest = float(parts[f"{prefix}rest"]) if f"{prefix}rest" in parts else 0.0
-    vectors, trace = parts[f"{prefix}eigenvectors"], parts.get(f"{prefix}full_trace")
-    return fg.SpectralOperator(parts[f"{prefix}eigenvalues"], vectors, trace, side, rest)
 
 
 def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:

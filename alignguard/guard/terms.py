@@ -65,13 +65,11 @@ class TermGroup:
             return fg.stacked_quadratic(operators, delta)
         basis = self.projector.basis.to(delta.dtype)
         right = (delta.mT @ basis).mT if isinstance(delta, Tensor) else delta.right
-        if isinstance(operators[0], fg.KroneckerOperator):
-            gram = fg.stacked_congruence([operator.input_factor.to(delta.dtype) for operator in operators], right)
-        elif isinstance(operators[0], fg.SpectralKroneckerOperator):
-            factors = [operator.input_factor for operator in operators]
-            gram = fg.stacked_congruence(factors, right.to(factors[0].dtype)).to(delta.dtype)
-        else:
+        factors = [operator.factors()[1] for operator in operators]
+        if factors[0] is None:
             gram = right @ right.mT
+        else:
+            gram = fg.stacked_congruence(factors, right.to(factors[0].dtype)).to(delta.dtype)
         if isinstance(delta, Tensor):
             squares = gram.diagonal(dim1=-2, dim2=-1)  # (L, m)
         else:

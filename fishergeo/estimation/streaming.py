@@ -187,25 +187,10 @@ class StreamingOperator(SymmetricOperator):
     """
 
     def __init__(self, fisher: StreamingFisher, name: str) -> None:
+        super().__init__(fisher.sizes[name], fisher.dtype, fisher.layers[name].weight.device, fisher.side)
         self.fisher = fisher
         self.name = name
-        self.side = fisher.side
         self._diagonal: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq), (p, p) or (q, q)."""
-        return self.fisher.sizes[self.name], self.fisher.sizes[self.name]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.fisher.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.fisher.layers[self.name].weight.device
 
     def _matmat(self, block: Tensor) -> Tensor:
         return _Streamed.apply(block, lambda x: self.fisher.multi_matmul({self.name: x})[self.name])  # type: ignore[no-untyped-call]

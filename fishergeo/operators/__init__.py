@@ -8,6 +8,7 @@ from fishergeo.operators.base import (
     check_layer_shape,
     checked_rank,
     fix_signs,
+    operator_from_tensors,
 )
 from fishergeo.operators.diagonal import DiagonalOperator
 from fishergeo.operators.exact import ExactOperator
@@ -35,4 +36,5 @@ __all__ = [
     "check_layer_shape",
     "checked_rank",
     "fix_signs",
+    "operator_from_tensors",
 ]

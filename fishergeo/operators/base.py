@@ -7,8 +7,8 @@ two-sided one acts on vec(W), row-major, and has shape (pq, pq).
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse.linalg
@@ -27,6 +27,9 @@ class SymmetricOperator(abc.ABC):
     Powers, inverses and the like are by definition those of its eigenvalues; they are computed in float64 and come back
     in the operator's dtype. F is the operator, ΔW an update of the layer's weight.
 
+    Args:
+        size: the number of rows and of columns.
+
     Attributes:
         shape: (size, size).
         dtype: floating dtype of its numbers and of its products; what it is multiplied with is cast to it.
@@ -39,22 +42,60 @@ class SymmetricOperator(abc.ABC):
         (5.0, [2.0, 1.0])
     """
 
-    side: str = "output"
+    _kinds: ClassVar[dict[str, type[SymmetricOperator]]] = {}
 
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(size, size)."""
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        SymmetricOperator._kinds[cls.__name__] = cls
 
-    @property
-    @abc.abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, side: str = "output") -> None:
+        self.shape = (size, size)
+        self.dtype = dtype
+        self.device = device
+        self.side = side
 
-    @property
-    @abc.abstractmethod
-    def device(self) -> torch.device:
-        """The device of products."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, everything that the operator is made of; :meth:`from_tensors` makes it again.
+
+        Raises:
+            TypeError: if it is not made of tensors, as one whose products read the data again.
+        """
+        raise TypeError(f"a {type(self).__name__} is not made of tensors and cannot be written to a file")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "output") -> Self:
+        """The operator of this class whose :meth:`tensors` these were.
+
+        Args:
+            tensors: name -> tensor, as :meth:`tensors` gave them, of any floating dtype.
+            side: the side of W that a one-sided operator acts on; a two-sided one knows its own.
+
+        Raises:
+            TypeError: if operators of this class are not made of tensors.
+            KeyError: if a tensor is missing.
+            ValueError: if the tensors do not fit each other.
+        """
+        raise TypeError(f"a {cls.__name__} is not made of tensors")
+
+    def compact(self) -> SymmetricOperator:
+        """The same operator, as a file gives it back: its tensors contiguous, and none that products can do without.
+
+        Products of other strides may round otherwise. Tensors that are contiguous are kept, not copied, and so is an
+        operator that is not made of tensors.
+        """
+        try:
+            tensors = self.tensors()
+        except TypeError:
+            return self
+        return self.from_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, self.side)
+
+    def factors(self) -> tuple[Tensor | SymmetricOperator | None, Tensor | SymmetricOperator | None]:
+        """S (p, p) and A (q, q) of an operator that acts on vec(W) as kron(S, A), None for an identity.
+
+        By definition, (F, I) for a one-sided operator of the output side and (I, F) for one of the input side. A
+        two-sided operator without that form has two None.
+        """
+        return (self if self.side == "output" else None), (self if self.side == "input" else None)
 
     @abc.abstractmethod
     def _matmat(self, block: Tensor) -> Tensor:
@@ -102,6 +143,10 @@ class SymmetricOperator(abc.ABC):
         """
         values, vectors = leading_pairs(self.to_dense(), checked_rank(k, self.shape[0]))
         return values, fix_signs(vectors)
+
+    def known_eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """The eigenpairs that are at hand or else all of them: values (k,), descending, and vectors (size, k)."""
+        return self.eigh()
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """The same operator for SciPy, on NumPy arrays."""
@@ -264,23 +309,17 @@ class DenseOperator(SymmetricOperator):
     def __init__(self, matrix: Tensor, side: str = "output") -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+        super().__init__(len(matrix), matrix.dtype, matrix.device, side)
         self.matrix = matrix
-        self.side = side
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(size, size)."""
-        return self.matrix.shape[0], self.matrix.shape[1]
+    def tensors(self) -> dict[str, Tensor]:
+        """``matrix``, (size, size)."""
+        return {"matrix": self.matrix}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.matrix.device
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "output") -> Self:
+        """The operator whose :meth:`tensors` these were; see :meth:`SymmetricOperator.from_tensors`."""
+        return cls(tensors["matrix"], side)
 
     def _matmat(self, block: Tensor) -> Tensor:
         return self.matrix @ block
@@ -318,24 +357,27 @@ class SumOperator(SymmetricOperator):
         for term in terms[1:]:
             if term.shape != first.shape or term.side != first.side:
                 raise ValueError(f"terms differ: {first.shape} {first.side!r} and {term.shape} {term.side!r}")
+        super().__init__(first.shape[0], first.dtype, first.device, first.side)
         self.terms = terms
         self.weights = weights
-        self.side = first.side
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(size, size)."""
-        return self.terms[0].shape
+    def tensors(self) -> dict[str, Tensor]:
+        """``weights``, (terms,) float64, and each term's own tensors, (its own shapes), as ``place|class|name``."""
+        found = {"weights": torch.tensor(self.weights, dtype=torch.float64)}
+        for place, term in enumerate(self.terms):
+            found |= {f"{place}|{type(term).__name__}|{name}": tensor for name, tensor in term.tensors().items()}
+        return found
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.terms[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.terms[0].device
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "output") -> Self:
+        """The operator whose :meth:`tensors` these were; see :meth:`SymmetricOperator.from_tensors`."""
+        parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key != "weights":
+                place, kind, name = key.split("|", 2)
+                parts.setdefault((int(place), kind), {})[name] = tensor
+        terms = [operator_from_tensors(kind, part, side) for (_, kind), part in sorted(parts.items())]
+        return cls(terms, tensors["weights"].tolist())
 
     def _total(self, function: Callable[[SymmetricOperator], Tensor]) -> Tensor:
         parts = [w * function(t).to(self.dtype) for w, t in zip(self.weights, self.terms, strict=True)]
@@ -355,6 +397,34 @@ class SumOperator(SymmetricOperator):
     def quadratic(self, delta: Any) -> Tensor:
         """The same sum of the terms' quadratic forms of ``delta``, a scalar; see :meth:`SymmetricOperator.quadratic`."""
         return self._total(lambda term: term.quadratic(delta))
+
+
+def operator_from_tensors(kind: str, tensors: Mapping[str, Tensor], side: str = "output") -> SymmetricOperator:
+    """The operator whose class and :meth:`SymmetricOperator.tensors` were written to a file.
+
+    Args:
+        kind: the name of its class, ``type(operator).__name__``.
+        tensors: name -> tensor, as ``operator.tensors()`` gave them, of any floating dtype.
+        side: ``operator.side``; a two-sided operator knows its own.
+
+    Returns:
+        SymmetricOperator of that class, on the device of the tensors.
+
+    Raises:
+        ValueError: for a class that is not known, or tensors that do not fit each other.
+        KeyError: if a tensor is missing.
+
+    Examples:
+        >>> op = fg.DiagonalOperator(torch.ones(2, 3))
+        >>> again = fg.operator_from_tensors("DiagonalOperator", op.tensors())
+        >>> type(again).__name__, again.shape
+        ('DiagonalOperator', (6, 6))
+    """
+    if kind not in SymmetricOperator._kinds:
+        raise ValueError(
+            f"there is no operator class {kind!r}; there are {', '.join(sorted(SymmetricOperator._kinds))}"
+        )
+    return SymmetricOperator._kinds[kind].from_tensors(tensors, side)
 
 
 def _check_damping(damping: float) -> None:

@@ -1,13 +1,14 @@
-"""."""
+"""A diagonal operator on vec(W)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from fishergeo._linalg import tiled_squares
 from fishergeo.operators.base import SymmetricOperator, check_layer_shape, checked_rank
 
 
@@ -26,27 +27,20 @@ class DiagonalOperator(SymmetricOperator):
         ((4, 4), 10.0)
     """
 
-    side = "both"
-
     def __init__(self, entries: Tensor) -> None:
         if entries.ndim != 2:
             raise ValueError(f"entries must be (p, q), got shape {tuple(entries.shape)}")
+        super().__init__(entries.numel(), entries.dtype, entries.device, "both")
         self.entries = entries
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        return self.entries.numel(), self.entries.numel()
+    def tensors(self) -> dict[str, Tensor]:
+        """``entries``, (p, q)."""
+        return {"entries": self.entries}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.entries.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.entries.device
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "both") -> Self:
+        """The operator whose :meth:`tensors` these were, whatever ``side``: it acts on both."""
+        return cls(tensors["entries"])
 
     def _matmat(self, block: Tensor) -> Tensor:
         return self.entries.reshape(-1, 1) * block
@@ -78,37 +72,10 @@ class DiagonalOperator(SymmetricOperator):
         return (self.entries * delta.square()).sum()
 
     def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
-        return _TiledSquares.apply(self.entries, left, right)  # type: ignore[no-untyped-call]
+        return tiled_squares(self.entries, left, right)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         return DiagonalOperator(function(self.entries.double()).to(self.dtype))
 
     def _eigenvalues(self) -> Tensor:
         return self.entries.double().flatten()
-
-
-class _TiledSquares(torch.autograd.Function):
-    """Σ F_ij (L R)²_ij over tiles of rows; the backward recomputes each tile, so memory is one tile."""
-
-    TILE = 128
-
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(entries, left, right)
-        total = torch.zeros((), dtype=left.dtype, device=left.device)
-        for start in range(0, len(left), _TiledSquares.TILE):
-            rows = slice(start, start + _TiledSquares.TILE)
-            total += (entries[rows] * (left[rows] @ right).square()).sum()
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
-        entries, left, right = ctx.saved_tensors
-        grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
-        for start in range(0, len(left), _TiledSquares.TILE):
-            rows = slice(start, start + _TiledSquares.TILE)
-            tile = (left[rows] @ right).mul_(entries[rows]).mul_(2 * upstream)
-            grad_left[rows] = tile @ right.T
-            grad_right += left[rows].T @ tile
-        return None, grad_left, grad_right

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,8 +35,6 @@ class ExactOperator(SymmetricOperator):
         ((4, 4), [2.0, 0.5])
     """
 
-    side = "both"
-
     def __init__(self, gradients: Tensor, inputs: Tensor, lengths: Tensor, count: float, budget: int = 2**24) -> None:
         if (
             gradients.ndim != 2
@@ -56,6 +54,7 @@ class ExactOperator(SymmetricOperator):
             rows = torch.cat([torch.arange(int(ends[i] - lengths[i]), int(ends[i])) for i in order])
             gradients, inputs = gradients[rows.to(gradients.device)], inputs[rows.to(inputs.device)]
             lengths = lengths[order]
+        super().__init__(gradients.shape[1] * inputs.shape[1], gradients.dtype, gradients.device, "both")
         self.gradients = gradients
         self.inputs = inputs
         self.lengths = lengths
@@ -69,21 +68,24 @@ class ExactOperator(SymmetricOperator):
         """(p, q)."""
         return self.gradients.shape[1], self.inputs.shape[1]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        size = self.gradients.shape[1] * self.inputs.shape[1]
-        return size, size
+    def tensors(self) -> dict[str, Tensor]:
+        """``gradients`` (rows, p), ``inputs`` (rows, q), ``lengths`` and ``places`` (N,), and the scalar ``count``,
+        float64. ``places`` says where each example as it was given stands among those held.
+        """
+        return {
+            "gradients": self.gradients,
+            "inputs": self.inputs,
+            "lengths": self.lengths,
+            "places": self._places,
+            "count": torch.tensor(self.count, dtype=torch.float64),
+        }
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.gradients.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.gradients.device
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "both") -> Self:
+        """The operator whose :meth:`tensors` these were, whatever ``side``: it acts on both."""
+        made = cls(tensors["gradients"], tensors["inputs"], tensors["lengths"], float(tensors["count"]))
+        made._places = tensors["places"]
+        return made
 
     def _factors(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Examples, D (n, T, p) and A (n, T, q): runs of one length, n·width entries within the budget."""

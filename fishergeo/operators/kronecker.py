@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fishergeo._linalg import tiled_squares
 from fishergeo.operators.base import SymmetricOperator, check_layer_shape, checked_rank, fix_signs
-from fishergeo.operators.diagonal import _TiledSquares
 from fishergeo.operators.spectral import SpectralOperator
 
 
 class FactoredKronecker(SymmetricOperator):
     """What kron(S, A) on vec(W), row-major, is whatever form its two factors have: tensors, or operators."""
 
-    side = "both"
-    output_factor: Any
-    input_factor: Any
+    def __init__(self, output_factor: Any, input_factor: Any) -> None:
+        size = output_factor.shape[0] * input_factor.shape[0]
+        super().__init__(size, output_factor.dtype, output_factor.device, "both")
+        self.output_factor = output_factor
+        self.input_factor = input_factor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        size = self.output_factor.shape[0] * self.input_factor.shape[0]
-        return size, size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        found: torch.dtype = self.output_factor.dtype
-        return found
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        found: torch.device = self.output_factor.device
-        return found
+    def factors(self) -> tuple[Any, Any]:
+        """S (p, p) and A (q, q), in the form that they were given in."""
+        return self.output_factor, self.input_factor
 
     def diagonal(self) -> Tensor:
         """(pq,)."""
@@ -91,8 +79,16 @@ class KroneckerOperator(FactoredKronecker):
         for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
             if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
                 raise ValueError(f"{name} must be square, got shape {tuple(factor.shape)}")
-        self.output_factor = output_factor
-        self.input_factor = input_factor
+        super().__init__(output_factor, input_factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``output_factor``, (p, p), and ``input_factor``, (q, q)."""
+        return {"output_factor": self.output_factor, "input_factor": self.input_factor}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "both") -> Self:
+        """The operator whose :meth:`tensors` these were, whatever ``side``: it acts on both."""
+        return cls(tensors["output_factor"], tensors["input_factor"])
 
     def _matmat(self, block: Tensor) -> Tensor:
         p, q = len(self.output_factor), len(self.input_factor)
@@ -159,31 +155,24 @@ class EigenKroneckerOperator(SymmetricOperator):
         ((6, 6), 15.0)
     """
 
-    side = "both"
-
     def __init__(self, output_basis: Tensor, input_basis: Tensor, values: Tensor) -> None:
         if values.shape != (output_basis.shape[-1], input_basis.shape[-1]):
             raise ValueError(
                 f"values {tuple(values.shape)} do not fit bases {tuple(output_basis.shape)}, {tuple(input_basis.shape)}"
             )
+        super().__init__(values.numel(), values.dtype, values.device, "both")
         self.output_basis = output_basis
         self.input_basis = input_basis
         self.values = values
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(pq, pq)."""
-        return self.values.numel(), self.values.numel()
+    def tensors(self) -> dict[str, Tensor]:
+        """``output_basis`` (p, p), ``input_basis`` (q, q) and ``eigenvalues`` (p, q)."""
+        return {"output_basis": self.output_basis, "input_basis": self.input_basis, "eigenvalues": self.values}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.values.device
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "both") -> Self:
+        """The operator whose :meth:`tensors` these were, whatever ``side``: it acts on both."""
+        return cls(tensors["output_basis"], tensors["input_basis"], tensors["eigenvalues"])
 
     def _matmat(self, block: Tensor) -> Tensor:
         cube = block.T.reshape(-1, *self.values.shape)
@@ -225,7 +214,7 @@ class EigenKroneckerOperator(SymmetricOperator):
 
     def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
         inside = self.output_basis.T @ left, right @ self.input_basis
-        return _TiledSquares.apply(self.values, *inside)  # type: ignore[no-untyped-call]
+        return tiled_squares(self.values, *inside)
 
 
 class SpectralKroneckerOperator(FactoredKronecker):
@@ -257,8 +246,23 @@ class SpectralKroneckerOperator(FactoredKronecker):
         for name, factor in (("output_factor", output_factor), ("input_factor", input_factor)):
             if not isinstance(factor, SpectralOperator):
                 raise TypeError(f"{name} must be a SpectralOperator, got {type(factor).__name__}")
-        self.output_factor = output_factor
-        self.input_factor = input_factor
+        super().__init__(output_factor, input_factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of both factors, (k,), (size, k) and scalars, after ``output_`` and ``input_``; see
+        :meth:`SpectralOperator.tensors`.
+        """
+        factors = {"output": self.output_factor, "input": self.input_factor}
+        return {f"{side}_{name}": t for side, factor in factors.items() for name, t in factor.tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "both") -> Self:
+        """The operator whose :meth:`tensors` these were, whatever ``side``: it acts on both."""
+        factors = []
+        for one in ("output", "input"):
+            own = {k.removeprefix(f"{one}_"): tensor for k, tensor in tensors.items() if k.startswith(f"{one}_")}
+            factors.append(SpectralOperator.from_tensors(own, one))
+        return cls(*factors)
 
     def _matmat(self, block: Tensor) -> Tensor:
         p, q = self.output_factor.shape[0], self.input_factor.shape[0]

@@ -1,8 +1,9 @@
-"""An operator known through some of its eigenpairs; with it, every one-sided operator is importable from here."""
+"""An operator known through some of its eigenpairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,26 +44,28 @@ class SpectralOperator(SymmetricOperator):
     ) -> None:
         if values.ndim != 1 or vectors.ndim != 2 or vectors.shape[1] != len(values):
             raise ValueError(f"values {tuple(values.shape)} and vectors {tuple(vectors.shape)} do not pair up")
+        super().__init__(len(vectors), vectors.dtype, vectors.device, side)
         self.values = values
         self.vectors = vectors
         self.full_trace = full_trace
-        self.side = side
         self.rest = rest
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(size, size)."""
-        return self.vectors.shape[0], self.vectors.shape[0]
+    def tensors(self) -> dict[str, Tensor]:
+        """``eigenvalues`` (k,), ``eigenvectors`` (size, k), and scalars: ``full_trace`` where it is known, ``rest``,
+        float64, where it is not 0.
+        """
+        found = {"eigenvalues": self.values, "eigenvectors": self.vectors}
+        if self.full_trace is not None:
+            found["full_trace"] = self.full_trace
+        if self.rest:
+            found["rest"] = torch.tensor(self.rest, dtype=torch.float64)
+        return found
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return self.vectors.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of products."""
-        return self.vectors.device
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "output") -> Self:
+        """The operator whose :meth:`tensors` these were; see :meth:`SymmetricOperator.from_tensors`."""
+        rest = float(tensors["rest"]) if "rest" in tensors else 0.0
+        return cls(tensors["eigenvalues"], tensors["eigenvectors"], tensors.get("full_trace"), side, rest)
 
     def _matmat(self, block: Tensor) -> Tensor:
         inside = self.vectors @ ((self.values - self.rest)[:, None] * (self.vectors.T @ block))
@@ -86,6 +89,10 @@ class SpectralOperator(SymmetricOperator):
             return super().eigh(k)
         k = checked_rank(k, len(self.values))
         return self.values[:k], self.vectors[:, :k]
+
+    def known_eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """The eigenpairs that it is made of: values (k,), descending, and vectors (size, k)."""
+        return self.values, self.vectors
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         ends = torch.tensor([self.rest], dtype=torch.float64)

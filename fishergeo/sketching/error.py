@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import scipy.stats
 import torch
@@ -152,6 +154,24 @@ class SketchOperator(SpectralOperator):
         self._probes = probes
         self._images = images
         self.factor = factor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of a :class:`SpectralOperator`, ``probes`` and ``images``, (size, s), and ``factor``, (size, columns),
+        where it was kept.
+        """
+        kept = {} if self.factor is None else {"factor": self.factor}
+        return super().tensors() | {"probes": self._probes, "images": self._images} | kept
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "output") -> Self:
+        """The operator whose :meth:`tensors` these were; see :meth:`SymmetricOperator.from_tensors`."""
+        values, vectors, trace = tensors["eigenvalues"], tensors["eigenvectors"], tensors["full_trace"]
+        return cls(values, vectors, trace, side, tensors["probes"], tensors["images"], tensors.get("factor"))
+
+    def compact(self) -> SpectralOperator:
+        """The leading pairs alone, contiguous, without what the error is measured with."""
+        values, vectors = self.values.contiguous(), self.vectors.contiguous()
+        return SpectralOperator(values, vectors, self.full_trace, self.side)
 
     def error(self, k: int | None = None, level: float = 0.95) -> ErrorEstimate:
         """How far F̂, cut to its k leading pairs, is from the F of all data seen.

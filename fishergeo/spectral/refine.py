@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishergeo._checks import check_integer
 from fishergeo._linalg import orthonormalise
-from fishergeo.operators import LayerProducts, SpectralOperator, SymmetricOperator
+from fishergeo.operators import LayerProducts, SymmetricOperator
 from fishergeo.sketching import SketchOperator, factor_eigh, nystrom_factor
 from fishergeo.spectral.spectrum import Spectrum
 
@@ -80,7 +80,7 @@ def _basis(sketch: Mapping[str, SymmetricOperator], name: str) -> Tensor:
     """All that a sketch knows of the leading space, orthonormal."""
     operator = sketch[name]
     if not isinstance(operator, SketchOperator) or operator.factor is None:
-        return operator.vectors if isinstance(operator, SpectralOperator) else operator.eigh()[1]
+        return operator.known_eigenpairs()[1]
     columns = operator.factor
     values, vectors = factor_eigh(columns, min(columns.shape))
     rounding = torch.finfo(columns.dtype).eps * len(columns)

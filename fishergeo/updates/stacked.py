@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fishergeo._checks import check_tensor
-from fishergeo.operators import KroneckerOperator, SpectralKroneckerOperator, SpectralOperator, SymmetricOperator
+from fishergeo.operators import SpectralOperator, SymmetricOperator
 from fishergeo.updates.lowrank import LowRank
 
 
@@ -95,7 +95,7 @@ def stacked_congruence(matrices: Sequence[Tensor | SpectralOperator], rows: Tens
     if rows.ndim != 3 or len(rows) != len(matrices) or any(matrix.shape != (size, size) for matrix in matrices):
         shapes = sorted({tuple(matrix.shape) for matrix in matrices})
         raise ValueError(f"rows has shape {tuple(rows.shape)}, which does not fit {len(matrices)} matrices of {shapes}")
-    operators = [matrix for matrix in matrices if isinstance(matrix, SpectralOperator)]
+    operators = [matrix for matrix in matrices if not isinstance(matrix, Tensor)]
     if operators and len(operators) < len(matrices):
         raise TypeError("matrices must be tensors or SpectralOperators, not both in one stack")
     constants = [one for op in operators for one in (op.values, op.vectors)] or matrices
@@ -132,11 +132,19 @@ def stacked_quadratic(operators: Sequence[SymmetricOperator], delta: LowRank | T
     """
     if delta.ndim != 3 or len(operators) != delta.shape[0]:
         raise ValueError(f"delta has shape {tuple(delta.shape)}, which does not fit {len(operators)} operators")
-    kinds = {type(op) for op in operators}
-    if isinstance(delta, LowRank) and kinds in ({KroneckerOperator}, {SpectralKroneckerOperator}):
-        outputs, inputs = ([getattr(op, f"{side}_factor") for op in operators] for side in ("output", "input"))
-        if not any(isinstance(factor, Tensor) and factor.requires_grad for factor in (*outputs, *inputs)):
-            dtype = outputs[0].dtype
-            left, right = delta.left.to(dtype), delta.right.to(dtype)
-            return (stacked_congruence(outputs, left.mT) * stacked_congruence(inputs, right)).sum((-2, -1))
+    if isinstance(delta, LowRank) and (factors := _factors(operators)) is not None:
+        dtype = operators[0].dtype
+        left, right = delta.left.to(dtype), delta.right.to(dtype)
+        return (stacked_congruence(factors[0], left.mT) * stacked_congruence(factors[1], right)).sum((-2, -1))
     return torch.stack([op.quadratic(delta[place]) for place, op in enumerate(operators)])
+
+
+def _factors(operators: Sequence[SymmetricOperator]) -> tuple[list[Any], list[Any]] | None:
+    """S and A of every kron(S, A) of a stack; None unless all have both, of one class, and none asks for a gradient."""
+    if len({type(op) for op in operators}) != 1:
+        return None
+    outputs, inputs = (list(factors) for factors in zip(*(op.factors() for op in operators), strict=True))
+    for factor in (*outputs, *inputs):
+        if factor is None or (isinstance(factor, Tensor) and factor.requires_grad):
+            return None
+    return outputs, inputs

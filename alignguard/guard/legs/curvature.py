@@ -16,7 +16,6 @@ from alignguard.guard.distributed import pooled_fisher, world
 from alignguard.guard.legs.base import Leg
 from alignguard.guard.rows import AlignmentRows, Encoded
 from alignguard.guard.schedule import DriftBudget
-from alignguard.guard.state import operator_of, operator_tensors
 from alignguard.guard.terms import CurvatureTerms
 from alignguard.updates import Matrix, WeightUpdates
 from fishergeo.accumulators import ACCUMULATORS
@@ -142,7 +141,7 @@ class CurvatureLeg(Leg):
     def state_dict(self) -> dict[str, Any]:
         """Operators as tensors with their kinds, scales of the weights, and the running Fisher."""
         return {
-            "layer": {name: operator_tensors(layer.operator) for name, layer in self.layers.items()},
+            "layer": {name: layer.operator.tensors() for name, layer in self.layers.items()},
             "layers": {name: type(layer.operator).__name__ for name, layer in self.layers.items()},
             "samples": self.samples,
             "scales": dict(self._scales),
@@ -152,7 +151,9 @@ class CurvatureLeg(Leg):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
         self._scales = {str(name): float(value) for name, value in state["scales"].items()}
-        operators = {name: operator_of(state["layers"][name], parts) for name, parts in state["layer"].items()}
+        operators = {
+            name: fg.operator_from_tensors(state["layers"][name], parts) for name, parts in state["layer"].items()
+        }
         if operators:
             self.take(operators, state["samples"])
         else:

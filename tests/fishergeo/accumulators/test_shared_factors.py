@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import fishergeo as fg
 from alignguard.guard import Guard, GuardConfig, load_guard, save_guard
-from alignguard.guard.curvature import contiguous
 from fishergeo._linalg import mirrored
 from fishergeo.accumulators import KfacAccumulator, Shared
 from fishergeo.capture import Record
@@ -58,7 +57,7 @@ def test_layers_that_read_one_input_hold_one_factor_whichever_way_the_fisher_cam
     fisher = kfac(EXAMPLES)
     fisher.save(tmp_path / "fisher.safetensors")
     assert_one_factor_a_group(fisher)
-    assert_one_factor_a_group({name: contiguous(fisher[name]) for name in fisher})
+    assert_one_factor_a_group({name: fisher[name].compact() for name in fisher})
     for other in (
         *(fg.Fisher.load(tmp_path / "fisher.safetensors", lazy=lazy) for lazy in (True, False)),
         fisher.merge(fisher),

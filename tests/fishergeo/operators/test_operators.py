@@ -201,3 +201,56 @@ def test_tiles_of_the_factored_diagonal_form_cover_every_row(rank, rows, seed):
     operator = fg.DiagonalOperator(random(rows, 5, seed=seed).square())
     left, right = random(rows, rank, seed=seed + 1), random(rank, 5, seed=seed + 2)
     assert_close(operator.quadratic(fg.LowRank(left, right)), operator.quadratic(left @ right), 1e-12)
+
+
+def sketch():
+    torch.manual_seed(0)
+    model, rows = torch.nn.Linear(Q, P).double(), [random(5, 2, Q)]
+    return fg.estimate_fisher(model, rows, rank=2, probes=2, loss=lambda m, b: m(b).sin().sum((1, 2)))[""]
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if not name.startswith("streaming")), "sketch"])
+def test_an_operator_is_made_again_of_its_tensors(name):
+    operator = sketch() if name == "sketch" else CASES[name]()
+    kind, tensors = type(operator).__name__, operator.tensors()
+    again = fg.operator_from_tensors(kind, tensors, operator.side)
+    assert type(again) is type(operator) and again.side == operator.side
+    assert (again.shape, again.dtype, again.device) == (operator.shape, operator.dtype, operator.device)
+    assert again.tensors().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.tensors().items())
+    block = random(operator.shape[0], 3, seed=5)
+    assert torch.equal(again @ block, operator @ block)
+    if name == "sketch":
+        assert again.error() == operator.error()
+
+
+def test_a_compact_operator_has_contiguous_tensors_and_no_more_than_products_need(operator):
+    turned = operator
+    if not isinstance(operator, fg.SumOperator) and operator.compact() is not operator:
+        turned = operator.from_tensors(
+            {n: (t if t.ndim < 2 else t.mT.contiguous().mT) for n, t in operator.tensors().items()}, operator.side
+        )
+    found = turned.compact()
+    assert_close(found.to_dense(), operator.to_dense())
+    if found is not turned:
+        assert all(tensor.is_contiguous() for tensor in found.tensors().values())
+    assert type(sketch().compact()) is fg.SpectralOperator
+
+
+def test_an_operator_that_reads_data_has_no_tensors_and_an_unknown_class_is_named():
+    with pytest.raises(TypeError, match="StreamingOperator is not made of tensors"):
+        streaming("both").tensors()
+    with pytest.raises(ValueError, match="no operator class 'Nonsense'"):
+        fg.operator_from_tensors("Nonsense", {})
+
+
+def test_the_factors_of_an_operator_are_those_of_its_kronecker_product(operator):
+    factors = operator.factors()
+    if operator.side == "both" and factors == (None, None):
+        return
+    dense = [
+        torch.eye(size).double() if one is None else one if isinstance(one, torch.Tensor) else one.to_dense()
+        for one, size in zip(factors, (P, Q), strict=True)
+    ]
+    delta = random(P, Q, seed=9)
+    assert_close(operator.quadratic(delta), ((dense[0] @ delta) * (delta @ dense[1])).sum())
