@@ -41,34 +41,30 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 V = TypeVar("V")
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    aliases: Mapping[str, str] | None = None,
+) -> None:
     """Writes a file whole or not at all: a temporary sibling is filled, synced and renamed.
-
-    Tensors that are the same object are stored once.
 
     Args:
         path: the file.
         tensors: name -> tensor, any device.
         header: JSON-able.
+        aliases: further names -> the name in ``tensors`` whose tensor they share.
 
     Raises:
         ValueError: for a dtype that the format does not hold.
     """
     target = Path(path)
-    unique: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    stored: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        first = unique.setdefault(id(tensor), key)
-        if first == key:
-            stored[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        else:
-            aliases[key] = first
+    stored = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     for key, tensor in stored.items():
         if tensor.dtype not in _NAMES:
             raise ValueError(f"tensor {key!r} is {tensor.dtype}; files hold {', '.join(map(str, _NAMES))}")
     index = {key: [_NAMES[t.dtype], list(t.shape), _checksum(t)] for key, t in stored.items()}
-    text = json.dumps({**header, "aliases": aliases, "tensors": index})
+    text = json.dumps({**header, "aliases": dict(aliases or {}), "tensors": index})
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "checksum": str(_checksum_text(text))}
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
@@ -150,6 +146,10 @@ class TensorFile:
             raise ValueError(f"{path}: damaged header (an alias of a tensor that it does not have)")
         return header
 
+    def stored_as(self, key: str) -> str:
+        """The name that a tensor is stored under: ``key`` itself, or the name whose tensor it shares."""
+        return self._aliases.get(key, key)
+
     def blank(self, key: str) -> Tensor:
         """A tensor of the right shape and dtype on the meta device; nothing is read.
 
@@ -166,7 +166,7 @@ class TensorFile:
             ValueError: if there is no such tensor, or its bytes are not those that were written.
         """
         _, _, checksum = self._entry(key)
-        true_key = self._aliases.get(key, key)
+        true_key = self.stored_as(key)
         tensor = self._loaded.get(true_key)
         if tensor is None:
             try:
@@ -180,7 +180,7 @@ class TensorFile:
         return tensor
 
     def _entry(self, key: str) -> list[Any]:
-        true_key = self._aliases.get(key, key)
+        true_key = self.stored_as(key)
         if true_key not in self._index:
             raise ValueError(f"{self.path}: tensor {true_key!r} is missing")
         return self._index[true_key]

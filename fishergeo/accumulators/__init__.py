@@ -1,6 +1,6 @@
 """The running sums behind each Fisher structure."""
 
-from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Owned, Shared
 from fishergeo.accumulators.kronecker import EkfacAccumulator, KfacAccumulator
 from fishergeo.accumulators.moments import DiagonalAccumulator
 from fishergeo.accumulators.products import ProductAccumulator
@@ -28,6 +28,7 @@ __all__ = [
     "KfacAccumulator",
     "Layout",
     "Made",
+    "Owned",
     "ProductAccumulator",
     "Shared",
     "SketchAccumulator",

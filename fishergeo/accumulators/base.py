@@ -6,8 +6,9 @@ output gradients, A its (T, q) inputs, G = DᵀA its weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from fishergeo.capture import Record
 from fishergeo.operators import SymmetricOperator
 from fishergeo.sketching import PsdSketch
 
-Made = dict[tuple[int, ...], Tensor]
+Made = dict[str, Tensor]
+"""Input group -> the tensor that an operator made of the sums that the group's layers hold once."""
+
+Owned = tuple[str, str]
+"""The layer or input group that holds a sum, and the sum's name."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class Shared:
         self.weights: Tensor | None = None
         self.units = 0.0
         self.capacity = capacity
-        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._kept: dict[int, dict[Hashable, Tensor]] = {}
 
-    def get(self, source: int, what: str, compute: Callable[[], Tensor]) -> Tensor:
-        """The tensor named ``what`` of input ``source``, computed on first use."""
+    def get(self, source: int, what: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What is named ``what`` of the input numbered ``source``, computed on first use."""
         if source not in self._kept:
             while len(self._kept) >= self.capacity:
                 self._kept.pop(next(iter(self._kept)))
@@ -91,11 +96,16 @@ class Accumulator:
         sums: name -> tensor, every one additive over examples unless a subclass says otherwise.
 
     Attributes:
+        group: input group of the layer, named after its first layer: those that read one input, and hold once the sums
+            named in ``shared``. A layer's own name where nothing is held in common.
+        shared: names of the sums (and of tensors of :meth:`state`) that an input group holds once.
         sketches: those at work, whose memory a plan counts by formula.
 
     Raises:
         ValueError: if a sum is missing or of another shape than the layout asks for.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()
 
     sketches: tuple[PsdSketch, ...] = ()
 
@@ -105,6 +115,16 @@ class Accumulator:
                 raise ValueError(f"layer {layout.name!r} needs {key} of shape {shape}")
         self.layout = layout
         self.sums = sums
+        self.group = layout.name
+
+    def owned(self, key: str) -> Owned:
+        """The sum ``key`` by who holds it, this layer or its input group: equal for layers that hold one together."""
+        return (self.group if key in self.shared else self.layout.name), key
+
+    def join(self, other: Accumulator) -> None:
+        """Hold the shared sums of ``other``, a layer of the same input group, in place of one's own."""
+        self.group = other.group
+        self.sums = {key: other.sums[key] if key in self.shared else tensor for key, tensor in self.sums.items()}
 
     @classmethod
     def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
@@ -129,8 +149,8 @@ class Accumulator:
         raise NotImplementedError
 
     def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
-        """The operator after ``count`` units; ``made`` holds the tensors that layers before this one made of sums they
-        share with it, by the ids of those sums, and takes this one's.
+        """The operator after ``count`` units; ``made`` holds what layers before this one made of the sums of their input
+        group, and takes this one's.
         """
         raise NotImplementedError
 
@@ -146,12 +166,12 @@ class Accumulator:
         """Whether every entry of the sums is."""
         return all(bool(torch.isfinite(tensor.sum())) for tensor in self.sums.values())
 
-    def decay_(self, factor: float, done: set[int]) -> None:
-        """Multiplies everything added so far; ``done`` holds ids of tensors that another layer has multiplied."""
+    def decay_(self, factor: float, done: set[Owned]) -> None:
+        """Multiplies everything added so far; ``done`` holds what another layer of the group has multiplied."""
         self.finish()
-        for tensor in self.sums.values():
-            if id(tensor) not in done:
-                done.add(id(tensor))
+        for key, tensor in self.sums.items():
+            if self.owned(key) not in done:
+                done.add(self.owned(key))
                 tensor.mul_(factor)
 
     def state(self) -> dict[str, Tensor]:
@@ -163,16 +183,19 @@ class Accumulator:
         """The accumulator whose :meth:`state` this was."""
         return cls(layout, state)
 
-    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Sums of both; ``done`` maps ids of tensors that layers share to their sum."""
+    def merged(self, other: Accumulator, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
+        """Sums of both; ``done`` holds those that another layer of the group has added, and takes this one's."""
         for key, tensor in self.sums.items():
-            if id(tensor) not in done:
-                done[id(tensor)] = tensor + other.sums[key].to(tensor.device)
-        return {key: done[id(tensor)] for key, tensor in self.sums.items()}
+            if self.owned(key) not in done:
+                done[self.owned(key)] = tensor + other.sums[key].to(tensor.device)
+        return {key: done[self.owned(key)] for key in self.sums}
 
-    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Sums that count ``weight`` times as much."""
-        return {key: done.setdefault(id(tensor), tensor * weight) for key, tensor in self.sums.items()}
+    def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
+        """Sums that count ``weight`` times as much; ``done`` as for :meth:`merged`."""
+        for key, tensor in self.sums.items():
+            if self.owned(key) not in done:
+                done[self.owned(key)] = tensor * weight
+        return {key: done[self.owned(key)] for key in self.sums}
 
     def _cast(self, record: Record, shared: Shared) -> tuple[Tensor, Tensor]:
         """(n, T, q) inputs and (n, T, p) gradients in the sums' dtype; (n·T, 1, ·) where a token is a datum."""

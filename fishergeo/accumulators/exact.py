@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Owned, Shared
 from fishergeo.capture import Record
 from fishergeo.operators import ExactOperator, SymmetricOperator
 
@@ -73,7 +73,7 @@ class ExactAccumulator(Accumulator):
         self.finish()
         return self.sums
 
-    def decay_(self, factor: float, done: set[int]) -> None:
+    def decay_(self, factor: float, done: set[Owned]) -> None:
         """Gradients by the root of the factor."""
         self.finish()
         self.sums["gradients"].mul_(factor**0.5)
@@ -82,11 +82,11 @@ class ExactAccumulator(Accumulator):
         """(pq, pq), matrix-free."""
         return ExactOperator(self.sums["gradients"], self.sums["inputs"], self.sums["lengths"], count)
 
-    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def merged(self, other: Accumulator, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """The examples of both."""
         return {key: torch.cat([tensor, other.sums[key].to(tensor)]) for key, tensor in self.sums.items()}
 
-    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """The same examples, gradients times the root of the weight."""
         return self.sums | {"gradients": self.sums["gradients"] * weight**0.5}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fishergeo._linalg import HalfGram, mirrored
-from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Owned, Shared
 from fishergeo.accumulators.moments import add_squares_
 from fishergeo.accumulators.sketch import rows_product
 from fishergeo.capture import Record
@@ -53,7 +54,6 @@ class InputMoment:
         self.tokens = tokens
         self.half = half or HalfGram(total)
         self._latest: tuple[int, int] | None = None
-        self._eigenvectors: Tensor | None = None
 
     def add(self, record: Record, shared: Shared, sharing: str) -> None:
         """Adds a batch once, whichever of the sharing layers comes first, and only with its first objective."""
@@ -71,19 +71,14 @@ class InputMoment:
         self.half.add(rows.flatten(0, 1))
         self.tokens += counted
 
-    def eigenvectors(self) -> Tensor:
-        """(q, q), of the finished sum; computed once."""
-        if self._eigenvectors is None:
-            self.half.flush()
-            self._eigenvectors = eigenbasis(self.total)
-        return self._eigenvectors
-
 
 class KfacAccumulator(Accumulator):
     """S = Σ g gᵀ and A = Σ a aᵀ (Martens and Grosse 2015; weight sharing by Eschenhagen et al. 2023).
 
     "expand": g and a of every position that is not padding. "reduce": the sum of an example's g and the mean of its a.
     """
+
+    shared = ("input", "tokens", "input buffer")
 
     def __init__(self, layout: Layout, sums: dict[str, Tensor], moment: InputMoment | None = None) -> None:
         super().__init__(layout, sums)
@@ -95,10 +90,10 @@ class KfacAccumulator(Accumulator):
         """Two factors and the weight of the rows in the input factor."""
         return {"output": (layout.p, layout.p), "input": (layout.q, layout.q), "tokens": (1,)}
 
-    def join(self, other: KfacAccumulator) -> None:
-        """From now on the input moment is the one of ``other``, a layer with the same inputs."""
-        self.moment = other.moment
-        self.sums = {**self.sums, "input": other.sums["input"], "tokens": other.sums["tokens"]}
+    def join(self, other: Accumulator) -> None:
+        """Hold the input moment of ``other``, a layer that reads the same inputs."""
+        super().join(other)
+        self.moment = cast(KfacAccumulator, other).moment
 
     def add(self, record: Record, shared: Shared) -> None:
         """Adds one batch of one layer."""
@@ -137,15 +132,19 @@ class KfacAccumulator(Accumulator):
         """kron(S, A), (pq, pq). Layers whose input moment is one get one A."""
         total, tokens = self.sums["input"], self.sums["tokens"]
         made = {} if made is None else made
-        key = id(total), id(tokens)
-        if key not in made:
-            made[key] = mirrored(total, tokens.clamp_min(1e-300).to(total.dtype))
-        return KroneckerOperator(mirrored(self.sums["output"], count), made[key])
+        if self.group not in made:
+            made[self.group] = mirrored(total, tokens.clamp_min(1e-300).to(total.dtype))
+        return KroneckerOperator(mirrored(self.sums["output"], count), made[self.group])
 
-    def eigenbases(self) -> tuple[Tensor, Tensor]:
-        """Orthogonal (p, p) and (q, q): the eigenvectors of S and A. Layers that share A share the second tensor."""
-        self.finish()
-        return eigenbasis(self.sums["output"]), self.moment.eigenvectors()
+    def output_eigenvectors(self) -> Tensor:
+        """Those of S, (p, p)."""
+        self.half.flush()
+        return eigenbasis(self.sums["output"])
+
+    def input_eigenvectors(self) -> Tensor:
+        """Those of A, (q, q); the same for every layer of the input group."""
+        self.moment.half.flush()
+        return eigenbasis(self.moment.total)
 
 
 def eigenbasis(total: Tensor) -> Tensor:
@@ -157,11 +156,33 @@ def eigenbasis(total: Tensor) -> Tensor:
     return torch.linalg.eigh(total)[1].contiguous()
 
 
+@dataclass(frozen=True, eq=False)
+class InputBasis:
+    """The fixed eigenbasis V (q, q) of the inputs of one input group; one object a basis."""
+
+    vectors: Tensor
+
+    def rotated(self, inputs: Tensor, source: int, shared: Shared) -> Tensor:
+        """A V for inputs (n, T, q), once for all layers that read the input numbered ``source``."""
+        return shared.get(source, self, lambda: inputs @ self.vectors)
+
+
 class EkfacAccumulator(Accumulator):
     """Σ (Uᵀ G V)∘(Uᵀ G V) in fixed bases U and V (George et al. 2018, "Fast approximate natural gradient descent").
 
     The bases are no sums: only accumulators with the same ones can be merged.
     """
+
+    shared = ("input_basis",)
+
+    def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
+        super().__init__(layout, sums)
+        self.basis = InputBasis(sums["input_basis"])
+
+    def join(self, other: Accumulator) -> None:
+        """Take the input basis of ``other``, a layer that reads the same inputs."""
+        super().join(other)
+        self.basis = cast(EkfacAccumulator, other).basis
 
     @classmethod
     def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
@@ -198,13 +219,13 @@ class EkfacAccumulator(Accumulator):
         u, v = self.sums["output_basis"], self.sums["input_basis"]
         t, p, q = a.shape[1], len(u), len(v)
         if t * (p * p + q * q) <= p * q * (p + q):
-            add_squares_(self.sums["moments"], d @ u, shared.get(record.source, f"rotated by {id(v)}", lambda: a @ v))
+            add_squares_(self.sums["moments"], d @ u, self.basis.rotated(a, record.source, shared))
             return
         for one_d, one_a in zip(d, a, strict=True):
             rotated = u.T @ (one_d.T @ one_a) @ v
             self.sums["moments"].addcmul_(rotated, rotated)
 
-    def decay_(self, factor: float, done: set[int]) -> None:
+    def decay_(self, factor: float, done: set[Owned]) -> None:
         """Multiplies the moments and the units, not the bases."""
         self.sums["moments"].mul_(factor)
         self.sums["units"].mul_(factor)
@@ -216,7 +237,7 @@ class EkfacAccumulator(Accumulator):
         values = self.sums["moments"] / self.sums["units"].to(self.dtype)
         return EigenKroneckerOperator(self.sums["output_basis"], self.sums["input_basis"], values)
 
-    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def merged(self, other: Accumulator, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """Moments of both.
 
         Raises:
@@ -231,7 +252,7 @@ class EkfacAccumulator(Accumulator):
         device = self.sums["moments"].device
         return bases | {key: self.sums[key] + cast(Tensor, other.sums[key]).to(device) for key in ("moments", "units")}
 
-    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """The same bases, moments and units times ``weight``."""
         return self.sums | {key: self.sums[key] * weight for key in ("moments", "units")}
 
@@ -291,7 +312,7 @@ class KfacSketchAccumulator(Accumulator):
         for side, sketch in zip(_SIDES, self.sketches, strict=True):
             self.sums[side] = sketch.close()
 
-    def decay_(self, factor: float, done: set[int]) -> None:
+    def decay_(self, factor: float, done: set[Owned]) -> None:
         """Multiplies the closed factors, the open segments, the traces and the weight of the rows."""
         for side, sketch in zip(_SIDES, self.sketches, strict=True):
             sketch.scale_(factor)
@@ -328,7 +349,7 @@ class KfacSketchAccumulator(Accumulator):
         full = torch.tensor(trace, dtype=self.dtype, device=vectors.device)
         return SpectralOperator(values.to(self.dtype), vectors.to(self.dtype), full, side, rest)
 
-    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def merged(self, other: Accumulator, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """Sums of both: the factors side by side, cut back to the rank."""
         found = {}
         for key, tensor in self.sums.items():
@@ -339,6 +360,6 @@ class KfacSketchAccumulator(Accumulator):
                 found[key] = tensor + theirs
         return found
 
-    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """Sums that count ``weight`` times as much."""
         return {key: t * (weight**0.5 if key in _SIDES else weight) for key, t in self.sums.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fishergeo.accumulators.base import Accumulator, Layout, Made, Shared
+from fishergeo.accumulators.base import Accumulator, Layout, Made, Owned, Shared
 from fishergeo.capture import Record
 from fishergeo.operators import SymmetricOperator
 from fishergeo.sketching import PsdSketch, SketchOperator, compress, factor_eigh, probe_matrix
@@ -66,7 +66,7 @@ class SketchAccumulator(Accumulator):
         """Folds the open segment into the factor."""
         self.sums["factor"] = self.sketch.close()
 
-    def decay_(self, factor: float, done: set[int]) -> None:
+    def decay_(self, factor: float, done: set[Owned]) -> None:
         """Multiplies the closed factor, the open segment, the trace and the products with the probes."""
         self.sketch.scale_(factor)
         self.sums["factor"] = self.sketch.factor
@@ -99,7 +99,7 @@ class SketchAccumulator(Accumulator):
             self.sums["factor"],
         )
 
-    def merged(self, other: Accumulator, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def merged(self, other: Accumulator, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """Sums of both: the factors side by side, cut back to the rank.
 
         Raises:
@@ -117,7 +117,7 @@ class SketchAccumulator(Accumulator):
         }
         return {"factor": compress(both, min(self.layout.rank, len(both))), **others}
 
-    def weighted(self, weight: float, done: dict[int, Tensor]) -> dict[str, Tensor]:
+    def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """Sums that count ``weight`` times as much."""
         return {key: t * (weight**0.5 if key == "factor" else weight) for key, t in self.sums.items()}
 

@@ -137,11 +137,11 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
         if name not in known:
             raise ValueError(f"layers: {name!r} {_refusal(name, modules, known)}")
     wanted = set(chosen)
-    owners: dict[int, list[tuple[str, str]]] = {}
+    owners: dict[Tensor, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append((path, attribute))
+                owners.setdefault(parameter, []).append((path, attribute))
     everything = dict(model.named_modules())
     result = {name: _layer(name, *known[name], everything, owners) for name in known if name in wanted}
     _refuse_twice(result)
@@ -219,7 +219,7 @@ def _layer(
     part: Part,
     expert: Expert | None,
     modules: dict[str, nn.Module],
-    owners: dict[int, list[tuple[str, str]]],
+    owners: dict[Tensor, list[tuple[str, str]]],
 ) -> Layer:
     module = modules[path]
     if expert is not None:
@@ -238,7 +238,7 @@ def _layer(
         _check_alone(name, weight, owners)
         _check_alone(name, cast(Tensor, module.bias), owners)
     uses = []
-    for other_path, other_attribute in owners.get(id(weight), []) or [(path, attribute)]:
+    for other_path, other_attribute in owners.get(weight, []) or [(path, attribute)]:
         other = modules[other_path]
         other_kind = kind_of(other)
         fits = (
@@ -257,17 +257,17 @@ def _layer(
     return Layer(name, part, weight, shape, tuple(uses))
 
 
-def _check_alone(name: str, parameter: Tensor, owners: dict[int, list[tuple[str, str]]]) -> None:
-    holders = [path for path, _ in owners.get(id(parameter), [])]
+def _check_alone(name: str, parameter: Tensor, owners: dict[Tensor, list[tuple[str, str]]]) -> None:
+    holders = [path for path, _ in owners.get(parameter, [])]
     if len(holders) > 1:
         raise ValueError(f"layers: {name!r} has a parameter that is tied ({', '.join(holders)}); leave it out")
 
 
 def _refuse_twice(layers: dict[str, Layer]) -> None:
     """One tied parameter under two names would be counted twice."""
-    taken: dict[tuple[int, str, Expert | None], str] = {}
+    taken: dict[tuple[str, str, Expert | None], str] = {}
     for name, layer in layers.items():
-        key = (id(layer.weight), layer.part, layer.expert)
+        key = (layer.uses[0].path, layer.part, layer.expert)  # the first of all modules that read the parameter
         if key in taken:
             raise ValueError(f"layers: {taken[key]!r} and {name!r} are one tied parameter; name one of them")
         taken[key] = name

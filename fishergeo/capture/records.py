@@ -58,16 +58,17 @@ class Sources:
 
     def __init__(self) -> None:
         self._count = itertools.count()
-        self._known: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
+        self._known: dict[Hashable, list[tuple[weakref.ref[Tensor], int]]] = {}
         self._derived: dict[Hashable, int] = {}
 
     def of(self, tensor: Tensor, *view: Hashable) -> int:
         """The number of a tensor and what is made of it."""
-        key = (id(tensor), view)
-        known = self._known.get(key)
-        if known is None or known[0]() is not tensor:  # an id may be reused once its tensor is gone
-            known = self._known[key] = (weakref.ref(tensor), next(self._count))
-        return known[1]
+        known = self._known.setdefault(view, [])
+        for reference, number in reversed(known):  # layers that read one tensor run one after the other
+            if reference() is tensor:
+                return number
+        known.append((weakref.ref(tensor), next(self._count)))
+        return known[-1][1]
 
     def derived(self, source: int, what: str) -> int:
         """The number of something else made of the same."""

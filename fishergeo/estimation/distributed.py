@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fishergeo.accumulators import Accumulator
+from fishergeo.accumulators import Accumulator, Owned
 from fishergeo.estimation.fisher import Fisher, FisherHeader, from_sums
 
 _FREE = {"examples", "tokens", "seed"}
@@ -26,6 +26,7 @@ class _Layout:
         places: layer -> sum -> index into ``tensors``; layers that share a sum have the same index.
         tensors: (shape, dtype) of every tensor.
         counts: index -> value of the tensors that are one number.
+        groups: layer -> input group.
     """
 
     header: FisherHeader
@@ -33,6 +34,7 @@ class _Layout:
     places: dict[str, dict[str, int]]
     tensors: list[tuple[tuple[int, ...], torch.dtype]]
     counts: dict[int, float]
+    groups: dict[str, str]
 
 
 def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) -> Fisher:
@@ -94,7 +96,7 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
         device = device if tensors else transport
     if not first.additive:
         shards = [
-            from_sums(one.header, _named(one, states))
+            from_sums(one.header, _named(one, states), one.groups)
             for one, states in zip(known.values(), _gather(tensors, known, transport, group, device), strict=True)
         ]
         return reduce(Fisher.merge, shards)
@@ -106,25 +108,26 @@ def all_reduce(fisher: Fisher | None, group: dist.ProcessGroup | None = None) ->
         examples=sum(one.header.examples for one in known.values()),
         tokens=sum(one.header.tokens for one in known.values()),
     )
-    return from_sums(header, _named(first, total))
+    return from_sums(header, _named(first, total), first.groups)
 
 
 def _describe(fisher: Fisher) -> tuple[_Layout, list[Tensor]]:
     tensors: list[Tensor] = []
-    index: dict[int, int] = {}
+    index: dict[Owned, int] = {}
     places: dict[str, dict[str, int]] = {}
     additive = True
     for name, accumulator in fisher.accumulators.items():
         additive = additive and type(accumulator).merged is Accumulator.merged
         places[name] = {}
         for key, tensor in accumulator.sums.items():
-            if id(tensor) not in index:
-                index[id(tensor)] = len(tensors)
+            owned = accumulator.owned(key)
+            if owned not in index:
+                index[owned] = len(tensors)
                 tensors.append(tensor)
-            places[name][key] = index[id(tensor)]
+            places[name][key] = index[owned]
     shapes = [(tuple(t.shape), t.dtype) for t in tensors]
     counts = {i: float(tensor) for i, tensor in enumerate(tensors) if tensor.shape == (1,)}
-    return _Layout(fisher.header, additive, places, shapes, counts), tensors
+    return _Layout(fisher.header, additive, places, shapes, counts, dict(fisher.input_groups)), tensors
 
 
 def _check_alike(known: dict[int, _Layout]) -> None:

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import (
@@ -17,7 +17,6 @@ from fishergeo.accumulators import (
     UNITS,
     Accumulator,
     EkfacAccumulator,
-    KfacAccumulator,
     Layout,
     Structure,
     Structures,
@@ -33,10 +32,9 @@ from fishergeo.capture import (
     fingerprint,
     select_layers,
 )
+from fishergeo.estimation.checkpoint import Checkpoint, SweepState
 from fishergeo.estimation.fisher import Fisher, FisherHeader
-from fishergeo.estimation.sweep import Checkpoint, DataOptions, Sweep, in_eigenbases
-
-_HIDDEN = "basis of "
+from fishergeo.estimation.sweep import DataOptions, Sweep, in_eigenbases
 
 
 @overload
@@ -176,8 +174,8 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     )
     _check_options(wanted, unit, decay, dtype, basis, basis_examples, probes)
     chosen = select_layers(model, layers)
-    plan = _Plan(chosen, wanted, unit, seed, dtype, basis)
-    if plan.second and isinstance(batches, Iterator):
+    feeding = _Feeding(chosen, wanted, unit, seed, dtype, basis)
+    if feeding.second and isinstance(batches, Iterator):
         raise TypeError(
             "structure='ekfac' reads the batches twice, and these can be read once; pass a list or a loader, or "
             "basis_examples= for a single sweep"
@@ -193,7 +191,7 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
             "model": mark,
         }
         keeper = Checkpoint(checkpoint, checkpoint_every, json.loads(json.dumps(facts)))
-    sweeps = _run(model, chosen, batches, plan, options, share_inputs, progress, keeper)
+    sweeps = _run(model, chosen, batches, feeding, options, share_inputs, progress, keeper)
     header = FisherHeader(
         structure="",
         kind=kind,
@@ -232,8 +230,16 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     return fishers[""] if isinstance(structure, str | Structure) else fishers
 
 
-class _Plan:
-    """Which accumulators the first sweep feeds, which become EKFAC in its course, and which need a second sweep."""
+class _Feeding:
+    """Which accumulators the first sweep feeds, which become EKFAC in its course, and which need a second sweep.
+
+    Attributes:
+        sums: structure's key -> layer -> accumulator of the first sweep, for what was asked for.
+        bases: ``sharing`` -> layer -> KFAC that was not asked for, whose eigenbases the second sweep takes.
+        turns: key -> examples after which its KFAC becomes EKFAC.
+        second: key of an EKFAC of the second sweep -> (role, key) of the KFAC of its eigenbases in the first.
+        layouts: role (``"sums"`` or ``"bases"``) -> key -> layer -> layout.
+    """
 
     def __init__(
         self,
@@ -244,37 +250,37 @@ class _Plan:
         dtype: torch.dtype | None,
         basis: Fisher | None,
     ) -> None:
-        self.first: dict[str, dict[str, Accumulator]] = {}
-        self.layouts: dict[str, Layout] = {}
+        self.sums: dict[str, dict[str, Accumulator]] = {}
+        self.bases: dict[str, dict[str, Accumulator]] = {}
         self.turns: dict[str, int] = {}
-        self.second: dict[str, str] = {}
-        by_sharing = {one.sharing: key for key, one in wanted.items() if one.name == "kfac"}
+        self.second: dict[str, tuple[str, str]] = {}
+        self.layouts: dict[str, dict[str, dict[str, Layout]]] = {"sums": {}, "bases": {}}
+        asked = {one.sharing: key for key, one in wanted.items() if one.name == "kfac"}
         for key, one in wanted.items():
             layouts = {
                 name: Layout(name, *layer.shape, unit, one.side, one.rank, one.sharing, seed, one.probes)
                 for name, layer in layers.items()
             }
-            kinds: dict[str, str] = {key: one.name}
-            if one.name == "ekfac" and basis is not None:
-                self._place(key, layouts)
-                self.first[key] = _given_bases(basis, layouts, layers, dtype)
-                continue
-            if one.name == "ekfac" and one.basis_examples is not None:
-                self.turns[key] = one.basis_examples
-                kinds = {key: "kfac"}
-            elif one.name == "ekfac":
-                self._place(key, layouts)
-                kinds = {} if one.sharing in by_sharing else {_HIDDEN + key: "kfac"}
-                self.second[key] = by_sharing.setdefault(one.sharing, _HIDDEN + key)
-            for place, kind in kinds.items():
-                self._place(place, layouts)
-                self.first[place] = {
-                    name: ACCUMULATORS[kind].empty(layout, *_home(layers[name], dtype))
-                    for name, layout in layouts.items()
-                }
 
-    def _place(self, key: str, layouts: Mapping[str, Layout]) -> None:
-        self.layouts |= {f"{key}|{name}": layout for name, layout in layouts.items()}
+            def empty(kind: str, layouts: Mapping[str, Layout] = layouts) -> dict[str, Accumulator]:
+                made = ACCUMULATORS[kind]
+                return {name: made.empty(layout, *_home(layers[name], dtype)) for name, layout in layouts.items()}
+
+            self.layouts["sums"][key] = layouts
+            if one.name != "ekfac":
+                self.sums[key] = empty(one.name)
+            elif basis is not None:
+                self.sums[key] = _given_bases(basis, layouts, layers, dtype)
+            elif one.basis_examples is not None:
+                self.turns[key] = one.basis_examples
+                self.sums[key] = empty("kfac")
+            elif one.sharing in asked:
+                self.second[key] = "sums", asked[one.sharing]
+            else:
+                self.second[key] = "bases", one.sharing
+                if one.sharing not in self.bases:
+                    self.bases[one.sharing] = empty("kfac")
+                    self.layouts["bases"][one.sharing] = layouts
 
 
 def _home(layer: Layer, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
@@ -286,21 +292,23 @@ def _home(layer: Layer, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.d
 def _given_bases(
     basis: Fisher, layouts: Mapping[str, Layout], layers: Mapping[str, Layer], dtype: torch.dtype | None
 ) -> dict[str, Accumulator]:
-    """Empty EKFAC sums in the bases of an earlier estimate; a tensor that layers share stays one."""
-    result: dict[str, Accumulator] = {}
-    moved: dict[int, Tensor] = {}
+    """Empty EKFAC sums in the bases of an earlier estimate, with its input groups."""
     source: dict[str, Accumulator] = {}
     for name, layout in layouts.items():
         if basis.header.shapes.get(name) != (layout.p, layout.q):
             raise ValueError(f"basis has no layer {name!r} of shape ({layout.p}, {layout.q})")
         source[name] = basis.accumulators[name]
     if basis.header.structure == "kfac":
-        source = in_eigenbases({name: cast(KfacAccumulator, one) for name, one in source.items()})
+        source = in_eigenbases(source)
+    result: dict[str, Accumulator] = {}
+    leaders: dict[str, Accumulator] = {}
     for name, layout in layouts.items():
         home, device = _home(layers[name], dtype)
-        tensors = [source[name].sums[key] for key in ("output_basis", "input_basis")]
-        u, v = (moved.setdefault(id(t), t.to(device, home)) for t in tensors)
+        u, v = (source[name].sums[key].to(device, home) for key in ("output_basis", "input_basis"))
         result[name] = EkfacAccumulator.in_bases(layout, u, v)
+        leader = leaders.setdefault(source[name].group, result[name])
+        if leader is not result[name]:
+            result[name].join(leader)
     return result
 
 
@@ -308,42 +316,41 @@ def _run(
     model: nn.Module,
     chosen: Mapping[str, Layer],
     batches: Iterable[Any],
-    plan: _Plan,
+    feeding: _Feeding,
     options: DataOptions,
     share_inputs: bool,
     progress: bool,
     keeper: Checkpoint | None,
 ) -> list[Sweep]:
     """The sweeps, finished; each begun where a checkpoint left it."""
-    sweeps = [Sweep(model, chosen, plan.first, options, share_inputs, plan.turns)]
+    sweeps = [Sweep(model, chosen, feeding.sums, options, share_inputs, feeding.turns, feeding.bases)]
     saved = [] if keeper is None else keeper.load(sweeps[0].device)
-    finished: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    finished: list[SweepState] = []
 
     def after() -> None:
         if keeper is not None and sweeps[-1].number % keeper.every == 0:
             keeper.save([*finished, sweeps[-1].state()])
 
     if saved:
-        sweeps[0].restore(*saved[0], plan.layouts)
+        sweeps[0].restore(saved[0], feeding.layouts)
     if len(saved) < 2:
         sweeps[0].run(batches, progress, after)
-        for key in plan.turns:
+        for key in feeding.turns:
             one = next(iter(sweeps[0].accumulators[key].values()))
             if not isinstance(one, EkfacAccumulator) or not float(one.sums["units"]) > 0:
                 raise ValueError(
-                    f"basis_examples={plan.turns[key]}: of {sweeps[0].examples:g} examples none was left for the "
+                    f"basis_examples={feeding.turns[key]}: of {sweeps[0].examples:g} examples none was left for the "
                     "moments; take fewer, or None for two passes"
                 )
-    if plan.second:
+    if feeding.second:
         finished = [sweeps[0].state()]
-        second = (
-            {key: in_eigenbases(sweeps[0].accumulators[source]) for key, source in plan.second.items()}
-            if len(saved) < 2
-            else {}
-        )
+        second: dict[str, dict[str, Accumulator]] = {}
+        if len(saved) < 2:
+            first = {"sums": sweeps[0].accumulators, "bases": sweeps[0].bases}
+            second = {key: in_eigenbases(first[role][source]) for key, (role, source) in feeding.second.items()}
         sweeps.append(Sweep(model, chosen, second, options, share_inputs))
         if len(saved) == 2:
-            sweeps[1].restore(*saved[1], plan.layouts)
+            sweeps[1].restore(saved[1], feeding.layouts)
         sweeps[1].run(batches, progress, after)
     return sweeps
 

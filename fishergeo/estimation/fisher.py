@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from fishergeo import _storage
 from fishergeo._checks import check_choice
-from fishergeo.accumulators import ACCUMULATORS, SHARINGS, SIDES, STRUCTURES, UNITS, Accumulator, Layout, Made
+from fishergeo.accumulators import (
+    ACCUMULATORS,
+    SHARINGS,
+    SIDES,
+    STRUCTURES,
+    UNITS,
+    Accumulator,
+    Layout,
+    Made,
+    Owned,
+)
 from fishergeo.capture import KINDS, REDUCTIONS, check_model, header_fields
 from fishergeo.operators import SymmetricOperator
 
@@ -85,6 +95,8 @@ class Fisher(Mapping[str, SymmetricOperator]):
     Attributes:
         header: what it is the Fisher of.
         accumulators: layer name -> sums; read from the file on demand after :meth:`load`.
+        input_groups: layer name -> name of the first layer that holds the same input factor (KFAC) or input basis
+            (EKFAC), as q, k and v do; its own where it shares none. What is shared is held, stored and sent once.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -99,9 +111,14 @@ class Fisher(Mapping[str, SymmetricOperator]):
         6.0
     """
 
-    def __init__(self, header: FisherHeader, accumulators: Mapping[str, Accumulator]) -> None:
+    def __init__(
+        self, header: FisherHeader, accumulators: Mapping[str, Accumulator], groups: Mapping[str, str] | None = None
+    ) -> None:
         self.header = header
         self.accumulators = accumulators
+        if groups is None:
+            groups = {name: accumulator.group for name, accumulator in accumulators.items()}
+        self.input_groups: Mapping[str, str] = groups
         self._operators: dict[str, SymmetricOperator] = {}
         self._made: Made = {}
 
@@ -148,10 +165,9 @@ class Fisher(Mapping[str, SymmetricOperator]):
             examples=self.header.examples + other.header.examples,
             tokens=self.header.tokens + other.header.tokens,
         )
-        # Layers that share a sum (the input factor of q, k and v) go on sharing it.
-        done: dict[int, Tensor] = {}
+        done: dict[Owned, Tensor] = {}
         sums = {name: mine.merged(other.accumulators[name], done) for name, mine in self.accumulators.items()}
-        return from_sums(header, sums)
+        return from_sums(header, sums, self.input_groups)
 
     def scaled(self, weight: float) -> Fisher:
         """The same estimate counting ``weight`` times as much in a later :meth:`merge`: exponential forgetting.
@@ -162,9 +178,9 @@ class Fisher(Mapping[str, SymmetricOperator]):
         if not weight > 0:
             raise ValueError(f"weight={weight} must be positive")
         header = replace(self.header, examples=self.header.examples * weight, tokens=self.header.tokens * weight)
-        done: dict[int, Tensor] = {}
+        done: dict[Owned, Tensor] = {}
         sums = {name: accumulator.weighted(weight, done) for name, accumulator in self.accumulators.items()}
-        return from_sums(header, sums)
+        return from_sums(header, sums, self.input_groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically, with the header in its metadata.
@@ -175,9 +191,9 @@ class Fisher(Mapping[str, SymmetricOperator]):
         Raises:
             OSError: if it cannot be written; nothing half-written stays.
         """
-        tensors = {f"{name}|{key}": t for name, a in self.accumulators.items() for key, t in a.sums.items()}
+        tensors, aliases = named_once(("", a, a.sums) for a in self.accumulators.values())
         keys = {name: list(a.sums) for name, a in self.accumulators.items()}
-        _storage.write(path, tensors, {"fisher": asdict(self.header), "sums": keys})
+        _storage.write(path, tensors, {"fisher": asdict(self.header), "sums": keys}, aliases)
 
     def check_model(self, model: nn.Module, values: bool = True) -> None:
         """Checks that this is a Fisher of ``model``: the same layers, shapes and, with ``values``, fingerprint.
@@ -238,10 +254,12 @@ class Fisher(Mapping[str, SymmetricOperator]):
         if missing:
             raise ValueError(f"{path}: no layer {missing[0]!r} in it; it has {', '.join(list(keys)[:6])}")
         header = replace(header, shapes={name: header.shapes[name] for name in chosen})
+        shared = ACCUMULATORS[header.structure].shared
+        groups = _stored_groups(file, {name: [key for key in keys[name] if key in shared] for name in chosen})
 
         def build(name: str, read: Callable[[str], Tensor]) -> Accumulator:
             sums = {name: {key: read(f"{name}|{key}") for key in keys[name]}}
-            return from_sums(header, sums).accumulators[name]
+            return from_sums(header, sums, groups).accumulators[name]
 
         for name in chosen:
             try:
@@ -251,14 +269,55 @@ class Fisher(Mapping[str, SymmetricOperator]):
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
         accumulators = _storage.LazyMapping(chosen, lambda name: build(name, lambda key: file.tensor(key, device)))
-        return cls(header, accumulators if lazy else dict(accumulators))
+        return cls(header, accumulators if lazy else dict(accumulators), groups)
 
 
-def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]]) -> Fisher:
+def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]], groups: Mapping[str, str]) -> Fisher:
     """A Fisher around existing sums.
+
+    Args:
+        header: what they are the sums of.
+        sums: layer -> name -> tensor; layers of one input group have their shared tensors in common.
+        groups: layer -> input group.
 
     Raises:
         ValueError: if a layer lacks a sum, or one has a shape that does not fit the header.
     """
-    kind = ACCUMULATORS[header.structure]
-    return Fisher(header, {name: kind(header.layout(name), tensors) for name, tensors in sums.items()})
+    accumulators = {}
+    for name, tensors in sums.items():
+        accumulators[name] = ACCUMULATORS[header.structure](header.layout(name), tensors)
+        accumulators[name].group = groups[name]
+    return Fisher(header, accumulators)
+
+
+def named_once(
+    parts: Iterable[tuple[str, Accumulator, Mapping[str, Tensor]]],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors for a file, those that an input group holds in common under the name of its first layer alone.
+
+    Args:
+        parts: (prefix, accumulator, its tensors by name); a tensor is named ``prefix + layer + "|" + name``. Input groups
+            under different prefixes have nothing in common.
+
+    Returns:
+        (name -> tensor, name that stands for another -> that name).
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    held: dict[tuple[str, Owned], str] = {}
+    for prefix, accumulator, named in parts:
+        for key, tensor in named.items():
+            name = f"{prefix}{accumulator.layout.name}|{key}"
+            first = held.setdefault((prefix, accumulator.owned(key)), name)
+            if first == name:
+                tensors[name] = tensor
+            else:
+                aliases[name] = first
+    return tensors, aliases
+
+
+def _stored_groups(file: _storage.TensorFile, shared: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Layer -> the first layer whose ``shared`` sums are stored under the same names."""
+    first: dict[tuple[str, ...], str] = {}
+    stored = {name: tuple(file.stored_as(f"{name}|{key}") for key in keys) for name, keys in shared.items()}
+    return {name: first.setdefault(names or (name,), name) for name, names in stored.items()}

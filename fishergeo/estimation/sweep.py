@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fishergeo import _storage
-from fishergeo.accumulators import ACCUMULATORS, Accumulator, EkfacAccumulator, KfacAccumulator, Layout, Shared
+from fishergeo.accumulators import (
+    ACCUMULATORS,
+    Accumulator,
+    EkfacAccumulator,
+    KfacAccumulator,
+    Layout,
+    Owned,
+    Shared,
+)
 from fishergeo.capture import (
     Capture,
     Layer,
@@ -29,6 +34,8 @@ from fishergeo.capture import (
     take_weights,
     to_device,
 )
+from fishergeo.estimation.checkpoint import SweepState
+from fishergeo.estimation.fisher import named_once
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,11 @@ class Sweep:
     Args:
         model: any module.
         layers: name -> layer, from :func:`fishergeo.capture.select_layers`.
-        accumulators: structure's key -> layer -> accumulator. A key may lack layers.
+        accumulators: structure's key -> layer -> accumulator, of what was asked for. A key may lack layers.
         options: what is differentiated.
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
         turns: key of a KFAC structure -> examples after which it becomes EKFAC in its eigenbases.
+        bases: ``sharing`` -> layer -> KFAC that nobody asked for, whose eigenbases a second sweep takes.
 
     Attributes:
         number: of the next batch.
@@ -84,6 +92,7 @@ class Sweep:
         options: DataOptions,
         share_inputs: bool = True,
         turns: Mapping[str, int] | None = None,
+        bases: Mapping[str, dict[str, Accumulator]] | None = None,
     ) -> None:
         self.model = model
         self.layers = dict(layers)
@@ -91,6 +100,7 @@ class Sweep:
         self.options = options
         self.share_inputs = share_inputs
         self.turns = dict(turns or {})
+        self.bases = dict(bases or {})
         self.number = 0
         self.examples = 0.0
         self.tokens = 0.0
@@ -129,12 +139,16 @@ class Sweep:
         unseen = [name for name in self.layers if name not in self.seen]
         if unseen:
             raise ValueError(f"layers {unseen[:4]} received no gradient in any batch; leave them out")
-        for group in self.accumulators.values():
-            for name, accumulator in group.items():
+        for layers in self._fed():
+            for name, accumulator in layers.items():
                 accumulator.finish()
                 # A sum is finite only if its terms are. Terms were; squares of numbers past 1e19 are not in float32.
                 if not accumulator.finite():
                     raise FloatingPointError(f"layer {name!r}: a sum is not finite; pass dtype=torch.float64")
+
+    def _fed(self) -> list[dict[str, Accumulator]]:
+        """Layer -> accumulator of every structure, asked for or not."""
+        return [*self.accumulators.values(), *self.bases.values()]
 
     def _read(self, capture: Capture, number: int, batch: Any) -> None:
         o = self.options
@@ -146,7 +160,7 @@ class Sweep:
             token_weights = lambda _: cast(Tensor, of_tokens)  # noqa: E731
         draw, draws = 0, 1
         weights: Tensor | None = None
-        groups: dict[tuple[str, int], KfacAccumulator] = {}
+        groups: dict[tuple[int, int], list[KfacAccumulator]] = {}
         while draw < draws:
             shared = Shared(number, draw)
             totals: dict[str, Tensor] = {}
@@ -173,14 +187,15 @@ class Sweep:
                 self.seen.add(record.name)
                 inputs = shared.get(record.source, "total", lambda: _total(record.inputs))
                 totals[record.name] = inputs + _total(record.gradients)
-                for key, group in self.accumulators.items():
-                    accumulator = group.get(record.name)
+                for place, layers in enumerate(self._fed()):
+                    accumulator = layers.get(record.name)
                     if accumulator is None:
                         continue
                     if isinstance(accumulator, KfacAccumulator) and self.share_inputs and number == shared.draw == 0:
-                        first = groups.setdefault((key, record.source), accumulator)
-                        if first is not accumulator:
-                            accumulator.join(first)
+                        group = groups.setdefault((place, record.source), [])
+                        if group:
+                            accumulator.join(group[0])
+                        group.append(accumulator)
                     accumulator.add(record, shared)
 
             capture.pass_over(objective, read, mask, scale)
@@ -188,6 +203,11 @@ class Sweep:
                 name = next(name for name, total in totals.items() if not bool(torch.isfinite(total)))
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")
             draw += 1
+        order = list(self.layers)
+        for group in groups.values():
+            first = min((member.layout.name for member in group), key=order.index)
+            for member in group:
+                member.group = first
 
     def _count(self, result: Objective, given: Tensor | None, shared: Shared) -> Tensor | None:
         """Counts a batch's examples and tokens, lets the earlier ones decay, and returns the examples' weights."""
@@ -200,9 +220,9 @@ class Sweep:
             factor = self.options.decay ** int(place[-1])
             self.examples *= factor
             self.tokens *= factor
-            done: set[int] = set()
-            for group in self.accumulators.values():
-                for accumulator in group.values():
+            for layers in self._fed():
+                done: set[Owned] = set()
+                for accumulator in layers.values():
                     accumulator.decay_(factor, done)
         each = counted.double() if weights is None else weights * counted
         examples, tokens = float(each.sum()), float((each * result.counts).sum())
@@ -211,115 +231,76 @@ class Sweep:
         shared.units = examples if self.options.unit == "sequence" else tokens
         return weights
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What :meth:`restore` needs to go on: JSON-able facts, and tensors by ``key|layer|name``."""
-        states = {(k, name): a.state() for k, group in self.accumulators.items() for name, a in group.items()}
+    def state(self) -> SweepState:
+        """What :meth:`restore` needs to go on."""
         facts = {
             "number": self.number,
             "examples": self.examples,
             "tokens": self.tokens,
             "seen": sorted(self.seen),
             "turns": self.turns,
-            "kinds": {k: _kind(group) for k, group in self.accumulators.items()},
-            "names": [[k, name, list(state)] for (k, name), state in states.items()],
+            "sums": {key: _facts(layers) for key, layers in self.accumulators.items()},
+            "bases": {key: _facts(layers) for key, layers in self.bases.items()},
         }
-        tensors = {f"{k}|{name}|{part}": t for (k, name), state in states.items() for part, t in state.items()}
-        return facts, tensors | {"generator": self.generator.get_state().long()}
+        tensors, aliases = named_once(
+            (f"{role}|{key}|", accumulator, accumulator.state())
+            for role, structures in (("sums", self.accumulators), ("bases", self.bases))
+            for key, layers in structures.items()
+            for accumulator in layers.values()
+        )
+        return SweepState(facts, tensors | {"generator": self.generator.get_state().long()}, aliases)
 
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> None:
-        """Goes on from :meth:`state`; ``layouts`` maps ``key|layer`` to the layout of its sums."""
+    def restore(self, state: SweepState, layouts: Mapping[str, Mapping[str, Mapping[str, Layout]]]) -> None:
+        """Goes on from :meth:`state`.
+
+        Args:
+            state: of a sweep over the same model and batches.
+            layouts: ``"sums"`` -> structure's key, ``"bases"`` -> ``sharing`` -> layer -> layout of its sums.
+        """
+        facts = state.facts
         self.number = facts["number"]
         self.examples, self.tokens = facts["examples"], facts["tokens"]
         self.seen = set(facts["seen"])
         self.turns = dict(facts["turns"])
-        self.generator.set_state(tensors["generator"].cpu().to(torch.uint8))
-        self.accumulators = {key: {} for key in facts["kinds"]}
-        sharing: dict[int, KfacAccumulator] = {}
-        for key, name, parts in facts["names"]:
-            state = {part: tensors[f"{key}|{name}|{part}"] for part in parts}
-            accumulator = ACCUMULATORS[facts["kinds"][key]].restored(layouts[f"{key}|{name}"], state)
-            if isinstance(accumulator, KfacAccumulator):
-                first = sharing.setdefault(id(state["input"]), accumulator)
-                if first is not accumulator:
-                    accumulator.join(first)
-            self.accumulators[key][name] = accumulator
+        self.generator.set_state(state.tensors["generator"].cpu().to(torch.uint8))
+        for role, structures in (("sums", self.accumulators), ("bases", self.bases)):
+            structures.clear()
+            for key, found in facts[role].items():
+                kind, leaders = ACCUMULATORS[found["kind"]], dict[str, Accumulator]()
+                structures[key] = {}
+                for name, (group, parts) in found["layers"].items():
+                    tensors = {part: state.tensors[f"{role}|{key}|{name}|{part}"] for part in parts}
+                    accumulator = kind.restored(layouts[role][key][name], tensors)
+                    if leaders.setdefault(group, accumulator) is not accumulator:
+                        accumulator.join(leaders[group])
+                    accumulator.group = group
+                    structures[key][name] = accumulator
 
 
-def in_eigenbases(kfac: Mapping[str, Accumulator], dtype: torch.dtype | None = None) -> dict[str, Accumulator]:
-    """Empty EKFAC sums in the eigenbases of KFAC's factors; layers that share an input factor share its basis."""
+def in_eigenbases(kfac: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
+    """Empty EKFAC sums in the eigenbases of KFAC's factors; layers of one input group have one input basis."""
     result: dict[str, Accumulator] = {}
-    shared: dict[int, Tensor] = {}
+    leaders: dict[str, EkfacAccumulator] = {}
     for name, accumulator in kfac.items():
         assert isinstance(accumulator, KfacAccumulator)
-        output, inputs = accumulator.eigenbases()
-        inputs = shared.setdefault(id(accumulator.sums["input"]), inputs)
-        result[name] = EkfacAccumulator.in_bases(accumulator.layout, output, inputs)
+        output, leader = accumulator.output_eigenvectors(), leaders.get(accumulator.group)
+        inputs = accumulator.input_eigenvectors() if leader is None else leader.basis.vectors
+        made = EkfacAccumulator.in_bases(accumulator.layout, output, inputs)
+        if leader is None:
+            leaders[accumulator.group] = made
+        else:
+            made.join(leader)
+        result[name] = made
     return result
 
 
-def _kind(group: Mapping[str, Accumulator]) -> str:
-    one = type(next(iter(group.values())))
-    return next(name for name, kind in ACCUMULATORS.items() if kind is one)
+def _facts(layers: Mapping[str, Accumulator]) -> dict[str, Any]:
+    """The kind of a structure's accumulators, and each one's input group and names of tensors."""
+    one = type(next(iter(layers.values())))
+    kind = next(name for name, known in ACCUMULATORS.items() if known is one)
+    return {"kind": kind, "layers": {name: [each.group, list(each.state())] for name, each in layers.items()}}
 
 
 def _total(tensor: Tensor) -> Tensor:
     """A sum that is finite if, and barring overflow only if, every entry is."""
     return tensor.detach().sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
-
-
-class Checkpoint:
-    """One safetensors file, replaced whole every so many batches.
-
-    Args:
-        path: of the file.
-        every: batches between two writes, at least 1.
-        identity: JSON-able facts that must be the same when the estimate goes on.
-
-    Raises:
-        ValueError: if ``every`` is less than 1.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], every: int, identity: Mapping[str, Any]) -> None:
-        if every < 1:
-            raise ValueError(f"checkpoint_every={every} must be at least 1")
-        self.path = Path(path)
-        self.every = every
-        self.identity = dict(identity)
-
-    def save(self, sweeps: list[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
-        """Writes the states of all sweeps begun so far."""
-        tensors = {f"{i}|{key}": tensor for i, (_, state) in enumerate(sweeps) for key, tensor in state.items()}
-        header = {"unfinished": self.identity, "sweeps": [facts for facts, _ in sweeps], "keys": list(tensors)}
-        _storage.write(self.path, tensors, header)
-
-    def load(self, device: torch.device) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """The states that were saved; nothing if there is no file.
-
-        Raises:
-            ValueError: if the file is damaged, or of another estimate than this one.
-        """
-        if not self.path.is_file():
-            return []
-        file = _storage.TensorFile(self.path)
-        header = file.header
-        try:
-            found: dict[str, Any] = header["unfinished"]
-            sweeps: list[dict[str, Any]] = header["sweeps"]
-            keys: list[str] = header["keys"]
-        except KeyError as error:
-            raise ValueError(f"{self.path}: not the checkpoint of an estimate (no {error})") from error
-        for key, mine in self.identity.items():
-            if found.get(key) != mine:
-                raise ValueError(
-                    f"{self.path}: the checkpoint is of another estimate: {key} is {found.get(key)!r} there and "
-                    f"{mine!r} here; delete it to start anew, or name another file"
-                )
-        states: list[dict[str, Tensor]] = [{} for _ in sweeps]
-        for key in keys:
-            stage, _, rest = key.partition("|")
-            states[int(stage)][rest] = file.tensor(key, device)
-        return list(zip(sweeps, states, strict=True))
-
-    def remove(self) -> None:
-        """Deletes the file: the estimate is whole."""
-        self.path.unlink(missing_ok=True)

@@ -68,7 +68,10 @@ def seconds(action: Callable[[], object], repeats: int = 1) -> float:
 
 def plain_pass(model: nn.Module, names: list[str], batch: Any, kind: str, loss: LossFunction | None) -> None:
     """A plain forward and backward with these layers' weight gradients, which are thrown away; no ``.grad`` is set."""
-    weights = list({id(layer.weight): layer.weight for layer in select_layers(model, names).values()}.values())
+    weights: list[Tensor] = []
+    for layer in select_layers(model, names).values():
+        if not any(layer.weight is known for known in weights):  # experts are slices of one
+            weights.append(layer.weight)
     with _only(model, weights), torch.enable_grad():
         values = example_objectives(model, batch, kind, loss).values
         torch.autograd.grad(values.sum(), weights, allow_unused=True)

@@ -42,26 +42,25 @@ class Meter(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.flops = 0
-        self._born: set[int] = set()
+        self._born: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        known = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = _answer(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
         self.flops += self._count(func, args, kwargs, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if id(storage) not in known and id(storage) not in self._born:
-                    self._born.add(id(storage))
+                if storage not in known and storage not in self._born:
+                    self._born.add(storage)
                     self.live += storage.nbytes()
-                    weakref.finalize(storage, self._die, id(storage), storage.nbytes())
+                    weakref.finalize(storage, self._die, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
 
-    def _die(self, key: int, size: int) -> None:
-        self._born.discard(key)
+    def _die(self, size: int) -> None:
         self.live -= size
 
     @staticmethod
@@ -112,7 +111,7 @@ class DryRun:
 
     def __init__(self, model: nn.Module) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {}  # by identity, as deepcopy asks for
         with self._mode:
             for tensor in [*model.parameters(), *model.buffers()]:
                 blank = self.blank(tensor)

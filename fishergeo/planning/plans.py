@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fishergeo.accumulators import Accumulator, Structure
+from fishergeo.accumulators import Accumulator, Owned, Structure
 from fishergeo.capture import LayerFilter, LossFunction, select_layers
 from fishergeo.estimation import Fisher, estimate_fisher
 from fishergeo.planning.calibration import calibrated, foretold, leading, lengths, parts_of, plain_pass
@@ -287,14 +287,14 @@ def _layers(fisher: Fisher, first: int, examples: int, share: float) -> tuple[li
         (plans, bytes held in the course of the pass beyond those of the first batch, bytes alive when the rows kept by
         one layer after another are joined at the end).
     """
-    seen: set[int] = set()
+    seen: set[Owned] = set()
     entries, later, kept, widest = [], 0, 0, 0
     for name, accumulator in fisher.accumulators.items():
         state = rows = 0
         for key, tensor in accumulator.sums.items():
-            if id(tensor) in seen:
+            if accumulator.owned(key) in seen:
                 continue
-            seen.add(id(tensor))
+            seen.add(accumulator.owned(key))
             size = tensor.numel() * tensor.element_size()
             if _grows(accumulator, key):
                 whole = round(size * share)

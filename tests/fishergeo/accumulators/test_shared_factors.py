@@ -70,6 +70,32 @@ def test_layers_that_read_one_input_hold_one_factor_whichever_way_the_fisher_cam
             assert_close(other[name].output_factor, fisher[name].output_factor, 1e-14)
 
 
+def test_input_groups_are_named_after_their_first_layer_whichever_way_the_fisher_came(tmp_path):
+    model, data = tiny_llama(), [collate(EXAMPLES[:1]), collate(EXAMPLES[1:])]
+    expected = {name: group[0] for group in GROUPS for name in group}
+    fishers = fg.estimate_fisher(
+        model, data, {"kfac": "kfac", "two": "ekfac", "one": fg.Structure("ekfac", basis_examples=1), "gram": "gram"}
+    )
+    assert {key: dict(fisher.input_groups) for key, fisher in fishers.items()} == {
+        **dict.fromkeys(("kfac", "two", "one"), expected),
+        "gram": {name: name for name in expected},
+    }
+    for structure in ("kfac", "two"):
+        fisher, path = fishers[structure], tmp_path / f"{structure}.safetensors"
+        fisher.save(path)
+        given = fg.estimate_fisher(model, data, "ekfac", basis=fisher)
+        loaded = [fg.Fisher.load(path, lazy=lazy) for lazy in (True, False)]
+        for other in (*loaded, fisher.merge(fisher), fisher.scaled(0.5), copy.deepcopy(loaded[0]), given):
+            assert dict(other.input_groups) == expected
+            assert {name: other.accumulators[name].group for name in other} == expected
+        part = fg.Fisher.load(path, GROUPS[0][1:])
+        assert dict(part.input_groups) == dict.fromkeys(GROUPS[0][1:], GROUPS[0][1])
+        bases = fg.estimate_fisher(model, data, "ekfac", basis=part, layers=GROUPS[0][1:]).accumulators
+        assert bases[GROUPS[0][1]].sums["input_basis"] is bases[GROUPS[0][2]].sums["input_basis"]
+    apart = kfac(EXAMPLES, share_inputs=False)
+    assert dict(apart.input_groups) == {name: name for name in expected}
+
+
 def test_factors_are_those_of_a_plain_forward_shared_or_not():
     shared, apart = kfac(EXAMPLES), kfac(EXAMPLES, share_inputs=False)
     assert len({apart[name].input_factor.data_ptr() for name in GROUPS[0]}) == 3
