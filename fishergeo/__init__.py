@@ -2,7 +2,15 @@
 
 from fishergeo.accumulators import Structure
 from fishergeo.capture import FirstTokens
-from fishergeo.estimation import Fisher, FisherHeader, StreamingFisher, all_reduce, estimate_fisher, sketch_shards
+from fishergeo.estimation import (
+    DataOptions,
+    Fisher,
+    FisherHeader,
+    StreamingFisher,
+    all_reduce,
+    estimate_fisher,
+    sketch_shards,
+)
 from fishergeo.geometry import (
     Agreement,
     Confidence,
@@ -83,6 +91,7 @@ __all__ = [
     "Confidence",
     "ConvergenceError",
     "ConvergenceWarning",
+    "DataOptions",
     "DenseOperator",
     "DiagonalOperator",
     "EigenKroneckerOperator",

@@ -3,7 +3,18 @@
 from fishergeo.estimation.distributed import all_reduce
 from fishergeo.estimation.estimate import estimate_fisher
 from fishergeo.estimation.fisher import Fisher, FisherHeader
+from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
 from fishergeo.estimation.shards import sketch_shards
 from fishergeo.estimation.streaming import StreamingFisher
 
-__all__ = ["Fisher", "FisherHeader", "StreamingFisher", "all_reduce", "estimate_fisher", "sketch_shards"]
+__all__ = [
+    "DataKeywords",
+    "DataOptions",
+    "Fisher",
+    "FisherHeader",
+    "StreamingFisher",
+    "all_reduce",
+    "chosen_options",
+    "estimate_fisher",
+    "sketch_shards",
+]

@@ -6,15 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import nn
 
-from fishergeo._checks import check_choice
 from fishergeo.accumulators import (
     ACCUMULATORS,
-    UNITS,
     Accumulator,
     EkfacAccumulator,
     Layout,
@@ -23,23 +21,38 @@ from fishergeo.accumulators import (
     named_structures,
 )
 from fishergeo.capture import (
-    KINDS,
-    REDUCTIONS,
     Layer,
     LayerFilter,
-    LossFunction,
-    WeightSource,
     fingerprint,
     select_layers,
 )
 from fishergeo.estimation.checkpoint import Checkpoint, SweepState
 from fishergeo.estimation.fisher import Fisher, FisherHeader
-from fishergeo.estimation.sweep import DataOptions, Sweep, in_eigenbases
+from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
+from fishergeo.estimation.sweep import Sweep, in_eigenbases
 
 
 @overload
 def estimate_fisher(
-    model: nn.Module, batches: Iterable[Any], structure: str | Structure = ..., *arguments: Any, **options: Any
+    model: nn.Module,
+    batches: Iterable[Any],
+    structure: str | Structure = ...,
+    kind: str | None = ...,
+    *,
+    data: DataOptions | None = ...,
+    layers: LayerFilter = ...,
+    rank: int = ...,
+    side: str = ...,
+    sharing: str = ...,
+    probes: int = ...,
+    basis: Fisher | None = ...,
+    basis_examples: int | None = ...,
+    share_inputs: bool = ...,
+    dtype: torch.dtype | None = ...,
+    progress: bool = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    checkpoint_every: int = ...,
+    **keywords: Unpack[DataKeywords],
 ) -> Fisher: ...
 
 
@@ -48,37 +61,45 @@ def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Any],
     structure: Sequence[str | Structure] | Mapping[str, str | Structure],
-    *arguments: Any,
-    **options: Any,
+    kind: str | None = ...,
+    *,
+    data: DataOptions | None = ...,
+    layers: LayerFilter = ...,
+    rank: int = ...,
+    side: str = ...,
+    sharing: str = ...,
+    probes: int = ...,
+    basis: Fisher | None = ...,
+    basis_examples: int | None = ...,
+    share_inputs: bool = ...,
+    dtype: torch.dtype | None = ...,
+    progress: bool = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    checkpoint_every: int = ...,
+    **keywords: Unpack[DataKeywords],
 ) -> dict[str, Fisher]: ...
 
 
-def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure alone and leave the rest to this one
+def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Any],
     structure: Structures = "sketch",
-    kind: str = "empirical",
-    unit: str = "sequence",
+    kind: str | None = None,
+    *,
+    data: DataOptions | None = None,
+    layers: LayerFilter = None,
     rank: int = 64,
     side: str = "output",
-    layers: LayerFilter = None,
-    loss: LossFunction | None = None,
-    progress: bool = False,
-    seed: int = 0,
-    share_inputs: bool = True,
-    *,
     sharing: str = "expand",
-    reduction: str = "mean",
-    dtype: torch.dtype | None = None,
-    token_weights: WeightSource = None,
-    example_weights: WeightSource = None,
-    decay: float = 1.0,
-    max_draws: int = 256,
+    probes: int = 0,
     basis: Fisher | None = None,
     basis_examples: int | None = None,
-    probes: int = 0,
+    share_inputs: bool = True,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
+    **keywords: Unpack[DataKeywords],
 ) -> Fisher | dict[str, Fisher]:
     r"""Estimates the Fisher of every chosen layer's weight in one pass, without forming a weight gradient.
 
@@ -104,53 +125,44 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     EKFAC (George et al. 2018) reads the batches twice: once for the eigenbases, once for the moments. With
     ``basis_examples`` it reads them once, and with ``basis`` the bases are those of an earlier estimate.
 
-    ``unit="token"``: every position of a layer is a datum of its own, with the gradient g_t of the *sum* over the
-    supervised tokens and G_t = g_t a_tᵀ, and sums are divided by the number M of supervised tokens in place of N.
-    Gradients that reach one position from several tokens are not told apart. With a ``loss`` of your own, or with
-    one token an example, the two units coincide.
+    What an example's objective is, what a datum is and how much it counts say the :class:`fishergeo.DataOptions`.
 
     Args:
         model: any module; dict batches and Hugging Face outputs if ``loss`` is left out. Frozen parameters, any
             device, any float dtype, adapters from peft. It is run in eval mode and left exactly as it was.
         batches: iterable of batches of any sizes, padded on either side (``attention_mask`` says where).
-        structure: see the table; or several, all fed by the same pass: a list of names or of
+        structure: name of the table; or several, all fed by the same pass: a list of names or of
             :class:`fishergeo.Structure`, or a mapping from names of your own to them.
-        kind: ``"empirical"``, ``"mc"``, ``"type2"``, ``"ggn"`` or ``"margin"``; see
-            :func:`fishergeo.capture.example_objectives`.
-        unit: ``"sequence"`` or ``"token"``.
-        rank: eigenpairs of the sketch.
-        side: ``"output"`` or ``"input"``, for gram and sketch.
+        kind: whose labels an objective has, a field of :class:`fishergeo.DataOptions`; ``"empirical"`` by default.
+        data: options of the data; by default those that ``kind`` and ``keywords`` make.
         layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear except the output
             embedding and LoRA's halves. ``"m.bias"`` is a bias, ``"m+bias"`` weight and bias, ``"m.experts.w.3"`` an
             expert; see "What can be captured" in the reference.
-        loss: ``(model, batch) -> (n,)``, one loss an example.
-        progress: a progress bar over batches.
-        seed: of test matrices and sampled labels.
-        share_inputs: KFAC holds one A for layers that read the same tensor (q, k, v).
-        sharing: ``"expand"`` or ``"reduce"``, for kfac and ekfac.
-        reduction: ``"mean"`` or ``"sum"`` of an example's supervised tokens. With the sum F is that of whole responses,
-            and ½ tr(ΔWᵀFΔW) a divergence in nats a response. A ``loss`` of your own reduces as it likes.
-        dtype: of the sums, float32 or float64; by default float64 for float64 models, else float32.
-        token_weights: a key of the batch or ``batch -> tensor`` of the labels' shape: L_i is the weighted mean over
-            its tokens; see :class:`fishergeo.FirstTokens`.
-        example_weights: a key of the batch or ``batch -> (n,)``: example i counts w_i times, N becomes Σ w_i.
-        decay: in (0, 1]; every example multiplies the weight of all examples before it by this.
-        max_draws: the most passes that type2 and ggn may take over one batch.
-        basis: for ekfac, a Fisher of structure kfac or ekfac whose eigenbases are taken, so that shards can be merged.
-        basis_examples: for ekfac in one sweep; see :class:`fishergeo.Structure`.
-        probes: for sketch: columns held back to measure its error with, so that ``fisher[layer].error()`` bounds what
-            it lacks; see :class:`fishergeo.SketchOperator`. Shards are then merged only if their seed is the same.
-        checkpoint: a file that keeps the state of the unfinished pass. If it is there, the pass goes on from it: the
+        rank: number of eigenpairs of a sketch, at least 1.
+        side: ``"output"`` or ``"input"``, for gram and sketch.
+        sharing: ``"expand"`` or ``"reduce"``, for kfac, kfac-sketch and ekfac.
+        probes: number of columns that a sketch holds back to measure its error with, so that
+            ``fisher[layer].error()`` bounds what it lacks; see :class:`fishergeo.SketchOperator`. Shards are then
+            merged only if their seed is the same.
+        basis: Fisher of structure kfac or ekfac whose eigenbases ekfac takes, so that shards can be merged.
+        basis_examples: number of examples that fix ekfac's eigenbases in one sweep; see
+            :class:`fishergeo.Structure`.
+        share_inputs: whether KFAC holds one A for layers that read the same tensor (q, k, v).
+        dtype: dtype of the sums, float32 or float64; by default float64 for float64 models, else float32.
+        progress: whether a progress bar over batches is shown.
+        checkpoint: file that keeps the state of the unfinished pass. If it is there, the pass goes on from it: the
             batches must come in the same order. It is deleted at the end.
-        checkpoint_every: batches between two writes of it.
+        checkpoint_every: number of batches between two writes of it.
+        **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:
         Fisher: a mapping from layer name to operator; for several structures a dict of them, under the names asked
         for.
 
     Raises:
-        ValueError: for unknown choices, patterns that match nothing, batches without labels, no supervised token.
-        TypeError: if batches cannot be read twice where two passes are needed.
+        ValueError: for unknown choices, patterns that match nothing, batches without labels, no supervised token, or a
+            field of the data options beside ``data``.
+        TypeError: if batches cannot be read twice where two passes are needed, or for an unknown keyword.
         FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
 
     Examples:
@@ -166,27 +178,24 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
         >>> list(several)
         ['gram', 'diagonal']
     """
-    check_choice("kind", kind, KINDS)
-    check_choice("unit", unit, UNITS)
-    check_choice("reduction", reduction, REDUCTIONS)
+    options = chosen_options("estimate_fisher", data, kind, keywords)
     wanted = named_structures(
         structure, side=side, rank=rank, sharing=sharing, basis_examples=basis_examples, probes=probes
     )
-    _check_options(wanted, unit, decay, dtype, basis, basis_examples, probes)
+    _check_options(wanted, options.unit, dtype, basis, basis_examples, probes)
     chosen = select_layers(model, layers)
-    feeding = _Feeding(chosen, wanted, unit, seed, dtype, basis)
+    feeding = _Feeding(chosen, wanted, options, dtype, basis)
     if feeding.second and isinstance(batches, Iterator):
         raise TypeError(
             "structure='ekfac' reads the batches twice, and these can be read once; pass a list or a loader, or "
             "basis_examples= for a single sweep"
         )
-    options = DataOptions(kind, unit, loss, token_weights, example_weights, decay, max_draws, seed, reduction)
     mark = fingerprint(model)
     keeper = None
     if checkpoint is not None:
         facts = {
             "structures": {key: asdict(one) for key, one in wanted.items()},
-            "data": [kind, unit, reduction, decay, max_draws, seed, share_inputs, str(dtype)],
+            "data": [*_facts(options), share_inputs, str(dtype)],
             "layers": {name: list(layer.shape) for name, layer in chosen.items()},
             "model": mark,
         }
@@ -194,19 +203,19 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     sweeps = _run(model, chosen, batches, feeding, options, share_inputs, progress, keeper)
     header = FisherHeader(
         structure="",
-        kind=kind,
-        unit=unit,
+        kind=options.kind,
+        unit=options.unit,
         side=side,
         rank=rank,
-        seed=seed,
+        seed=options.seed,
         examples=sweeps[0].examples,
         tokens=sweeps[0].tokens,
         dtype="",
         shapes={name: layer.shape for name, layer in chosen.items()},
         fingerprint=mark,
-        decay=decay,
-        weighted=token_weights is not None or example_weights is not None,
-        reduction=reduction,
+        decay=options.decay,
+        weighted=options.token_weights is not None or options.example_weights is not None,
+        reduction=options.reduction,
     )
     fishers: dict[str, Fisher] = {}
     for key, one in wanted.items():
@@ -230,6 +239,12 @@ def estimate_fisher(  # type: ignore[misc]  # the overloads differ in structure 
     return fishers[""] if isinstance(structure, str | Structure) else fishers
 
 
+def _facts(options: DataOptions) -> list[Any]:
+    """What of the data options a resumed estimate must have in common with the one that was cut off."""
+    o = options
+    return [o.kind, o.unit, o.reduction, o.decay, o.max_draws, o.seed]
+
+
 class _Feeding:
     """Which accumulators the first sweep feeds, which become EKFAC in its course, and which need a second sweep.
 
@@ -245,8 +260,7 @@ class _Feeding:
         self,
         layers: Mapping[str, Layer],
         wanted: Mapping[str, Structure],
-        unit: str,
-        seed: int,
+        options: DataOptions,
         dtype: torch.dtype | None,
         basis: Fisher | None,
     ) -> None:
@@ -258,7 +272,9 @@ class _Feeding:
         asked = {one.sharing: key for key, one in wanted.items() if one.name == "kfac"}
         for key, one in wanted.items():
             layouts = {
-                name: Layout(name, *layer.shape, unit, one.side, one.rank, one.sharing, seed, one.probes)
+                name: Layout(
+                    name, *layer.shape, options.unit, one.side, one.rank, one.sharing, options.seed, one.probes
+                )
                 for name, layer in layers.items()
             }
 
@@ -358,14 +374,11 @@ def _run(
 def _check_options(
     wanted: Mapping[str, Structure],
     unit: str,
-    decay: float,
     dtype: torch.dtype | None,
     basis: Fisher | None,
     basis_examples: int | None,
     probes: int,
 ) -> None:
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay={decay} must lie in (0, 1]")
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64: sums in less lose their small terms")
     rotated = [one for one in wanted.values() if one.name == "ekfac"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fishergeo._checks import check_choice, check_integer
 from fishergeo.accumulators import SIDES, Accumulator, Layout, Shared, SketchAccumulator
-from fishergeo.capture import KINDS, LayerFilter, LossFunction, Record, select_layers
-from fishergeo.estimation.sweep import DataOptions, Sweep
+from fishergeo.capture import LayerFilter, Record, select_layers
+from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
+from fishergeo.estimation.sweep import Sweep
 from fishergeo.operators import SymmetricOperator
 
 
@@ -67,13 +68,13 @@ def sketch_shards(
     batches: Iterable[Any],
     shards: int = 2,
     *,
+    kind: str | None = None,
+    data: DataOptions | None = None,
     rank: int = 64,
-    kind: str = "empirical",
     side: str = "output",
     layers: LayerFilter = None,
-    loss: LossFunction | None = None,
-    seed: int = 0,
     progress: bool = False,
+    **keywords: Unpack[DataKeywords],
 ) -> list[dict[str, SymmetricOperator]]:
     """One sketched Fisher for each part of the examples: example i goes to part i modulo ``shards``.
 
@@ -83,21 +84,23 @@ def sketch_shards(
     Args:
         model: any module; left exactly as it was.
         batches: iterable of batches, as for :func:`fishergeo.estimate_fisher`.
-        shards: how many parts, at least 2.
-        rank: eigenpairs of each sketch.
-        kind: where labels come from.
+        shards: number of parts, at least 2.
+        kind: whose labels an objective has, a field of :class:`fishergeo.DataOptions`; ``"empirical"`` by default.
+        data: options of the data; by default those that ``kind`` and ``keywords`` make. A datum is an example here, and
+            each counts once.
+        rank: number of eigenpairs of each sketch, at least 1.
         side: ``"output"`` or ``"input"``.
-        layers: names, globs or a predicate.
-        loss: ``(model, batch) -> (n,)``.
-        seed: of sampled labels and test matrices.
-        progress: a progress bar over batches.
+        layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
+        progress: whether a progress bar over batches is shown.
+        **keywords: fields of :class:`fishergeo.DataOptions` (``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:
         A list of ``shards`` mappings from layer name to operator.
 
     Raises:
-        TypeError: if ``shards`` or ``rank`` is not an int.
-        ValueError: for unknown choices, or a part without a supervised token.
+        TypeError: if ``shards`` or ``rank`` is not an int, or for an unknown keyword.
+        ValueError: for unknown choices, a field of the data options beside ``data``, units of tokens, decay or example
+            weights, or a part without a supervised token.
         FloatingPointError: naming the batch.
 
     Examples:
@@ -112,8 +115,13 @@ def sketch_shards(
     """
     check_integer("shards", shards, low=2)
     check_integer("rank", rank, low=1)
-    check_choice("kind", kind, KINDS)
     check_choice("side", side, SIDES)
+    options = chosen_options("sketch_shards", data, kind, keywords)
+    for name in ("unit", "decay", "example_weights"):
+        if getattr(options, name) != getattr(DataOptions(), name):
+            raise ValueError(
+                f"{name}={getattr(options, name)!r}: every example counts once in sketch_shards; leave it out"
+            )
     chosen = select_layers(model, layers)
     parts = [Part(number, shards) for number in range(shards)]
     groups: dict[str, dict[str, Accumulator]] = {}
@@ -122,7 +130,7 @@ def sketch_shards(
         for name, layer in chosen.items():
             dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
             # Test matrices of their own: parts that shared one would agree in what it happens to miss.
-            layout = Layout(f"{name}/{part.number}", *layer.shape, "sequence", side, rank, seed=seed)
+            layout = Layout(f"{name}/{part.number}", *layer.shape, "sequence", side, rank, seed=options.seed)
             group[name] = PartAccumulator(
                 layout, SketchAccumulator.empty(layout, dtype, layer.weight.device).sums, part
             )
@@ -131,7 +139,7 @@ def sketch_shards(
         for part in parts:
             part.next_batch()
 
-    Sweep(model, chosen, groups, DataOptions(kind, loss=loss, seed=seed)).run(batches, progress, after)
+    Sweep(model, chosen, groups, options).run(batches, progress, after)
     for part in parts:
         if part.units == 0:
             raise ValueError(f"part {part.number} of {shards} has no example with a supervised token; use fewer shards")

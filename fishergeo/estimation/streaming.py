@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from fishergeo._checks import check_choice
-from fishergeo.accumulators import UNITS, Accumulator, DiagonalAccumulator, Layout, ProductAccumulator
-from fishergeo.capture import KINDS, REDUCTIONS, LayerFilter, LossFunction, WeightSource, select_layers
-from fishergeo.estimation.sweep import DataOptions, Sweep
+from fishergeo.accumulators import Accumulator, DiagonalAccumulator, Layout, ProductAccumulator
+from fishergeo.capture import LayerFilter, select_layers
+from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
+from fishergeo.estimation.sweep import Sweep
 from fishergeo.operators import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -29,20 +30,17 @@ class StreamingFisher:
         model: any module; left exactly as it was.
         batches: an iterable that can be read again and again (a list, a loader that does not shuffle), or a function
             that returns a fresh one. They must be the same in every pass.
-        kind: as in :func:`fishergeo.estimate_fisher`; "mc" draws the same labels in every pass.
-        unit: the same.
+        kind: whose labels an objective has, a field of :class:`fishergeo.DataOptions`; ``"empirical"`` by default.
+            ``"mc"`` draws the same labels in every pass.
+        data: options of the data; by default those that ``kind`` and ``keywords`` make.
         side: ``"output"``: 1/N Σ G_i G_iᵀ; ``"input"``: 1/N Σ G_iᵀ G_i; ``"both"``: 1/N Σ vec(G_i) vec(G_i)ᵀ.
-        layers: as in :func:`fishergeo.estimate_fisher`.
-        loss: the same.
-        seed: of sampled labels.
-        reduction: as in :func:`fishergeo.estimate_fisher`.
-        dtype: of products; float64 for float64 models, else float32, if None.
-        token_weights: as in :func:`fishergeo.estimate_fisher`.
-        example_weights: the same.
-        max_draws: the same.
-        progress: a progress bar for every pass.
+        layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
+        dtype: dtype of products; by default float64 for float64 models, else float32.
+        progress: whether a progress bar is shown for every pass.
+        **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Attributes:
+        data: options of the data.
         sizes: layer -> p, q or pq.
         passes: how many passes over the data there were.
         traces: layer -> exact trace; filled by the first product that the layer takes part in.
@@ -50,8 +48,8 @@ class StreamingFisher:
         tokens: supervised tokens, likewise.
 
     Raises:
-        ValueError: for unknown choices, or patterns that match nothing.
-        TypeError: if the batches can be read only once.
+        ValueError: for unknown choices, patterns that match nothing, or a field of the data options beside ``data``.
+        TypeError: if the batches can be read only once, or for an unknown keyword.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -70,23 +68,16 @@ class StreamingFisher:
         self,
         model: nn.Module,
         batches: Batches,
-        kind: str = "empirical",
-        unit: str = "sequence",
+        kind: str | None = None,
+        *,
+        data: DataOptions | None = None,
         side: str = "output",
         layers: LayerFilter = None,
-        loss: LossFunction | None = None,
-        seed: int = 0,
-        *,
-        reduction: str = "mean",
         dtype: torch.dtype | None = None,
-        token_weights: WeightSource = None,
-        example_weights: WeightSource = None,
-        max_draws: int = 256,
         progress: bool = False,
+        **keywords: Unpack[DataKeywords],
     ) -> None:
-        check_choice("kind", kind, KINDS)
-        self.unit = check_choice("unit", unit, UNITS)
-        check_choice("reduction", reduction, REDUCTIONS)
+        self.data = chosen_options("StreamingFisher", data, kind, keywords)
         self.side = check_choice("side", side, ("output", "input", "both"))
         if isinstance(batches, Iterator):
             raise TypeError(
@@ -99,14 +90,11 @@ class StreamingFisher:
         self.traces: dict[str, float] = {}
         self.examples = self.tokens = 0.0
         self._batches = batches
-        self._options = DataOptions(
-            kind, unit, loss, token_weights, example_weights, max_draws=max_draws, seed=seed, reduction=reduction
-        )
         self.layers = select_layers(model, layers)
         weight = next(iter(self.layers.values())).weight
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.device = weight.device
-        self._layouts = {name: Layout(name, *layer.shape, unit, side) for name, layer in self.layers.items()}
+        self._layouts = {name: Layout(name, *layer.shape, self.data.unit, side) for name, layer in self.layers.items()}
         self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}
         self._operators = {name: StreamingOperator(self, name) for name in self.layers}
 
@@ -122,7 +110,7 @@ class StreamingFisher:
     @property
     def count(self) -> float:
         """What sums are divided by: examples or supervised tokens; 0 before the first pass."""
-        return self.examples if self.unit == "sequence" else self.tokens
+        return self.examples if self.data.unit == "sequence" else self.tokens
 
     def multi_matmul(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F @ block for every layer named, in one pass; layers that are left out are not computed.
@@ -165,7 +153,7 @@ class StreamingFisher:
     def _pass(self, accumulators: Mapping[str, Accumulator]) -> None:
         """Feeds the accumulators once; only their layers get hooks, so back-propagation stops at the first of them."""
         layers = {name: layer for name, layer in self.layers.items() if name in accumulators}
-        sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self._options)
+        sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self.data)
         once = callable(self._batches) and not isinstance(self._batches, Iterable)
         sweep.run(cast(Any, self._batches)() if once else cast(Iterable[Any], self._batches), self.progress)
         if self.passes == 0:

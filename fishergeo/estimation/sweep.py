@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,10 +21,8 @@ from fishergeo.accumulators import (
 from fishergeo.capture import (
     Capture,
     Layer,
-    LossFunction,
     Objective,
     Record,
-    WeightSource,
     checked_example_weights,
     example_objectives,
     indexed,
@@ -36,33 +33,7 @@ from fishergeo.capture import (
 )
 from fishergeo.estimation.checkpoint import SweepState
 from fishergeo.estimation.fisher import named_once
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What is differentiated on the data, and how much each datum counts.
-
-    Attributes:
-        kind: see :func:`fishergeo.capture.example_objectives`.
-        unit: ``"sequence"`` or ``"token"``.
-        loss: of the user, or None.
-        token_weights: key or callable.
-        example_weights: key or callable.
-        decay: what an example multiplies the weight of all earlier ones by.
-        max_draws: the most passes over one batch.
-        seed: of sampled labels.
-        reduction: ``"mean"`` or ``"sum"`` over an example's supervised tokens; units that are tokens take the sum.
-    """
-
-    kind: str = "empirical"
-    unit: str = "sequence"
-    loss: LossFunction | None = None
-    token_weights: WeightSource = None
-    example_weights: WeightSource = None
-    decay: float = 1.0
-    max_draws: int = 256
-    seed: int = 0
-    reduction: str = "mean"
+from fishergeo.estimation.options import DataOptions
 
 
 class Sweep:

@@ -133,7 +133,7 @@ def parts_of(options: Mapping[str, Any], rows: list[int], sizes: list[int]) -> l
     leading = structure.basis_examples if given else options.get("basis_examples")
     if leading is None or (structure.name if given else structure) != "ekfac":
         return [whole]
-    number, weight, decay = 0, 0.0, float(options.get("decay", 1.0))
+    number, weight, decay = 0, 0.0, options["data"].decay
     while weight < leading and number < len(rows):
         # A batch of n more: all before it fade by decayⁿ, its own weigh 1 + decay + ... + decayⁿ⁻¹.
         fading = decay ** rows[number]

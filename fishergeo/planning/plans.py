@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fishergeo.accumulators import Accumulator, Owned, Structure
-from fishergeo.capture import LayerFilter, LossFunction, select_layers
-from fishergeo.estimation import Fisher, estimate_fisher
+from fishergeo.capture import LayerFilter, select_layers
+from fishergeo.estimation import DataKeywords, DataOptions, Fisher, chosen_options, estimate_fisher
 from fishergeo.planning.calibration import calibrated, foretold, leading, lengths, parts_of, plain_pass
 from fishergeo.planning.dryrun import DryRun, walk
 
@@ -120,12 +120,20 @@ def plan(
     batch_size: int | None = None,
     sequence_length: int | None = None,
     examples: int | None = None,
+    kind: str | None = None,
+    data: DataOptions | None = None,
     layers: LayerFilter = None,
-    loss: LossFunction | None = None,
-    kind: str = "empirical",
+    rank: int = 64,
+    side: str = "output",
+    sharing: str = "expand",
+    probes: int = 0,
+    basis: Fisher | None = None,
+    basis_examples: int | None = None,
+    share_inputs: bool = True,
+    dtype: torch.dtype | None = None,
     flop_rate: float | None = None,
     calibrate: bool = False,
-    **options: Any,
+    **keywords: Unpack[DataKeywords],
 ) -> Plan:
     """Plans an :func:`estimate_fisher` without running it: the same code is run on a batch of blank tensors.
 
@@ -135,26 +143,35 @@ def plan(
 
     Args:
         model: any module that estimate_fisher takes.
-        structure: as there, but one at a time.
-        batches: a list or loader of batches, gone through once for their sizes.
-        batch_size: examples a batch.
-        sequence_length: tokens an example.
-        examples: N.
-        layers: as there.
-        loss: as there.
-        kind: as there.
+        structure: name of a structure, or a :class:`fishergeo.Structure`; one at a time.
+        batches: list or loader of batches, gone through once for their sizes.
+        batch_size: number of examples in a batch.
+        sequence_length: number of tokens in an example.
+        examples: number N of examples.
+        kind: whose labels an objective has, a field of :class:`fishergeo.DataOptions`; ``"empirical"`` by default.
+        data: options of the data; by default those that ``kind`` and ``keywords`` make.
+        layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
+        rank: number of eigenpairs of a sketch, at least 1.
+        side: ``"output"`` or ``"input"``, for gram and sketch.
+        sharing: ``"expand"`` or ``"reduce"``, for kfac, kfac-sketch and ekfac.
+        probes: number of columns that a sketch holds back to measure its error with.
+        basis: Fisher of structure kfac or ekfac whose eigenbases ekfac takes.
+        basis_examples: number of examples that fix ekfac's eigenbases in one sweep.
+        share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
+        dtype: dtype of the sums, float32 or float64; by default float64 for float64 models, else float32.
         flop_rate: floating-point operations a second that the machine reaches on such products, to predict time.
-        calibrate: predict time by running estimates of a few passes over the largest batch (as a rule three times two
-            and four) and as few plain passes. The model must be on a real device; it is left as it was.
-        **options: every other argument of estimate_fisher (rank, unit, side, seed, ...).
+        calibrate: whether time is predicted by running estimates of a few passes over the largest batch (as a rule
+            three times two and four) and as few plain passes. The model must be on a real device; it is left as it was.
+        **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:
         Plan.
 
     Raises:
         ValueError: if neither or both descriptions of the data are given, a size is not positive, the batches can be
-            gone through only once, calibration is asked of a model on the meta device, or the model's shapes depend
-            on values.
+            gone through only once, calibration is asked of a model on the meta device, the model's shapes depend on
+            values, or a field of the data options stands beside ``data``.
+        TypeError: for an unknown keyword.
 
     Examples:
         >>> with torch.device("meta"):
@@ -174,7 +191,20 @@ def plan(
     chosen = select_layers(model, layers)
     if calibrate and any(p.device.type == "meta" for p in model.parameters()):
         raise ValueError("calibrate=True needs a model on a real device; give flop_rate for one on the meta device")
-    options = {"structure": structure, "layers": list(chosen), "loss": loss, "kind": kind, **options}
+    options: dict[str, Any] = {
+        "structure": structure,
+        "data": chosen_options("plan", data, kind, keywords),
+        "layers": list(chosen),
+        "rank": rank,
+        "side": side,
+        "sharing": sharing,
+        "probes": probes,
+        "basis": basis,
+        "basis_examples": basis_examples,
+        "share_inputs": share_inputs,
+        "dtype": dtype,
+    }
+    decay, objective = options["data"].decay, (options["data"].kind, options["data"].loss)
     parts = parts_of(options, rows, sizes)
     dry = DryRun(model)
     blank = walk(sample, dry.blank)
@@ -185,19 +215,19 @@ def plan(
     flops = 0.0
     if len(parts) > 1:
         # A blank batch counts as one example, so that many of them fix the bases; under decay the second counts less.
-        times[0] = times[0] if options.get("decay", 1.0) == 1 else 1
+        times[0] = times[0] if decay == 1 else 1
         options |= leading(structure, times[0])
-        basis: dict[str, Any] = {}
+        latest: dict[str, Any] = {}
         for part in parts:
             with dry.metered() as meter:
-                latest = estimate_fisher(dry.model, [blank], **part.options, **basis)
-            basis, flops = {"basis": latest}, flops + meter.flops * part.share
+                latest = {"basis": estimate_fisher(dry.model, [blank], **(part.options | latest))}
+            flops += meter.flops * part.share
     with dry.metered() as meter:
         fisher = estimate_fisher(dry.model, [blank] * sum(times), **options)
     share = sum(sizes) / max(sizes)
     flops = flops or meter.flops / sum(times) * share
     with dry.metered() as plain_meter:
-        plain_pass(dry.model, list(chosen), blank, kind, loss)
+        plain_pass(dry.model, list(chosen), blank, *objective)
     entries, later, joined = _layers(fisher, _rows(sample) * sum(times), sum(rows), share / sum(times))
     seconds = plain_seconds = None
     if flop_rate is not None:
@@ -207,7 +237,7 @@ def plan(
 
         def plain(count: int) -> None:
             for _ in range(count):
-                plain_pass(model, list(chosen), sample, kind, loss)
+                plain_pass(model, list(chosen), sample, *objective)
 
         plain_seconds = foretold(plain, 1, 3, share)
     return Plan(
