@@ -1,5 +1,7 @@
 """Checks of arguments that the geometry modules share: each names the argument, what is wrong and what to do."""
 
+from typing import Any
+
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,7 +33,7 @@ def check_tensor(name: str, value: object, *, min_dim: int = 0) -> torch.Tensor:
     return value
 
 
-def check_same_kind(first_name: str, first, second_name: str, second) -> None:
+def check_same_kind(first_name: str, first: Any, second_name: str, second: Any) -> None:
     """Refuse two arrays that do not share dtype and device; anything with `.dtype` and `.device` can be compared.
 
     Raises:

@@ -250,7 +250,7 @@ class EkfacAccumulator(Accumulator):
                 "KFAC first and pass it to every shard's estimate as basis="
             )
         device = self.sums["moments"].device
-        return bases | {key: self.sums[key] + cast(Tensor, other.sums[key]).to(device) for key in ("moments", "units")}
+        return bases | {key: self.sums[key] + other.sums[key].to(device) for key in ("moments", "units")}
 
     def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """The same bases, moments and units times ``weight``."""

@@ -114,7 +114,7 @@ def watched(path: str, module: nn.Module, parameters: Collection[str], observe: 
         watch.check()
         return output
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
@@ -132,8 +132,8 @@ def _eager(module: nn.Module) -> Iterator[None]:
     if config is None or chosen in (None, "eager"):
         yield
         return
-    config._experts_implementation = "eager"  # type: ignore[union-attr]
+    config._experts_implementation = "eager"
     try:
         yield
     finally:
-        config._experts_implementation = chosen  # type: ignore[union-attr]
+        config._experts_implementation = chosen

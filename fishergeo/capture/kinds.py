@@ -161,7 +161,7 @@ class Convolution(Kind):
         x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
         kernel, dilation, stride = conv.kernel_size, conv.dilation, conv.stride
         if x.ndim == 3:  # one-dimensional: an image of height 1
-            x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)  # type: ignore[assignment]
+            x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
         return functional.unfold(x, kernel, dilation, 0, stride).mT, self.output_gradient(call)
 
     def output_gradient(self, call: Call) -> Tensor:

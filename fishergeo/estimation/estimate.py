@@ -33,7 +33,7 @@ from fishergeo.estimation.sweep import Sweep, in_eigenbases
 
 
 @overload
-def estimate_fisher(
+def estimate_fisher(  # type: ignore[overload-overlap]  # a name is a sequence of names to mypy, and one name here
     model: nn.Module,
     batches: Iterable[Any],
     structure: str | Structure = ...,

@@ -77,7 +77,7 @@ class Sweep:
         self.tokens = 0.0
         self.seen: set[str] = set()
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.device = cast(Tensor, next(iter(self.layers.values())).weight).device
+        self.device = next(iter(self.layers.values())).weight.device
 
     def run(self, batches: Iterable[Any], progress: bool = False, after: Callable[[], None] | None = None) -> None:
         """Reads the batches from number ``self.number`` on.

@@ -1,6 +1,6 @@
 """Principal angles between subspaces, and the distances made of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,13 +41,13 @@ class _PrincipalAngles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, y):
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         parts = _angle_parts(x, y)
         ctx.save_for_backward(x, y, parts.u, parts.v, parts.residual)
         return parts.angles
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         refuse_second_order("principal_angles")
         x, y, u, v, residual = ctx.saved_tensors
         away_from_x = _unit_columns(residual @ v)

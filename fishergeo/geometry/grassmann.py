@@ -1,5 +1,7 @@
 """The Grassmann manifold for geoopt, and the Karcher mean of subspaces."""
 
+from typing import Any
+
 import geoopt
 import torch
 from geoopt.utils import size2shape
@@ -37,13 +39,13 @@ class _Polar(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         ctx.save_for_backward(u, s, vh)
         return u @ vh
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         refuse_second_order("Grassmann.projx")
         u, s, vh = ctx.saved_tensors
         along = grad @ vh.mT
@@ -76,7 +78,7 @@ class _ArcFactor(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, c, residual):
+    def forward(ctx: Any, c: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         u, cosines, vh = torch.linalg.svd(c, full_matrices=False)
         sines = torch.linalg.vector_norm(residual @ vh.mT, dim=-2)
         positive = sines > 0
@@ -85,7 +87,7 @@ class _ArcFactor(torch.autograd.Function):
         return (vh.mT * ratios.unsqueeze(-2)) @ u.mT
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         refuse_second_order("Grassmann.logmap")
         u, cosines, vh, ratios = ctx.saved_tensors
         core = u.mT @ grad.mT @ vh.mT
@@ -96,7 +98,7 @@ class _ArcFactor(torch.autograd.Function):
         return u @ (_divided_differences(cosines, ratios) * even + quotient * odd) @ vh, None
 
 
-class Grassmann(geoopt.manifolds.base.Manifold):
+class Grassmann(geoopt.manifolds.base.Manifold):  # type: ignore[misc]  # geoopt has no types
     r"""Subspaces of dimension k in R^n, each given by an n×k matrix with orthonormal columns that spans it.
 
     Bases with the same span are the same point. Tangent vectors at x are the horizontal ones, xᵀu = 0, with the
@@ -119,20 +121,24 @@ class Grassmann(geoopt.manifolds.base.Manifold):
     reversible = False
     name = "Grassmann"
 
-    def _check_shape(self, shape, name):
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         ok, reason = super()._check_shape(shape, name)
         if ok and shape[-1] > shape[-2]:
             ok, reason = False, f"`{name}` should have shape[-1] <= shape[-2], got {shape[-1]} > {shape[-2]}"
         return ok, reason
 
-    def _check_point_on_manifold(self, x, *, atol=1e-5, rtol=1e-5):
+    def _check_point_on_manifold(
+        self, x: torch.Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
         gram = x.mT @ x
         identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(gram)
         if torch.allclose(gram, identity, atol=atol, rtol=rtol):
             return True, None
         return False, f"`X^T X != I` with atol={atol}, rtol={rtol}"
 
-    def _check_vector_on_tangent(self, x, u, *, atol=1e-5, rtol=1e-5):
+    def _check_vector_on_tangent(
+        self, x: torch.Tensor, u: torch.Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
         vertical = x.mT @ u
         if torch.allclose(vertical, torch.zeros_like(vertical), atol=atol, rtol=rtol):
             return True, None
@@ -150,11 +156,13 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         """Riemannian gradient of a function with Euclidean gradient u: its horizontal part, (..., n, k)."""
         return self.proju(x, u)
 
-    def inner(self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None = None, *, keepdim=False) -> torch.Tensor:
+    def inner(
+        self, x: torch.Tensor, u: torch.Tensor, v: torch.Tensor | None = None, *, keepdim: bool = False
+    ) -> torch.Tensor:
         """Inner product tr(uᵀv) of tangent vectors, of the batch shape, or (..., 1, 1) with `keepdim`."""
         return (u * (u if v is None else v)).sum(dim=(-2, -1), keepdim=keepdim)
 
-    def norm(self, x: torch.Tensor, u: torch.Tensor, *, keepdim=False) -> torch.Tensor:
+    def norm(self, x: torch.Tensor, u: torch.Tensor, *, keepdim: bool = False) -> torch.Tensor:
         """Length of a tangent vector, of the batch shape; its gradient at zero is zero."""
         return torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=keepdim)
 
@@ -180,11 +188,11 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         away = self.proju(x, self.proju(x, y))
         return away @ _ArcFactor.apply(x.mT @ y, away.detach())
 
-    def dist(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
+    def dist(self, x: torch.Tensor, y: torch.Tensor, *, keepdim: bool = False) -> torch.Tensor:
         """Arc length ‖θ‖ over the principal angles, of the batch shape; its gradient where x and y span the same is zero."""
         return self._shape(torch.linalg.vector_norm(angles_between(x, y), dim=-1), keepdim)
 
-    def dist2(self, x: torch.Tensor, y: torch.Tensor, *, keepdim=False) -> torch.Tensor:
+    def dist2(self, x: torch.Tensor, y: torch.Tensor, *, keepdim: bool = False) -> torch.Tensor:
         """Squared arc length, of the batch shape, with gradient −2·logmap(x, y) by x."""
         return self._shape(angles_between(x, y).square().sum(-1), keepdim)
 
@@ -230,7 +238,13 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         y = self.retr(x, u)
         return y, self.proju(y, v)
 
-    def random(self, *size, dtype=None, device=None, generator=None) -> geoopt.ManifoldTensor:
+    def random(
+        self,
+        *size: int | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> geoopt.ManifoldTensor:
         """Uniformly random subspace: the span of a Gaussian matrix (..., n, k).
 
         Args:
@@ -244,7 +258,13 @@ class Grassmann(geoopt.manifolds.base.Manifold):
         gaussian = torch.randn(shape, dtype=dtype, device=device, generator=generator)
         return geoopt.ManifoldTensor(torch.linalg.qr(gaussian).Q, manifold=self)
 
-    def origin(self, *size, dtype=None, device=None, seed=42) -> geoopt.ManifoldTensor:
+    def origin(
+        self,
+        *size: int | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
         """Span of the first k unit vectors, (..., n, k); `seed` is not used.
 
         Args:

@@ -1,5 +1,7 @@
 """Distances between curvatures (positive definite matrices), and between categorical distributions."""
 
+from typing import Any
+
 import torch
 
 from fishergeo._checks import (
@@ -43,7 +45,7 @@ class _MatrixFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, matrix, function):
+    def forward(ctx: Any, matrix: torch.Tensor, function: str) -> torch.Tensor:
         values, vectors = torch.linalg.eigh(matrix)
         values = values.clamp(min=0)
         column, row = values.unsqueeze(-1), values.unsqueeze(-2)
@@ -58,7 +60,7 @@ class _MatrixFunction(torch.autograd.Function):
         return (vectors * image.unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         refuse_second_order("a distance between positive definite matrices")
         vectors, divided = ctx.saved_tensors
         return vectors @ (divided * (vectors.mT @ grad @ vectors)) @ vectors.mT, None

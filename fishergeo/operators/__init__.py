@@ -14,7 +14,7 @@ from fishergeo.operators.diagonal import DiagonalOperator
 from fishergeo.operators.exact import ExactOperator
 from fishergeo.operators.joint import JointFisher
 from fishergeo.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SpectralKroneckerOperator
-from fishergeo.operators.matrix_free import BlackBox, EachOperator, LayerProducts, black_box
+from fishergeo.operators.matrix_free import BlackBox, EachOperator, LayerProducts, Product, black_box
 from fishergeo.operators.spectral import SpectralOperator
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "JointFisher",
     "KroneckerOperator",
     "LayerProducts",
+    "Product",
     "SpectralKroneckerOperator",
     "SpectralOperator",
     "SumOperator",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fishergeo._checks import check_choice, check_integer
 from fishergeo._linalg import directions
-from fishergeo.operators import BlackBox, black_box
+from fishergeo.operators import BlackBox, Product, black_box
 
 TRACE_METHODS = ("xtrace", "hutch++", "hutchinson")
 
@@ -93,7 +93,9 @@ def trace(
     return _xtrace(matmul, n, products // 2, seed, dtype, device)
 
 
-def _hutch_plus_plus(matmul, n: int, products: int, seed: int, dtype: torch.dtype, device: torch.device) -> Estimate:
+def _hutch_plus_plus(
+    matmul: Product, n: int, products: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> Estimate:
     third = products // 3
     q = torch.linalg.qr(matmul(_signs(n, third, seed, "sketch", (dtype, device))))[0]
     inside = (q * matmul(q)).sum()
@@ -112,7 +114,7 @@ def _left_out(triangle: Tensor, eps: float) -> Tensor | None:
     return inverse / torch.linalg.vector_norm(inverse, dim=0)
 
 
-def _xtrace(matmul, n: int, half: int, seed: int, dtype: torch.dtype, device: torch.device) -> Estimate:
+def _xtrace(matmul: Product, n: int, half: int, seed: int, dtype: torch.dtype, device: torch.device) -> Estimate:
     omega = (directions(n, half, seed, "trace") * n**0.5).to(device, dtype)
     y = matmul(omega)
     q, triangle = torch.linalg.qr(y)

@@ -8,6 +8,7 @@ there the backward pass recomputes.
 import functools
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -51,7 +52,16 @@ class FactoredOverlap(torch.autograd.Function):
     """The term for A = la @ ra and T = lt @ rt: (totals (B,), row sums (B, p)); only the totals have a gradient."""
 
     @staticmethod
-    def forward(ctx, la, ra, lt, rt, base, beta, tau):
+    def forward(
+        ctx: Any,
+        la: torch.Tensor,
+        ra: torch.Tensor,
+        lt: torch.Tensor,
+        rt: torch.Tensor,
+        base: torch.Tensor | None,
+        beta: float,
+        tau: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         backend = sweeps(la.device, la.dtype, max(la.shape[-1], lt.shape[-1]))
         sums, grads = backend.factored_sweep((la, ra, lt, rt), base, beta, tau, ctx.needs_input_grad[:4])
         ctx.save_for_backward(*grads)
@@ -59,7 +69,7 @@ class FactoredOverlap(torch.autograd.Function):
         return sums.sum(-1), sums
 
     @staticmethod
-    def backward(ctx, grad_total, _grad_sums):
+    def backward(ctx: Any, grad_total: torch.Tensor, _grad_sums: None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order("riemannian_overlap")
         scale = grad_total[:, None, None]
         return *(None if g is None else g * scale for g in ctx.saved_tensors), None, None, None
@@ -69,7 +79,9 @@ class DenseOverlap(torch.autograd.Function):
     """The same for dense A and T of shape (B, p, q)."""
 
     @staticmethod
-    def forward(ctx, part, rest, base, beta, tau):
+    def forward(
+        ctx: Any, part: torch.Tensor, rest: torch.Tensor, base: torch.Tensor | None, beta: float, tau: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = sweeps(part.device, part.dtype).dense_sums(part, rest, base, beta, tau)
         ctx.save_for_backward(part, rest, base)
         ctx.beta, ctx.tau = beta, tau
@@ -77,7 +89,7 @@ class DenseOverlap(torch.autograd.Function):
         return sums.sum(-1), sums
 
     @staticmethod
-    def backward(ctx, grad_total, _grad_sums):
+    def backward(ctx: Any, grad_total: torch.Tensor, _grad_sums: None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order("riemannian_overlap")
         part, rest, base = ctx.saved_tensors
         backend = sweeps(part.device, part.dtype)

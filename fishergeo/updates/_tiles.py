@@ -44,7 +44,17 @@ class _Workspace:
                 yield slice(i, i + height), slice(j, j + width), tiles
 
 
-def _tile_value(a, t, base, beta: float, tau: float, d, s, x, scratch) -> torch.Tensor:
+def _tile_value(
+    a: torch.Tensor,
+    t: torch.Tensor,
+    base: torch.Tensor | None,
+    beta: float,
+    tau: float,
+    d: torch.Tensor,
+    s: torch.Tensor,
+    x: torch.Tensor,
+    scratch: torch.Tensor,
+) -> torch.Tensor:
     """Row sums of the term over one tile; leaves D in `d`, σ(|D| − τ) in `s` and X in `x`."""
     torch.add(a, t, out=d)
     if base is not None:
@@ -56,7 +66,15 @@ def _tile_value(a, t, base, beta: float, tau: float, d, s, x, scratch) -> torch.
     return scratch.abs_().sum(-1)
 
 
-def _tile_gradient(a, t, beta: float, d, s, x, by_t) -> torch.Tensor:
+def _tile_gradient(
+    a: torch.Tensor,
+    t: torch.Tensor,
+    beta: float,
+    d: torch.Tensor,
+    s: torch.Tensor,
+    x: torch.Tensor,
+    by_t: torch.Tensor,
+) -> torch.Tensor:
     """Leave the gradients by A in `x`, which is returned, and by T in `by_t`, from what `_tile_value` leaves.
 
     Overwrites `d` and `s`, keeps `a` and `t`. Where D is zero, whose sign is then 1, this is one of the subgradients.

@@ -7,7 +7,8 @@ offers metrics in which the question has an answer.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +80,9 @@ def _flat(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
 
 
-def _overlap(part, rest, beta: float, tau: float, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _overlap(
+    part: Any, rest: Any, beta: float, tau: float, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Checked totals (batch) and row sums (batch, p); only the totals are differentiable."""
     beta, tau = check_number("beta", beta, low=0), check_number("tau", tau)
     # Sums over p·q products leave the range of half precision, so there it is only a storage format. What is as large
@@ -188,7 +191,7 @@ def sampled_riemannian_overlap(
     n = check_integer("rows", rows, low=min(2, p), high=p)
     chosen = torch.randperm(p, generator=check_generator("generator", generator))[:n].to(part.device)
 
-    def take(update):
+    def take(update: Any) -> Any:
         if isinstance(update, LowRank):
             return LowRank(update.left[..., chosen, :], update.right)
         return update[..., chosen, :]
@@ -203,12 +206,12 @@ class _ApplyOperator(torch.autograd.Function):
     """operator @ matrix for a symmetric operator that need not know autograd: the gradient is operator @ gradient."""
 
     @staticmethod
-    def forward(ctx, operator, matrix):
+    def forward(ctx: Any, operator: Any, matrix: torch.Tensor) -> torch.Tensor:
         ctx.operator = operator
         return operator @ matrix
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, _ApplyOperator.apply(ctx.operator, grad)
 
 
@@ -239,11 +242,11 @@ def _check_metric(metric: object, update: LowRank | torch.Tensor) -> None:
         raise ValueError(f"metric has shape {tuple(metric.shape)}, it must be {p}×{p}")  # type: ignore[attr-defined]
 
 
-def _inner(first, second) -> torch.Tensor:
+def _inner(first: Any, second: Any) -> torch.Tensor:
     return first.inner(second) if isinstance(first, LowRank) else (first * second).sum(dim=(-2, -1))
 
 
-def _normalised(part, rest):
+def _normalised(part: Any, rest: Any) -> tuple[Any, Any]:
     """Each update over a constant of its own size: angles do not change, nor do gradients, and nothing underflows."""
 
     def unit(matrix: torch.Tensor) -> torch.Tensor:
@@ -260,11 +263,12 @@ def _normalised(part, rest):
     )
 
 
-def _gram_inners(first, second) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gram_inners(first: Any, second: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """⟨XᵀX, YᵀY⟩ = ‖XYᵀ‖² of two parts, and of each with itself: by the factors' small Gram matrices or by p×p products."""
     if not isinstance(first, LowRank):
         pairs = ((first, second), (first, first), (second, second))
-        return tuple((x @ y.mT).square().sum(dim=(-2, -1)) for x, y in pairs)  # type: ignore[return-value]
+        across, one, other = ((x @ y.mT).square().sum(dim=(-2, -1)) for x, y in pairs)
+        return across, one, other
     # ‖L R (L' R')ᵀ‖² = tr(M K M' Kᵀ) with M = LᵀL, K = R R'ᵀ, M' = L'ᵀL'.
     left = [part.left.mT @ part.left for part in (first, second)]
     if first.right is second.right:  # as parts of one split have it
@@ -281,7 +285,7 @@ def _trace(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x * y.mT).sum(dim=(-2, -1))
 
 
-def _metric_squares(parts, images) -> tuple[torch.Tensor, torch.Tensor]:
+def _metric_squares(parts: Sequence[Any], images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """⟨X, MX⟩ for both parts, zero where it is rounding: a part in the null space of M has no angle."""
     sizes = [_inner(x, x).detach() for x in parts]
     stretches = [_inner(y, y).detach() / torch.where(size > 0, size, 1) for y, size in zip(images, sizes, strict=True)]

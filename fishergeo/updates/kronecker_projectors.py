@@ -4,6 +4,8 @@ The eigenvectors of kron(S, A) are the pairs u_i v_jᵀ with eigenvalues σ_i·�
 output and the leading input directions is a rectangle of pairs; the truly leading pairs are a staircase within it.
 """
 
+from typing import Any
+
 import torch
 
 from fishergeo._checks import (
@@ -56,7 +58,7 @@ class KroneckerProjector(SubspaceMap):
     def __repr__(self) -> str:
         return f"KroneckerProjector(output={tuple(self.output_basis.shape)}, input={tuple(self.input_basis.shape)})"
 
-    def split(self, delta):
+    def split(self, delta: Any) -> tuple[Any, Any]:
         """Return (P_S·Δ·P_A, the rest), of the kind of `delta`.
 
         A LowRank of rank r has a part of rank r and a rest of rank 2r: what P_S leaves of the left factor, and what
@@ -162,7 +164,7 @@ class KroneckerMaskProjector(SubspaceMap):
     def __repr__(self) -> str:
         return f"KroneckerMaskProjector(pairs={int(self.mask.sum())}, directions={tuple(self.mask.shape)})"
 
-    def split(self, delta):
+    def split(self, delta: Any) -> tuple[Any, Any]:
         """Return (U((UᵀΔV)∘M)Vᵀ, the rest), of the kind of `delta`.
 
         Of a LowRank of rank r, the part has rank min(m, n) of the directions in use and the rest that rank plus r: a

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ class LowRank:
             raise IndexError(f"index {index!r} reaches into the matrix dimensions of a LowRank of shape {self.shape}")
         return LowRank(left, right)
 
-    def to(self, *args, **kwargs) -> "LowRank":
+    def to(self, *args: Any, **kwargs: Any) -> "LowRank":
         """Factors moved or cast as by `torch.Tensor.to`."""
         return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
 
@@ -386,7 +387,7 @@ def layer_cosines(runs: Sequence[Mapping[str, LowRank | torch.Tensor]]) -> dict[
     return {name: _cosines([run[name] for run in runs], name) for name in runs[0]}
 
 
-def _cosines(updates: list, name: str) -> torch.Tensor:
+def _cosines(updates: list[Any], name: str) -> torch.Tensor:
     checked = [as_update(f"runs[{i}][{name!r}]", update) for i, update in enumerate(updates)]
     for i, update in enumerate(checked):
         check_same_kind(f"runs[{i}][{name!r}]", update, f"runs[0][{name!r}]", checked[0])

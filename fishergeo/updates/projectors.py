@@ -5,7 +5,7 @@ parts keep its rank, and no p×p matrix is formed.
 """
 
 from collections.abc import Sequence
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import torch
 
@@ -58,7 +58,7 @@ class SubspaceMap:
     def split(self, delta: LowRank) -> tuple[LowRank, LowRank]: ...
     @overload
     def split(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def split(self, delta):
+    def split(self, delta: Any) -> tuple[Any, Any]:
         """Return (part, rest) = (PΔ, Δ − PΔ), each of the same shape and kind as `delta`.
 
         Args:
@@ -95,7 +95,7 @@ class Complement(SubspaceMap):
     def __repr__(self) -> str:
         return f"Complement({self.of!r})"
 
-    def split(self, delta):
+    def split(self, delta: Any) -> tuple[Any, Any]:
         """Return ((I − P)Δ, PΔ) of the update `delta`; see `Projector.split`."""
         part, rest = self.of.split(delta)
         return rest, part
@@ -201,7 +201,7 @@ class SoftProjector(SubspaceMap):
         """Number m of directions."""
         return self.basis.shape[-1]
 
-    def to(self, *args, **kwargs) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """The projector moved or cast as by `torch.Tensor.to`, without checking it a second time."""
         return self._made(self.basis.to(*args, **kwargs), self.weights.to(*args, **kwargs), self.side)
 
@@ -216,7 +216,7 @@ class SoftProjector(SubspaceMap):
         # (XᵀU wUᵀ)ᵀ: with the few columns of a factor as rows on the left, BLAS takes a third of the time.
         return (self._weighted(matrix.mT @ self.basis) @ self.basis.mT).mT
 
-    def split(self, delta):
+    def split(self, delta: Any) -> tuple[Any, Any]:
         """Return (part, rest) = (SΔ, Δ − SΔ), or (ΔS, Δ − ΔS) for side="input", each of the kind of `delta`.
 
         A LowRank keeps its rank and the factor on the other side.
