@@ -12,10 +12,9 @@ from torch import Tensor
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.curvature import LayerCurvature
 from alignguard.guard.distributed import agreed, pooled_mean
-from alignguard.guard.gauge import DriftGauge
 from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg
 from alignguard.guard.reference import Reference
-from alignguard.guard.report import Report
+from alignguard.guard.report import DriftGauge, Report
 from alignguard.guard.rows import AlignmentRows, Encoded, shortened
 from alignguard.guard.schedule import DriftBudget, Freshness, Schedule, whole_number
 from alignguard.objective import model_kind

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignguard.guard import Guard, GuardConfig
-from alignguard.guard.gauge import DriftGauge
+from alignguard.guard.report import DriftGauge
 
 REMEDY = "do otherwise."
 
