@@ -104,7 +104,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
         ValueError: it is not.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")
     return value
 
 

@@ -213,7 +213,7 @@ def tiled_squares(entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
         left: L, (p, r), the same dtype.
         right: R, (r, q), the same dtype.
     """
-    return _TiledSquares.apply(entries, left, right)
+    return _TiledSquares.apply(entries, left, right)  # type: ignore[no-untyped-call]
 
 
 class _TiledSquares(torch.autograd.Function):

@@ -170,7 +170,7 @@ class Accumulator:
         """Multiplies everything added so far; ``done`` holds what another layer of the group has multiplied."""
         self.finish()
         for key, tensor in self.sums.items():
-            if self.owned(key) not in done:
+            if key not in self.shared or self.owned(key) not in done:
                 done.add(self.owned(key))
                 tensor.mul_(factor)
 

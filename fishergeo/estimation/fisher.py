@@ -92,6 +92,11 @@ class FisherHeader:
 class Fisher(Mapping[str, SymmetricOperator]):
     """Layer name -> operator. Holds sums, so shards add up; an operator is built when first asked for.
 
+    Args:
+        header: what it is the Fisher of.
+        accumulators: layer name -> sums, of the layers of the header.
+        groups: layer name -> input group; by default those that the accumulators name.
+
     Attributes:
         header: what it is the Fisher of.
         accumulators: layer name -> sums; read from the file on demand after :meth:`load`.

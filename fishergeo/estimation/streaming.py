@@ -181,7 +181,7 @@ class StreamingOperator(SymmetricOperator):
         self._diagonal: Tensor | None = None
 
     def _matmat(self, block: Tensor) -> Tensor:
-        return _Streamed.apply(block, lambda x: self.fisher.multi_matmul({self.name: x})[self.name])
+        return _Streamed.apply(block, lambda x: self.fisher.multi_matmul({self.name: x})[self.name])  # type: ignore[no-untyped-call]
 
     def diagonal(self) -> Tensor:
         """(size,); one pass for the two-sided operator of all layers, a product with the identity for one side."""

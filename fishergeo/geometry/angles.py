@@ -63,7 +63,7 @@ def angles_between(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     first, second = (x, y) if x.shape[-1] >= y.shape[-1] else (y, x)
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     pair = (z.to(work).expand(*batch, *z.shape[-2:]) for z in (first, second))
-    return _PrincipalAngles.apply(*pair)
+    return _PrincipalAngles.apply(*pair)  # type: ignore[no-untyped-call]
 
 
 def principal_angles(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -146,7 +146,7 @@ class Grassmann(geoopt.manifolds.base.Manifold):  # type: ignore[misc]  # geoopt
 
     def projx(self, x: torch.Tensor) -> torch.Tensor:
         """Nearest matrix with orthonormal columns, the polar factor of x (..., n, k); the span is that of x."""
-        return _Polar.apply(x)
+        return _Polar.apply(x)  # type: ignore[no-untyped-call]
 
     def proju(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Horizontal part u − x(xᵀu), (..., n, k)."""
@@ -186,7 +186,7 @@ class Grassmann(geoopt.manifolds.base.Manifold):  # type: ignore[misc]  # geoopt
         Once differentiable off the cut locus, zero and equal angles included.
         """
         away = self.proju(x, self.proju(x, y))
-        return away @ _ArcFactor.apply(x.mT @ y, away.detach())
+        return away @ _ArcFactor.apply(x.mT @ y, away.detach())  # type: ignore[no-untyped-call]
 
     def dist(self, x: torch.Tensor, y: torch.Tensor, *, keepdim: bool = False) -> torch.Tensor:
         """Arc length ‖θ‖ over the principal angles, of the batch shape; its gradient where x and y span the same is zero."""

@@ -122,7 +122,7 @@ def log_euclidean_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         1.4142
     """
     first, second = _check_pair(a, b, definite=True)
-    return _length(_MatrixFunction.apply(first, "log") - _MatrixFunction.apply(second, "log"), (-2, -1))
+    return _length(_MatrixFunction.apply(first, "log") - _MatrixFunction.apply(second, "log"), (-2, -1))  # type: ignore[no-untyped-call]
 
 
 def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
         1.4142
     """
     first, second = _check_pair(a, b, definite=False)
-    root_a, root_b = _MatrixFunction.apply(first, "sqrt"), _MatrixFunction.apply(second, "sqrt")
+    root_a, root_b = _MatrixFunction.apply(first, "sqrt"), _MatrixFunction.apply(second, "sqrt")  # type: ignore[no-untyped-call]
     # Q is where the least is attained, so by the envelope theorem it counts as a constant in the gradient.
     u, _, vh = torch.linalg.svd((root_b.mT @ root_a).detach())
     return _length(root_a - root_b @ (u @ vh), (-2, -1))

@@ -55,7 +55,7 @@ class SymmetricOperator(abc.ABC):
         self.side = side
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, everything that the operator is made of; :meth:`from_tensors` makes it again.
+        """Name -> tensor, of whatever shape, everything that the operator is made of; :meth:`from_tensors` makes it again.
 
         Raises:
             TypeError: if it is not made of tensors, as one whose products read the data again.
@@ -67,7 +67,7 @@ class SymmetricOperator(abc.ABC):
         """The operator of this class whose :meth:`tensors` these were.
 
         Args:
-            tensors: name -> tensor, as :meth:`tensors` gave them, of any floating dtype.
+            tensors: name -> tensor, as :meth:`tensors` gave them, of the shape that each had and any floating dtype.
             side: the side of W that a one-sided operator acts on; a two-sided one knows its own.
 
         Raises:
@@ -404,7 +404,7 @@ def operator_from_tensors(kind: str, tensors: Mapping[str, Tensor], side: str = 
 
     Args:
         kind: the name of its class, ``type(operator).__name__``.
-        tensors: name -> tensor, as ``operator.tensors()`` gave them, of any floating dtype.
+        tensors: name -> tensor, as ``operator.tensors()`` gave them, of the shape that each had and any floating dtype.
         side: ``operator.side``; a two-sided operator knows its own.
 
     Returns:

@@ -111,7 +111,7 @@ class KroneckerOperator(FactoredKronecker):
     def _quadratic_factored(self, left: Tensor, right: Tensor) -> Tensor:
         if self.output_factor.requires_grad or self.input_factor.requires_grad:
             return ((left.T @ (self.output_factor @ left)) * (right @ (self.input_factor @ right.T))).sum()
-        return _KroneckerQuadratic.apply(self.output_factor, self.input_factor, left, right)
+        return _KroneckerQuadratic.apply(self.output_factor, self.input_factor, left, right)  # type: ignore[no-untyped-call]
 
 
 class _KroneckerQuadratic(torch.autograd.Function):

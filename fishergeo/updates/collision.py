@@ -91,9 +91,9 @@ def _overlap(
     if isinstance(part, LowRank):
         work = torch.promote_types(part.dtype, torch.float32)
         factors = [_flat(f.to(work)) for f in (part.left, part.right, rest.left, rest.right)]
-        total, sums = FactoredOverlap.apply(*factors, base, beta, tau)
+        total, sums = FactoredOverlap.apply(*factors, base, beta, tau)  # type: ignore[no-untyped-call]
     else:
-        total, sums = DenseOverlap.apply(_flat(part), _flat(rest), base, beta, tau)
+        total, sums = DenseOverlap.apply(_flat(part), _flat(rest), base, beta, tau)  # type: ignore[no-untyped-call]
     batch = part.shape[:-2]
     return total.reshape(batch), sums.reshape(*batch, sums.shape[-1])
 
@@ -212,12 +212,12 @@ class _ApplyOperator(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, _ApplyOperator.apply(ctx.operator, grad)
+        return None, _ApplyOperator.apply(ctx.operator, grad)  # type: ignore[no-untyped-call]
 
 
 def _apply_metric(metric: object, update: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
     matrix = update.left if isinstance(update, LowRank) else update
-    image = metric @ matrix if isinstance(metric, torch.Tensor) else _ApplyOperator.apply(metric, matrix)
+    image = metric @ matrix if isinstance(metric, torch.Tensor) else _ApplyOperator.apply(metric, matrix)  # type: ignore[no-untyped-call]
     if not isinstance(image, torch.Tensor) or image.shape != matrix.shape:
         raise ValueError(
             f"metric @ X must have the shape {tuple(matrix.shape)} of X, got {getattr(image, 'shape', type(image))}"

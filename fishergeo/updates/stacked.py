@@ -105,8 +105,8 @@ def stacked_congruence(matrices: Sequence[Tensor | SpectralOperator], rows: Tens
         weights = pad_sequence([op.values - op.rest for op in operators], batch_first=True)[:, None]
         rest = rows.new_tensor([op.rest for op in operators])[:, None, None]
         bases = [op.vectors for op in operators]
-        return _SpectralCongruence.apply(rows, weights.to(rows.dtype), rest, *bases)
-    return _Congruence.apply(rows, *matrices)
+        return _SpectralCongruence.apply(rows, weights.to(rows.dtype), rest, *bases)  # type: ignore[no-untyped-call]
+    return _Congruence.apply(rows, *matrices)  # type: ignore[no-untyped-call]
 
 
 def stacked_quadratic(operators: Sequence[SymmetricOperator], delta: LowRank | Tensor) -> Tensor:

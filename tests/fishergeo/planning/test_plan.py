@@ -254,7 +254,7 @@ def test_parts_end_where_the_sweep_turns(rows, decay, leading):
             weight = decay * weight + 1
         if turns is None and weight >= leading:
             turns = number + 1
-    options = {"structure": "ekfac", "basis_examples": leading, "decay": decay}
+    options = {"structure": "ekfac", "basis_examples": leading, "data": fg.DataOptions(decay=decay)}
     if turns in (None, len(rows)):
         with pytest.raises(ValueError, match="none is left for the moments"):
             parts_of(options, rows, [10 * count for count in rows])
