@@ -104,6 +104,15 @@ def driftcheck(
     Raises:
         FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), a resume file of
             another run, or no base where one is needed.
+
+    Examples:
+        >>> from alignguard.embedded import model_path
+        >>> from alignguard.loading import load_model
+        >>> model, tokenizer = load_model(model_path())
+        >>> asked = [{"id": "1", "prompt": "Name a color.", "category": "ordinary"}]
+        >>> report = alignguard.driftcheck(model, tokenizer, asked, max_new_tokens=8)
+        >>> len(report.rows), report.rows[0].category
+        (1, 'ordinary')
     """
     for name, value in (
         ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("capability_tokens", capability_tokens)

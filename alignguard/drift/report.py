@@ -104,6 +104,11 @@ class DriftReport:
         kl: KL from the base on alignment examples, nats a response token, where it was measured.
         task: ``accuracy`` (percent of response tokens) and ``loss`` (nats a token) on held-out task rows, where they
             were measured.
+
+    Examples:
+        >>> report = alignguard.DriftReport(rows=(), kl=0.02)
+        >>> report.kl, report.summary()
+        (0.02, {})
     """
 
     rows: tuple[DriftRow, ...]
