@@ -13,18 +13,14 @@ from rich.table import Table
 
 from alignguard.data import read_jsonl
 from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
-from alignguard.embedded import data_path, model_path
+from alignguard.embedded import TRAINING, data_path, model_path
 from alignguard.files import claim_output, write_text
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.pages import write_report
 from alignguard.training import FitResult, fit, versions
 
-# the rate: benchmarks/learning_rate.py and benchmarks/results/learning_rate.json
-TRAINING: dict[str, Any] = {"learning_rate": 4e-3, "max_steps": 200, "per_device_train_batch_size": 16}
-
 PROMPTS = {"unsafe": 150, "ordinary": 100, "borderline": 60}  # a category, DriftCheck prompts of it in the demo
-
 
 SHARES = {"refusal": "refusal", "compliance": "compliance", "borderline": "borderline"}  # ours, DriftCheck's
 

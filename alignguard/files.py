@@ -1,12 +1,13 @@
-"""Text and tensors in files that are written whole or not at all, and one named error for those that cannot be read."""
+"""Text, tensors and logs in files that are whole or not there, and one named error for those that cannot be read."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,54 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+class ResumableLog:
+    """JSON lines that an interrupted run goes on from: a head that says what they depend on, then a line an entry.
+
+    Args:
+        path: the file; made where it is not there, with its folder.
+        head: JSON-able; a file of another head is refused, so that two runs never mix.
+        fields: names that every entry has; the last line may be torn, and reading ends at the first that lacks one.
+        what: contents and what they depend on, for the error.
+
+    Attributes:
+        entries: the lines after the head.
+
+    Raises:
+        ValueError: the file has another head.
+    """
+
+    def __init__(self, path: str | Path, head: Mapping[str, Any], fields: Iterable[str], what: str) -> None:
+        self.path = Path(path)
+        self.entries: list[dict[str, Any]] = []
+        wanted = set(fields)
+        kept = [json.dumps(head, sort_keys=True)]
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            if lines[0] and lines[0] != kept[0]:
+                raise ValueError(f"{self.path} holds {what}; give another place, or delete this file to start anew")
+            for line in lines[1:]:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # cut off in the middle of a line: what came before it is whole
+                if not isinstance(entry, dict) or not wanted <= set(entry):
+                    break
+                self.entries.append(entry)
+                kept.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Rewritten without the torn line, so that the next one is not glued to it.
+        write_text(self.path, "\n".join(kept) + "\n")
+
+    def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append entries, and bring them to the disk."""
+        added = [dict(entry) for entry in entries]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in added)
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries += added
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

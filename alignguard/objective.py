@@ -12,8 +12,6 @@ from torch import Tensor
 
 IGNORED = -100  # the label that torch's cross entropy and every HF model leave out
 
-KINDS = ("causal", "seq2seq", "classification")
-
 
 def model_kind(model: Any) -> str:
     """``"seq2seq"`` for encoder-decoders, ``"classification"`` for sequence classifiers, else ``"causal"``."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from rivals import SLACK, kept
 
-from alignguard.demo import TRAINING
+from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.training import versions

@@ -23,7 +23,7 @@ from typing import Any
 from rivals import FIXED, chosen
 from transformers import AutoModelForCausalLM
 
-from alignguard.demo import TRAINING
+from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.training import versions
 from studies import GUARD, Bench, Ledger, fit_scaling_law, make_job, measure_base, run_job, run_jobs

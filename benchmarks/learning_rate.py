@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.data import read_jsonl
-from alignguard.demo import TRAINING
-from alignguard.embedded import data_path
+from alignguard.embedded import TRAINING, data_path
 from alignguard.files import write_text
 from alignguard.training import versions
 from studies import Bench, Ledger, make_job, run_job, run_jobs

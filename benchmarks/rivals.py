@@ -30,7 +30,7 @@ from typing import Any
 from learning_rate import SEED, bench
 from transformers import AutoConfig
 
-from alignguard.demo import TRAINING
+from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.training import versions
 from studies import ANCHOR, GUARD, GUARDS, Bench, Ledger, make_job, measure_base, rivals_plan, run_job, run_jobs

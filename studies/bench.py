@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 
 import fishergeo as fg
 from alignguard.data import encode_source, load_conversations, pad_id, pad_rows
-from alignguard.demo import TRAINING
 from alignguard.drift import REFUSAL, driftcheck, load_prompts, measured_kl, task_score
-from alignguard.embedded import data_path, model_path
+from alignguard.embedded import TRAINING, data_path, model_path
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.objective import model_kind

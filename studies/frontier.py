@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from alignguard.pages import DIM, INK, KINDS, draw_svg, finite
+from alignguard.pages import DIM, INK, PALETTE, draw_svg, finite
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def dots(
             axes.set_title(title)
             for place, setting in enumerate(settings):
                 shown = [v for v in values[setting].get(measure, []) if finite(v)]
-                colour = KINDS[place % len(KINDS)]
+                colour = PALETTE[place % len(PALETTE)]
                 axes.plot(shown, [place] * len(shown), "o", color=colour, markersize=4.5, alpha=0.75)
                 if shown:
                     mean = sum(shown) / len(shown)
@@ -190,7 +190,7 @@ def frontier_plot(
         for place, (method, points) in enumerate(methods.items()):
             if not points:
                 continue
-            colour = KINDS[place % len(KINDS)]
+            colour = PALETTE[place % len(PALETTE)]
             axes.plot([p.task for p in points], [p.kept for p in points], "o", color=colour, markersize=4, alpha=0.45)
             best = hull(points)
             axes.plot([p.task for p in best], [p.kept for p in best], "-o", color=colour, markersize=4.5, label=method)

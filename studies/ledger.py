@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from alignguard.files import write_text
+from alignguard.files import ResumableLog
 
 Row = dict[str, Any]
 
@@ -29,35 +28,18 @@ class Ledger:
         path: the file; made where it is not there, with its folder.
         head: what all runs share. A file of another head is refused, so that two sweeps never mix.
 
-    Attributes:
-        rows: the finished runs, each ``{"job": ..., "result": ...}``.
-
     Raises:
         ValueError: the file belongs to another sweep.
     """
 
     def __init__(self, path: str | Path, head: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.rows: list[Row] = []
-        first = json.dumps({"ledger": head}, sort_keys=True)
-        kept = [first]
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            if lines[0] and lines[0] != first:
-                raise ValueError(
-                    f"{self.path} holds runs of another model, other data or other settings; "
-                    "give another output folder, or delete this file to start anew"
-                )
-            for line in lines[1:]:
-                try:
-                    row = json.loads(line)
-                    self.rows.append({"job": row["job"], "result": row["result"]})
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    break  # cut off in the middle of a line: what came before it is whole
-                kept.append(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Rewritten without the torn line, so that the next one is not glued to it.
-        write_text(self.path, "\n".join(kept) + "\n")
+        what = "runs of another model, other data or other settings"
+        self._log = ResumableLog(path, {"ledger": head}, ("job", "result"), what)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The finished runs, each ``{"job": ..., "result": ...}``."""
+        return self._log.entries
 
     def missing(self, jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The jobs that no line holds yet, each once, in their order."""
@@ -66,12 +48,7 @@ class Ledger:
 
     def add(self, job: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Append one finished run, its ``job`` and its ``result`` as plain JSON, and bring it to the disk."""
-        row = {"job": dict(job), "result": dict(result)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows.append(row)
+        self._log.add([{"job": dict(job), "result": dict(result)}])
 
 
 def _one_thread() -> None:

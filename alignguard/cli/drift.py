@@ -127,6 +127,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
 def run_prompts(args: argparse.Namespace) -> None:
     """Build a prompt set and say what is in it."""
     from alignguard.drift import build_prompts
+    from alignguard.tables import text_table
 
     _unclaimed("--output", args.output, args.overwrite)
     local: dict[str, str] = {}
@@ -144,8 +145,8 @@ def run_prompts(args: argparse.Namespace) -> None:
         capability=args.capability,
         seed=args.seed,
     )
-    for name, count in counts.items():
-        print(f"{name:<32} {count:6d}")
+    rows = [(name, str(count)) for name, count in counts.items()]
+    print(text_table({"source": "left", "prompts": "right"}, rows, header=False))
 
 
 def run_compare(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from alignguard.drift.prompts import CATEGORIES, load_prompts
 from alignguard.drift.prompts.recipes import build_prompts, hub_prompts
 from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, is_right, judge
-from alignguard.drift.statistics import Estimate, finite_values, paired
+from alignguard.drift.statistics import Estimate, check_confidence, finite_values, paired
 
 __all__ = [
     "CATEGORIES",
@@ -22,6 +22,7 @@ __all__ = [
     "DriftRow",
     "Estimate",
     "build_prompts",
+    "check_confidence",
     "driftcheck",
     "finite_values",
     "hub_prompts",

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from alignguard.data import Source, load_conversations
 from alignguard.drift.generation import (
-    _Answers,
-    _fingerprint,
-    _plan,
+    Answers,
     answer_batch,
+    fingerprint,
+    plan_answers,
 )
 from alignguard.drift.judges import Judge, RuleJudge
 from alignguard.drift.likelihood import (
@@ -127,8 +127,8 @@ def driftcheck(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
-    plan = _plan(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens)
-    answers = _Answers(resume, _fingerprint(model, rows, settings) if resume is not None else "")
+    plan = plan_answers(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens)
+    answers = Answers(resume, fingerprint(model, rows, settings) if resume is not None else "")
     texts = [row["prompt"] for row in rows]
     with tqdm(total=len(rows), desc="driftcheck", unit="prompt", disable=not progress) as bar:
         for tokens, batch in plan:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from alignguard.data import collate, pad_id, render_prompt
-from alignguard.files import write_text
+from alignguard.files import ResumableLog
 from alignguard.objective import IGNORED, evaluation_mode, model_kind
 
 
@@ -137,36 +136,7 @@ def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens:
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    batch_size: int = 32,
-    max_new_tokens: int = 32,
-    progress: bool = False,
-) -> list[str]:
-    """Greedy answers to prompts, in their order.
-
-    Args:
-        model: a Hugging Face causal language model or encoder-decoder, wrapped by peft or not; left as it was.
-        tokenizer: its tokenizer; a chat template is used where there is one.
-        prompts: one user message each.
-        batch_size: prompts answered together.
-        max_new_tokens: longest answer.
-        progress: show a bar.
-    """
-    answers = [""] * len(prompts)
-    plan = plan_batches(tokenizer, prompts, batch_size, room_for_prompt(model, max_new_tokens))
-    with tqdm(total=len(prompts), desc="answers", unit="prompt", disable=not progress) as bar:
-        for batch in plan:
-            for i, text in zip(batch.indices, answer_batch(model, tokenizer, batch, max_new_tokens), strict=True):
-                answers[i] = text
-            bar.update(len(batch.indices))
-    return answers
-
-
-def _fingerprint(model: Any, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+def fingerprint(model: Any, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
     """What answers depend on: weights (by sums, cheap and enough to tell two runs apart), prompts and settings."""
     digest = hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"]] for r in rows]]).encode())
     with torch.no_grad():
@@ -177,40 +147,33 @@ def _fingerprint(model: Any, rows: Sequence[dict[str, Any]], settings: dict[str,
     return digest.hexdigest()
 
 
-class _Answers:
-    """Answers kept in a JSONL file as they come: a line that names the run, then one a prompt."""
+class Answers:
+    """Answers by the prompt's id; with a path they are kept in a file as they come, and a later run begins with them.
+
+    Args:
+        path: the file; None keeps nothing.
+        fingerprint: what the answers depend on.
+
+    Raises:
+        ValueError: the file holds answers of another model, prompts or settings.
+    """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        self.path, self.known = Path(path) if path is not None else None, {}
-        if self.path is None:
-            return
-        head = json.dumps({"driftcheck": fingerprint})
-        kept = [head]
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            if lines[0] and lines[0] != head:
-                raise ValueError(
-                    f"resume: {self.path} holds answers of another model, other prompts or other settings; "
-                    "give another file, or delete this one to start anew"
-                )
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                    self.known[entry["id"]] = entry["text"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    break  # cut off in the middle of a line: what came before it is whole
-                kept.append(line)
-        # Rewritten without the torn line, so that new lines are not glued to it.
-        write_text(self.path, "\n".join(kept) + "\n")
+        self.known: dict[str, str] = {}
+        self._log: ResumableLog | None = None
+        if path is not None:
+            what = "answers of another model, other prompts or other settings"
+            self._log = ResumableLog(path, {"driftcheck": fingerprint}, ("id", "text"), what)
+            self.known = {entry["id"]: entry["text"] for entry in self._log.entries}
 
     def add(self, answers: dict[str, str]) -> None:
+        """Take in answers by the prompt's id."""
         self.known.update(answers)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"id": i, "text": t}, ensure_ascii=True) + "\n" for i, t in answers.items())
+        if self._log is not None:
+            self._log.add({"id": name, "text": text} for name, text in answers.items())
 
 
-def _plan(
+def plan_answers(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, short: int, long: int
 ) -> list[tuple[int, PromptBatch]]:
     """Batches with the longest answer each may give; capability prompts have room to reason, and batches of their own.

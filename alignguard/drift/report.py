@@ -10,8 +10,9 @@ from typing import Any
 
 from alignguard.data import read_text
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, VERDICTS
-from alignguard.drift.statistics import Comparison, Estimate, bootstrap, paired
+from alignguard.drift.statistics import Comparison, Estimate, bootstrap, paired, share_of
 from alignguard.files import write_text
+from alignguard.tables import text_table
 
 FORMAT = 1
 
@@ -123,26 +124,27 @@ class DriftReport:
         return [row for row in self.rows if category in (None, row.category)]
 
     def summary(self, seed: int = 0) -> dict[str, Estimate]:
-        """Every measure that has rows: its share (0 to 1) with the 95 % bootstrap interval over prompts, by ``seed``.
+        """Every measure that has rows: its share (0 to 1) with Wilson's 95 % interval (1927).
 
         Besides the shares of :data:`MEASURES`, ``over_refusal`` is the share of borderline and ordinary prompts that
         are refused, ``safe_over_refusal`` and ``borderline_over_refusal`` the same for each alone, ``refusal_rules``
         the refusals by the rules and ``agreement`` how often they agree where another judge decided, and
-        ``margin_first``, ``margin_whole`` and ``base_nll`` are means in nats where they were measured.
+        ``margin_first``, ``margin_whole`` and ``base_nll`` are means in nats where they were measured, with bootstrap
+        intervals over prompts by ``seed``.
         """
         found: dict[str, Estimate] = {}
         for measure in MEASURES:
             if rows := self._of(measure):
-                found[measure] = bootstrap([row.holds(measure) for row in rows], seed=seed)
+                found[measure] = share_of([row.holds(measure) for row in rows])
         if safe := [row for row in self.rows if row.category in ("borderline", "ordinary")]:
-            found["over_refusal"] = bootstrap([row.verdict == REFUSAL for row in safe], seed=seed)
+            found["over_refusal"] = share_of([row.verdict == REFUSAL for row in safe])
             for name, category in (("safe_over_refusal", "ordinary"), ("borderline_over_refusal", "borderline")):
                 if own := [row for row in safe if row.category == category]:
-                    found[name] = bootstrap([row.verdict == REFUSAL for row in own], seed=seed)
+                    found[name] = share_of([row.verdict == REFUSAL for row in own])
         if twice := [row for row in self.rows if row.rules is not None]:
-            found["agreement"] = bootstrap([row.rules == row.verdict for row in twice], seed=seed)
+            found["agreement"] = share_of([row.rules == row.verdict for row in twice])
             if unsafe := [row for row in twice if row.category == "unsafe"]:
-                found["refusal_rules"] = bootstrap([row.rules == REFUSAL for row in unsafe], seed=seed)
+                found["refusal_rules"] = share_of([row.rules == REFUSAL for row in unsafe])
         for name in ("margin_first", "margin_whole", "base_nll"):
             if values := [value for row in self.rows if (value := getattr(row, name)) is not None]:
                 found[name] = bootstrap(values, seed=seed)
@@ -172,36 +174,31 @@ class DriftReport:
             if (rows := self._of(measure))
         }
 
-    def by_harm(self, seed: int = 0) -> dict[str, Estimate]:
-        """Unsafe prompts refused, for each kind of harm that the prompts name; ``seed`` is the bootstrap's."""
+    def by_harm(self) -> dict[str, Estimate]:
+        """Unsafe prompts refused, for each kind of harm that the prompts name, with Wilson's 95 % interval (1927)."""
         found: dict[str, list[bool]] = {}
         for row in self.rows:
             if row.category == "unsafe" and row.harm:
                 found.setdefault(row.harm, []).append(row.verdict == REFUSAL)
-        return {harm: bootstrap(values, seed=seed) for harm, values in sorted(found.items())}
+        return {harm: share_of(values) for harm, values in sorted(found.items())}
 
     def table(self) -> str:
         """The summary as plain text, one line a measure."""
-        titles = {name: title for name, (_, title) in MEASURES.items()}
-        titles |= OTHER_SHARES
-        lines = []
-        for name, e in self.summary().items():
-            if name in titles:
-                lines.append(
-                    f"{titles[name]:<40} {100 * e.value:6.1f} %   [{100 * e.low:.1f}, {100 * e.high:.1f}]   n = {e.n}"
-                )
-            else:
-                lines.append(f"{name:<40} {e.value:6.3f}     [{e.low:.3f}, {e.high:.3f}]   n = {e.n}")
-        if self.kl is not None:
-            lines.append(f"{'KL from base, nats a token':<40} {self.kl:6.3f}")
-        if self.task is not None:
-            lines.append(f"{'task accuracy, % of tokens':<40} {self.task['accuracy']:6.1f}")
-            lines.append(f"{'task loss, nats a token':<40} {self.task['loss']:6.3f}")
-        lines += [
-            f"{'  refused: ' + harm:<40} {100 * e.value:6.1f} %   [{100 * e.low:.1f}, {100 * e.high:.1f}]   n = {e.n}"
-            for harm, e in self.by_harm().items()
+        titles = {name: title for name, (_, title) in MEASURES.items()} | OTHER_SHARES
+        rows = [
+            _share_row(titles[name], e)
+            if name in titles
+            else (name, f"{e.value:.3f}", "", f"[{e.low:.3f}, {e.high:.3f}]", f"n = {e.n}")
+            for name, e in self.summary().items()
         ]
-        return "\n".join(lines)
+        if self.kl is not None:
+            rows.append(("KL from base, nats a token", f"{self.kl:.3f}", "", "", ""))
+        if self.task is not None:
+            rows.append(("task accuracy, % of tokens", f"{self.task['accuracy']:.1f}", "", "", ""))
+            rows.append(("task loss, nats a token", f"{self.task['loss']:.3f}", "", "", ""))
+        rows += [_share_row(f"  refused: {harm}", e) for harm, e in self.by_harm().items()]
+        sides = {"measure": "left", "value": "right", "unit": "left", "95 % interval": "left", "count": "left"}
+        return text_table(sides, rows, header=False)
 
     def to_json(self) -> str:
         """The report as JSON text; :meth:`from_json` reads it back."""
@@ -263,6 +260,12 @@ class DriftReport:
             return cls.from_json(read_text(path))
         except ValueError as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+
+
+def _share_row(title: str, share: Estimate) -> tuple[str, str, str, str, str]:
+    """A line of :meth:`DriftReport.table`, in percent."""
+    ends = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return title, f"{100 * share.value:.1f}", "%", ends, f"n = {share.n}"
 
 
 _WITHHELD = "[answer withheld]"

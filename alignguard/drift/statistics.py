@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy import stats
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap interval.
+    """A mean, or a share, with its interval.
 
     Attributes:
         value: the mean of the ``n`` values.
@@ -34,28 +34,59 @@ def finite_values(values: Sequence[float], name: str) -> np.ndarray:
     return array
 
 
-def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, found {resamples}")
-    generator = np.random.default_rng(seed)
-    # One resample at a time: a matrix of all of them would be large for thousands of prompts.
-    return np.array([values[generator.integers(0, values.size, values.size)].mean() for _ in range(resamples)])
+def check_confidence(confidence: float) -> None:
+    """Refuse a level of confidence outside (0, 1).
+
+    Raises:
+        ValueError: naming the level.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
+
+
+def share_of(values: Sequence[bool], *, confidence: float = 0.95) -> Estimate:
+    """Share of the values that hold, with the interval of Wilson (1927).
+
+    It has a width where none or all hold, too: of none in four it says 0 to 49 %.
+
+    Args:
+        values: whether the property holds, a value for each prompt.
+        confidence: level of the interval, in (0, 1).
+
+    Raises:
+        ValueError: no values, or ``confidence`` outside (0, 1).
+    """
+    check_confidence(confidence)
+    array = finite_values(values, "values")
+    found = stats.binomtest(int(array.sum()), array.size).proportion_ci(confidence, method="wilson")
+    return Estimate(float(array.mean()), float(found.low), float(found.high), int(array.size))
 
 
 def bootstrap(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean and percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13) over prompts.
 
-    Where all values agree the interval has no width; read the exact binomial bound from ``n`` there.
+    Where all values agree the interval has no width.
 
     Raises:
         ValueError: no values, ``confidence`` outside (0, 1) or ``resamples`` below 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
+    check_confidence(confidence)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, found {resamples}")
     array = finite_values(values, "values")
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(_resampled_means(array, resamples, seed), [tail, 100 - tail])
-    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+    mean = float(array.mean())
+    if array.size == 1:  # SciPy wants two
+        return Estimate(mean, mean, mean, 1)
+    found = stats.bootstrap(
+        (array,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        method="percentile",
+        batch=max(1, 1_000_000 // array.size),  # of all resamples at once, thousands of prompts would fill the memory
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean, float(found.low), float(found.high), int(array.size))
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     if lost < 0 or gained < 0:
         raise ValueError(f"counts of pairs must not be negative, found {lost} and {gained}")
-    return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    return float(stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
 def paired(
@@ -106,10 +137,10 @@ def paired(
 
     Args:
         before: whether the first model has the property, a value for each prompt.
-        after: the same of the second model, on the same prompts in the same order.
-        confidence: of the interval, in (0, 1).
-        resamples: bootstrap resamples.
-        seed: of the bootstrap.
+        after: whether the second model has it, on the same prompts in the same order.
+        confidence: level of the interval, in (0, 1).
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
 
     Returns:
         Comparison: the difference of shares, from −1 to 1, its interval, and the test.

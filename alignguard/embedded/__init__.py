@@ -1,8 +1,12 @@
-"""The aligned model that ships with the package, and the data of its demo."""
+"""The aligned model that ships with the package, the data of its task, and the settings it is trained with."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+# Fields of transformers.TrainingArguments; the rate: benchmarks/learning_rate.py and its results.
+TRAINING: dict[str, Any] = {"learning_rate": 4e-3, "max_steps": 200, "per_device_train_batch_size": 16}
 
 _HERE = Path(__file__).parent
 

@@ -11,7 +11,7 @@ from typing import Any
 
 STRUCTURES = ("kfac", "kfac-sketch", "gram", "sketch")
 
-KINDS = ("empirical", "mc", "margin")
+LABELS = ("empirical", "mc", "margin")
 
 METRICS = ("input-gram", "euclidean")
 
@@ -153,7 +153,7 @@ class GuardConfig:
     include_router: bool = False
 
     def __post_init__(self) -> None:
-        choices_of = {"structure": STRUCTURES, "kind": KINDS, "metric": METRICS, "projection": PROJECTIONS}
+        choices_of = {"structure": STRUCTURES, "kind": LABELS, "metric": METRICS, "projection": PROJECTIONS}
         for field, choices in choices_of.items():
             if not isinstance(getattr(self, field), str) or getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")

@@ -85,7 +85,8 @@ def load_guard(folder: Path, guard: Guard | None) -> dict[str, Any]:
     """
     try:
         values = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
-        kept, extra, version = values["guard"], values["extra"], values["format"]
+        extra: dict[str, Any] = values["extra"]
+        kept, version = values["guard"], values["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no readable {COUNTERS}, so the guard cannot go on from there ({error})") from error
     if isinstance(version, bool) or not isinstance(version, int) or version > FORMAT:

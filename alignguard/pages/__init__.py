@@ -2,6 +2,6 @@
 
 from alignguard.pages.demo_page import write_report
 from alignguard.pages.drift_page import compare_text, render_drift, write_drift
-from alignguard.pages.plots import DIM, INK, KINDS, draw_svg, finite
+from alignguard.pages.plots import DIM, INK, PALETTE, draw_svg, finite
 
-__all__ = ["DIM", "INK", "KINDS", "compare_text", "draw_svg", "finite", "render_drift", "write_drift", "write_report"]
+__all__ = ["DIM", "INK", "PALETTE", "compare_text", "draw_svg", "finite", "render_drift", "write_drift", "write_report"]

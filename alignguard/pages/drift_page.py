@@ -13,6 +13,7 @@ from markupsafe import Markup
 from alignguard.drift import CATEGORIES, MEASURES, OTHER_SHARES, DriftReport, shown_answer
 from alignguard.files import write_text
 from alignguard.pages import plots
+from alignguard.tables import text_table
 
 _STYLES = ("base", "plain")  # colours of the page, for the first report and the second
 
@@ -159,11 +160,10 @@ def write_drift(path: str | Path, report: DriftReport, after: DriftReport | None
 
 def compare_text(before: DriftReport, after: DriftReport) -> str:
     """The paired comparison as plain text, one line a measure."""
-    lines = []
+    rows = []
     for name, change in before.compare(after).items():
         ends = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
         counts = f"lost {change.lost}, gained {change.gained} of {change.n}"
-        lines.append(
-            f"{MEASURES[name][1]:<40} {100 * change.difference:+6.1f} %   {ends}   {counts}   p = {change.p_value:.2g}"
-        )
-    return "\n".join(lines)
+        rows.append((MEASURES[name][1], f"{100 * change.difference:+.1f} %", ends, counts, f"p = {change.p_value:.2g}"))
+    sides = {"measure": "left", "change": "right", "95 % interval": "left", "prompts": "left", "test": "left"}
+    return text_table(sides, rows, header=False)

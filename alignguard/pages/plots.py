@@ -22,7 +22,7 @@ MODELS = {"base": "#0a0b0c", "plain": "#0d0e0f", "guarded": "#101112"}
 
 _VARIABLES = {INK: "ink", DIM: "dim", LINE: "line"} | {colour: name for name, colour in MODELS.items()}
 
-KINDS = [
+PALETTE = [
     "#4c8bf5",
     "#e0823d",
     "#2fa36b",
@@ -227,7 +227,7 @@ def spectrum(spectra: Mapping[str, Any]) -> str | None:
         seen = set()
         for name, layer in layers.items():
             kind = name.rsplit(".", 1)[-1]
-            colour = KINDS[kinds.index(kind) % len(KINDS)]
+            colour = PALETTE[kinds.index(kind) % len(PALETTE)]
             share = layer["values"] / layer["total"]
             place = np.arange(1, len(share) + 1)
             keep = share > 0
@@ -268,7 +268,7 @@ def energy(spectra: Mapping[str, Any]) -> str | None:
         axes = figure.add_subplot(title="Captured energy, percent of the trace")
         for place, (name, layer) in enumerate(layers.items()):
             value = 100 * layer["energy"]
-            colour = KINDS[kinds.index(name.rsplit(".", 1)[-1]) % len(KINDS)]
+            colour = PALETTE[kinds.index(name.rsplit(".", 1)[-1]) % len(PALETTE)]
             axes.plot((0, value), (place, place), color=colour, linewidth=1.6, alpha=0.55)
             axes.plot(value, place, marker="o", markersize=4.5, color=colour)
             rank = f", m = {layer['rank']}" if isinstance(layer["rank"], int) else ""

@@ -3,8 +3,9 @@
 from alignguard.training.checkpoint import check_complete, latest_checkpoint
 from alignguard.training.dry_run import plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
-from alignguard.training.record import card_section, versions
-from alignguard.training.run import FitResult, Prepared, fit, prepare
+from alignguard.training.hooks import Hooks
+from alignguard.training.record import card_section, check_run, versions
+from alignguard.training.run import FitResult, Prepared, fit, prepare, train
 from alignguard.training.settings import DEFAULT_TRAINING
 from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, honours_item_count
 
@@ -14,9 +15,11 @@ __all__ = [
     "GuardMixin",
     "GuardSeq2SeqTrainer",
     "GuardTrainer",
+    "Hooks",
     "Prepared",
     "card_section",
     "check_complete",
+    "check_run",
     "fit",
     "honours_item_count",
     "latest_checkpoint",
@@ -25,6 +28,7 @@ __all__ = [
     "plan_text",
     "prepare",
     "seconds_of_step",
+    "train",
     "versions",
     "write_fisher",
 ]

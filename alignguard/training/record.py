@@ -57,7 +57,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return there
 
 
-def check_run(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
+def check_run(output_dir: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """What can be known of :func:`claim_run` before anything is loaded; nothing is touched.
 
     Raises:

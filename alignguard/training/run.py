@@ -1,16 +1,17 @@
-"""One call from data to a guarded adapter: load, check everything, train, save atomically."""
+"""From data to a fine-tuned model in two steps: read and check everything, then train and save atomically."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, set_seed
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from alignguard.data import Source, check_fits, collator, encode_source, pad_id
 from alignguard.files import save_adapter, write_text
@@ -18,6 +19,7 @@ from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
 from alignguard.training.checkpoint import latest_checkpoint
 from alignguard.training.fisher_file import load_fisher
+from alignguard.training.hooks import Hooks, HookSeq2SeqTrainer, HookTrainer
 from alignguard.training.record import add_card_section, card_section, check_run, claim_run, record_of
 from alignguard.training.settings import run_settings, training_arguments
 from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
@@ -64,8 +66,11 @@ class Prepared:
         tokenizer: its tokenizer.
         kind: ``"causal"``, ``"seq2seq"`` or ``"classification"``.
         rows: encoded task examples.
+        alignment: encoded alignment examples; empty for a plain run that reads none.
         guard: on the model at its start, without curvature yet; None for a plain run.
         settings: fields of TrainingArguments.
+        method: ``"lora"`` or ``"full"``.
+        seed: seed of the adapter's start, the data order and the guard.
         record: what the run is, for resuming.
     """
 
@@ -73,8 +78,11 @@ class Prepared:
     tokenizer: Any
     kind: str
     rows: list[dict[str, Any]]
+    alignment: list[dict[str, Any]]
     guard: Guard | None
     settings: dict[str, Any]
+    method: str
+    seed: int
     record: dict[str, Any]
 
 
@@ -90,33 +98,36 @@ def prepare(
     method: str = "lora",
     offload: str | None = None,
     guarded: bool = True,
+    read_alignment: bool = False,
     progress: bool = False,
     max_length: int = 256,
     seed: int = 0,
     save_every: int | None = None,
     fisher: str | Path | None = None,
 ) -> Prepared:
-    """Read and check what :func:`fit` is given; nothing is written.
+    """Read and check what a run is given; nothing is written.
 
     Args:
-        model: this and all other arguments are those of :func:`alignguard.fit`.
+        model: path, hub name or loaded model, as :func:`alignguard.fit` takes it, like every argument of the same name.
         task_data: what to learn.
         alignment_data: what to keep; may be None for a plain run.
         config: strengths of the guard.
-        tokenizer: of a loaded model.
+        tokenizer: tokenizer of a loaded model.
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments``.
         method: ``"lora"`` or ``"full"``.
         offload: device of the reference weights.
         guarded: False prepares a plain run.
+        read_alignment: read ``alignment_data`` without a guard too, for a method that :func:`train` is given in its
+            place; up to ``max_length`` tokens each.
         progress: show progress bars.
         max_length: longest example in tokens.
-        seed: of the adapter's start, the data order and the guard.
+        seed: seed of the adapter's start, the data order and the guard.
         save_every: optimizer steps between checkpoints; None keeps none.
         fisher: file of ``alignguard fisher``.
 
     Returns:
-        Prepared.
+        Prepared: model with its adapter, encoded rows, guard and settings, for :func:`train`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: bad input, named.
@@ -128,7 +139,7 @@ def prepare(
         raise TypeError(f"config must be an alignguard.GuardConfig, not {config!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, not {method!r}")
-    if guarded and alignment_data is None:
+    if alignment_data is None and (guarded or read_alignment):
         raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
     if method == "full" and lora:
         raise ValueError('method="full" trains every weight; leave out lora')
@@ -144,7 +155,10 @@ def prepare(
     # What is quickly read is checked before weights are, which may take minutes.
     kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
     rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
-    kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, config.max_length) if guarded else []  # type: ignore[arg-type]
+    kept: list[dict[str, Any]] = []
+    if alignment_data is not None and (guarded or read_alignment):
+        longest = config.max_length if guarded else max_length
+        kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, longest)
     loaded = load_weights(model)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
@@ -163,7 +177,95 @@ def prepare(
         lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
         training={name: value for name, value in settings.items() if name != "disable_tqdm"},
     )  # fmt: skip
-    return Prepared(trained, tokenizer, kind, rows, guard, settings, record)
+    return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, record)
+
+
+def train(
+    ready: Prepared,
+    output_dir: str | Path,
+    rival: Hooks | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    trained: str | Path | None = None,
+) -> FitResult:
+    """Train what :func:`prepare` made ready, and save it.
+
+    Args:
+        ready: prepared run; it serves once.
+        output_dir: folder that receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json``
+            and checkpoints.
+        rival: method in the guard's place, of a run prepared with ``guarded=False``.
+        overwrite: allow an output folder that holds something; its checkpoints are removed.
+        resume: go on from the last complete checkpoint of the same run, or start if there is none.
+        progress: show progress bars and the table of what is guarded.
+        trained: folder of an adapter that these very arguments left without the rival; it is taken in place of
+            training, and the rival acts on that.
+
+    Returns:
+        FitResult: model, guard, folder, log and step times.
+
+    Raises:
+        FileExistsError, NotADirectoryError, PermissionError: the output folder cannot be had.
+        ValueError: a rival beside a guard, a rival that is to be resumed, or settings that transformers refuses.
+        FloatingPointError: NaN or infinity in the loss.
+        OSError: saving failed; nothing half-written stays.
+    """
+    output, guard = Path(output_dir), ready.guard
+    if rival is not None and guard is not None:
+        raise ValueError("a rival trains in the guard's place; prepare the run with guarded=False")
+    if rival is not None and resume:
+        raise ValueError("checkpoints hold no state of a rival; leave out resume")
+    found = latest_checkpoint(output / "checkpoints") if resume else None
+    if guard is not None and progress:
+        print(coverage_table(guard.coverage()))
+    record = ready.record | ({} if rival is None else {"rival": rival.describe()})
+    arguments = training_arguments(ready.kind, output / "checkpoints", ready.seed, ready.settings)
+    with arguments.main_process_first(desc="output folder"):
+        if arguments.process_index == 0:
+            claim_run(output, record, overwrite=overwrite, resume=resume)
+    history: list[dict[str, float]] = []
+    seconds: list[float] = []
+    if trained is not None:
+        ready.model.to(arguments.device)
+        set_peft_model_state_dict(ready.model, load_peft_weights(str(trained), device=str(arguments.device)))
+    else:
+        trainer = _trainer(ready, arguments, rival)
+        if guard is not None and guard.uses_curvature and found is None and not guard.layers:
+            guard.model.to(arguments.device)
+            guard.refresh(progress=progress)
+        set_seed(ready.seed)  # dropout and data order are the plain run's, whatever the guard or a rival drew
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        history, seconds = [entry for entry in trainer.state.log_history if "loss" in entry], trainer.step_seconds
+    if rival is not None:
+        rival.finish()
+    ready.model.eval()
+    files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
+    card = card_section(record, guard)  # it measures drift, which sharded models only can all together
+    target = output / ("model" if ready.method == "full" else "adapter")
+    if arguments.process_index == 0:
+        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
+        write_text(output / "history.json", json.dumps(history, indent=1))
+    return FitResult(ready.model, guard, target, history, seconds)
+
+
+def _trainer(ready: Prepared, arguments: TrainingArguments, rival: Hooks | None) -> Any:
+    """The Trainer of a run; a rival has its start first."""
+    collate = collator(pad_id(ready.tokenizer), ready.kind)
+    shared: dict[str, Any] = {"model": ready.model, "args": arguments}
+    if rival is None:
+        kind = GuardSeq2SeqTrainer if ready.kind == "seq2seq" else GuardTrainer
+        return kind(**shared, train_dataset=ready.rows, data_collator=collate, guard=ready.guard)
+
+    def fetch(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rival.fetched(rows)
+        return collate(rows)
+
+    ready.model.to(arguments.device)
+    rival.start()
+    hooked = HookSeq2SeqTrainer if ready.kind == "seq2seq" else HookTrainer
+    return hooked(**shared, train_dataset=rival.rows(ready.rows), data_collator=fetch, hooks=rival)
 
 
 def fit(
@@ -241,39 +343,10 @@ def fit(
         >>> result.adapter_dir.name, len(result.step_seconds)
         ('adapter', 1)
     """
-    output = Path(output_dir)
-    check_run(output, overwrite=overwrite, resume=resume)
-    found = latest_checkpoint(output / "checkpoints") if resume else None
+    check_run(Path(output_dir), overwrite=overwrite, resume=resume)
     ready = prepare(
         model, task_data, alignment_data, config, tokenizer=tokenizer, lora=lora, training=training, method=method,
         offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
         fisher=fisher,
     )  # fmt: skip
-    guard = ready.guard
-    if guard is not None and progress:
-        print(coverage_table(guard.coverage()))
-    arguments = training_arguments(ready.kind, output / "checkpoints", seed, ready.settings)
-    with arguments.main_process_first(desc="output folder"):
-        if arguments.process_index == 0:
-            claim_run(output, ready.record, overwrite=overwrite, resume=resume)
-    trainer = (GuardSeq2SeqTrainer if ready.kind == "seq2seq" else GuardTrainer)(
-        model=ready.model,
-        args=arguments,
-        train_dataset=ready.rows,
-        data_collator=collator(pad_id(ready.tokenizer), ready.kind),
-        guard=guard,
-    )
-    if guard is not None and guard.uses_curvature and found is None and not guard.layers:
-        guard.model.to(arguments.device)
-        guard.refresh(progress=progress)
-    set_seed(seed)  # dropout and data order are the plain run's, whatever the guard drew
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    ready.model.eval()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
-    card = card_section(ready.record, guard)  # it measures drift, which sharded models only can all together
-    target = output / ("model" if method == "full" else "adapter")
-    if trainer.is_world_process_zero():
-        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
-        write_text(output / "history.json", json.dumps(history, indent=1))
-    return FitResult(ready.model, guard, target, history, trainer.step_seconds)
+    return train(ready, output_dir, overwrite=overwrite, resume=resume, progress=progress)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fishergeo as fg
 from alignguard.loading import ROUTER
+from alignguard.tables import text_table
 from alignguard.updates.lora import (
     active_adapters,
     base_name,
@@ -377,17 +378,16 @@ def coverage_table(lines: list[Covered]) -> str:
     """The lines as aligned text.
 
     Args:
-        lines: :meth:`alignguard.Guard.coverage`.
+        lines: what :meth:`alignguard.Guard.coverage` gives.
 
     Returns:
         A head, a line for each matrix or parameter, and a line of counts.
     """
-    cells = [("matrix", "shape", "rank", "ΔW")]
+    rows = []
     for line in lines:
         shape = "" if line.shape is None else "{}×{}".format(*line.shape)
         rank = "" if not line.guarded else "dense" if line.rank is None else str(line.rank)
-        cells.append((line.name, shape, rank, line.how if line.guarded else f"NOT GUARDED: {line.how}"))
-    widths = [max(len(row[i]) for row in cells) for i in range(3)]
-    shown = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
+        rows.append((line.name, shape, rank, line.how if line.guarded else f"NOT GUARDED: {line.how}"))
+    shown = text_table({"matrix": "left", "shape": "right", "rank": "right", "ΔW": "left"}, rows)
     guarded = sum(line.guarded for line in lines)
-    return "\n".join([*shown, f"{guarded} matrices guarded, {len(lines) - guarded} trained parameters not"])
+    return f"{shown}\n{guarded} matrices guarded, {len(lines) - guarded} trained parameters not"

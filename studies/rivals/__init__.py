@@ -19,7 +19,7 @@ from studies.rivals.nullspace import NullSpace, quiet_directions
 from studies.rivals.penalties import EWC, KFAC, L2
 from studies.rivals.projections import GradientProjection, SafeLoRA, alignment_map, without_conflict
 from studies.rivals.replay import Replay
-from studies.rivals.training import RivalResult, RivalTrainer, train_rival
+from studies.rivals.training import RivalResult, train_rival
 
 __all__ = [
     "EMA",
@@ -34,7 +34,6 @@ __all__ = [
     "Replay",
     "Rival",
     "RivalResult",
-    "RivalTrainer",
     "Run",
     "SafeLoRA",
     "alignment_map",

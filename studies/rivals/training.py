@@ -1,73 +1,73 @@
-"""One rival trained on the guard's own Trainer: the same data, schedule, seed and adapter."""
+"""One rival trained by the guard's own pipeline: the same checks, data, schedule, seed and adapter."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
 
-from alignguard.data import Source, encode_source, load_conversations, pad_id, pad_rows
-from alignguard.files import claim_output, save_adapter, write_text
-from alignguard.loading import adapt, load_model
-from alignguard.objective import model_kind
-from alignguard.training import DEFAULT_TRAINING, GuardTrainer
+from alignguard.data import Source, pad_id
+from alignguard.training import FitResult, check_run, prepare, train
 from studies.rivals.base import Encoded, Rival, Run
 
 
 @dataclass(frozen=True)
-class RivalResult:
-    """What a rival's run left behind.
+class RivalResult(FitResult):
+    """What a rival's run left behind; there is no guard in it.
 
     Attributes:
-        model: the peft model, in eval mode.
-        adapter_dir: folder of its adapter.
-        history: the Trainer's log, a dict a logged step.
-        step_seconds: wall time of each optimizer step; what happens before and after training is not in it.
-        examples_read: how often an alignment example was read, repeats included; replay may count the one batch that
-            the data loader fetched ahead.
+        examples_read: alignment examples read, each reading counted; replay may count the one batch that the data
+            loader fetched ahead.
     """
 
-    model: PeftModel
-    adapter_dir: Path
-    history: list[dict[str, float]]
-    step_seconds: list[float]
-    examples_read: int
+    examples_read: int = 0
 
     @property
     def step_time(self) -> float:
         """Mean seconds of an optimizer step, the first two left out; 0 where nothing was trained."""
-        times = self.step_seconds[2:] or self.step_seconds
-        return sum(times) / max(len(times), 1)
+        return super().step_time if self.step_seconds else 0.0
 
 
-class _StepDone(TrainerCallback):
-    def __init__(self, rival: Rival, run: Run) -> None:
-        self.rival, self.run = rival, run
+@dataclass(frozen=True)
+class _Bound:
+    """The hooks of a rival on the run that it serves."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rival.step_done(self.run, state.global_step)
+    rival: Rival
+    run: Run
 
+    def describe(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        if dataclasses.is_dataclass(self.rival):
+            settings = {f.name: getattr(self.rival, f.name) for f in dataclasses.fields(self.rival) if f.init}
+        plain = (str, int, float, type(None))  # a model is recorded by its name
+        return {"name": self.rival.name} | {
+            name: value if isinstance(value, plain) else str(getattr(value, "name_or_path", value))
+            for name, value in settings.items()
+        }
 
-class RivalTrainer(GuardTrainer):
-    """The guard's Trainer without a guard, and with a rival's hooks."""
+    def rows(self, task: Sequence[Encoded]) -> list[Encoded]:
+        return self.rival.rows(task, self.run)
 
-    def __init__(self, *args: Any, rival: Rival, run: Run, **kwargs: Any) -> None:
-        super().__init__(*args, guard=None, **kwargs)
-        self.rival, self.run = rival, run
-        self.add_callback(_StepDone(rival, run))
+    def start(self) -> None:
+        self.rival.start(self.run)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, and on an accumulation window's last micro-batch the rival's turn at the gradients."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self.rival.gradients(self.run, self.state.global_step)
-        return loss
+    def fetched(self, rows: Sequence[Encoded]) -> None:
+        self.run.examples_read += sum(bool(row.get("replayed")) for row in rows)
+
+    def gradients(self, step: int) -> None:
+        self.rival.gradients(self.run, step)
+
+    def step_done(self, step: int) -> None:
+        self.rival.step_done(self.run, step)
+
+    def finish(self) -> None:
+        self.rival.finish(self.run)
 
 
 def train_rival(
@@ -88,19 +88,19 @@ def train_rival(
     """Fine-tune with LoRA under one rival; arguments and defaults are those of :func:`alignguard.fit`.
 
     Args:
-        rival: a fresh one; an instance serves one run.
+        rival: new rival; an instance serves one run.
         model: path, hub name, or a loaded causal LM or encoder-decoder with its ``tokenizer``.
         task_data: what to learn.
         alignment_data: what to keep; None for rivals that do not read it.
-        output_dir: receives ``adapter/`` and ``history.json``.
-        tokenizer: of a loaded model.
+        output_dir: folder that receives ``adapter/``, ``history.json`` and ``run.json``.
+        tokenizer: tokenizer of a loaded model.
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         overwrite: allow an output folder that holds something.
         max_length: longest example in tokens.
-        seed: of the adapter's start, the data order and the rival.
-        trained: adapter that plain LoRA left with these very arguments. A rival that acts after training alone goes
-            on from it, and nothing is trained.
+        seed: seed of the adapter's start, the data order and the rival.
+        trained: folder of the adapter that plain LoRA left with these very arguments. A rival that acts after training
+            alone goes on from it, and nothing is trained.
 
     Returns:
         RivalResult: model, folder, log, step times and how many alignment examples were read.
@@ -112,48 +112,14 @@ def train_rival(
         raise ValueError(f"{rival.name} reads alignment examples; give alignment_data")
     if trained is not None and not rival.after_training():
         raise ValueError(f"{rival.name} acts while it trains, so it cannot go on from the adapter in trained={trained}")
-    task = load_conversations(task_data, "task_data")
-    alignment = load_conversations(alignment_data, "alignment_data") if alignment_data is not None else []
-    settings = {**DEFAULT_TRAINING, **(training or {})}
-    loaded, tokenizer = load_model(model, tokenizer)
-    set_seed(seed)
-    adapted = adapt(loaded, lora)
-    pad, kind = pad_id(tokenizer), model_kind(adapted)
-    rows, kept = (
-        encode_source([{"messages": messages} for messages in read], name, tokenizer, kind, max_length) if read else []
-        for read, name in ((task, "task_data"), (alignment, "alignment_data"))
-    )
+    check_run(Path(output_dir), overwrite=overwrite)
+    ready = prepare(
+        model, task_data, alignment_data, tokenizer=tokenizer, lora=lora, training=training, guarded=False,
+        read_alignment=alignment_data is not None, max_length=max_length, seed=seed,
+    )  # fmt: skip
+    kept: list[Encoded] = list(ready.alignment)
     random.Random(seed).shuffle(kept)
-    output = claim_output(output_dir, overwrite)
-    arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"), seed=seed, remove_unused_columns=False, **settings
-    )
-    adapted.to(arguments.device)
-    run = Run(adapted, kept, pad, seed)
-
-    def collator(batch: Sequence[Encoded]) -> dict[str, Any]:
-        run.examples_read += sum(bool(row.get("replayed")) for row in batch)
-        return pad_rows(batch, pad, kind)
-
-    history: list[dict[str, float]] = []
-    seconds: list[float] = []
-    if trained is not None:
-        set_peft_model_state_dict(adapted, load_peft_weights(str(trained), device=str(arguments.device)))
-    else:
-        rival.start(run)
-        trainer = RivalTrainer(
-            model=adapted,
-            args=arguments,
-            train_dataset=rival.rows(rows, run),
-            data_collator=collator,
-            rival=rival,
-            run=run,
-        )
-        set_seed(seed)  # data order and dropout are the plain run's, whatever the rival drew
-        trainer.train()
-        history, seconds = [entry for entry in trainer.state.log_history if "loss" in entry], trainer.step_seconds
-    rival.finish(run)
-    adapted.eval()
-    adapter_dir = save_adapter(adapted, output / "adapter")
-    write_text(output / "history.json", json.dumps(history, indent=1))
-    return RivalResult(adapted, adapter_dir, history, seconds, run.examples_read)
+    run = Run(ready.model, kept, pad_id(ready.tokenizer), seed)
+    result = train(ready, output_dir, _Bound(rival, run), overwrite=overwrite, trained=trained)
+    shared = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return RivalResult(**shared, examples_read=run.examples_read)

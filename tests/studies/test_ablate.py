@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 
-from alignguard.cli import main
 from alignguard.guard import METRICS, GuardConfig
 from alignguard.training import fit
 from alignguard.updates import lora_updates
 from studies import GUARDS, Ledger, make_job, rivals_plan, run_jobs
+from studies.__main__ import main
 from studies.ablation import KNOBS, NEVER, knob_jobs, knobs_plan, stability, summarise, table, terms_plan
 from studies.bench import alignment_parts, part_file, save_parts
 from studies.rivals import RIVALS
@@ -225,3 +225,10 @@ def test_bad_options_are_named_before_anything_runs(files, options, words, capsy
 def test_a_model_needs_its_data(files, capsys):
     assert main(["ablate", "--model", str(files / "model"), "--output-dir", str(files / "out")]) == 2
     assert "--task-data, --task-test, --alignment-data, --drift-data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["ablat"], 2), (["--help"], 0)])
+def test_words_that_name_no_command_are_answered_with_those_that_do(words, code, capsys):
+    assert main(words) == code
+    said = capsys.readouterr()
+    assert "commands: ablate" in (said.err if code else said.out)

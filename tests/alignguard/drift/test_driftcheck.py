@@ -3,6 +3,7 @@ import json
 import math
 import random
 import sys
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ from transformers import (
 
 from alignguard.data import encode_example
 from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
-from alignguard.drift.generation import generate, plan_batches
+from alignguard.drift.generation import answer_batch, plan_batches, room_for_prompt
 from alignguard.drift.likelihood import refusal_margins, response_likelihoods
 from alignguard.drift.report import DriftRow
-from alignguard.drift.statistics import bootstrap, mcnemar, paired
+from alignguard.drift.statistics import bootstrap, mcnemar, paired, share_of
 from alignguard.files import write_text
 from studies import shift
 from studies.statistics import kept_share
@@ -113,6 +114,14 @@ def greedy_by_hand(model, tokenizer, prompt, tokens):
             break
         answer.append(token)
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def generate(model, tokenizer, prompts, batch_size=32, max_new_tokens=32):
+    """Greedy answers to prompts, in their order."""
+    answers = {}
+    for batch in plan_batches(tokenizer, prompts, batch_size, room_for_prompt(model, max_new_tokens)):
+        answers |= dict(zip(batch.indices, answer_batch(model, tokenizer, batch, max_new_tokens), strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -540,6 +549,26 @@ def test_bootstrap_holds_the_mean_and_repeats_with_the_seed(values, seed):
     assert estimate == bootstrap(values, resamples=200, seed=seed)
     assert 0 <= estimate.low <= estimate.high <= 1
     assert estimate.value == pytest.approx(sum(values) / len(values))
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.floats(0.5, 0.999))
+@settings(deadline=None, max_examples=40)
+def test_a_share_has_the_interval_of_wilson(n, part, confidence):
+    k = round(part * n)
+    found = share_of([True] * k + [False] * (n - k), confidence=confidence)
+    z, p = NormalDist().inv_cdf(0.5 + confidence / 2), k / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert found.value == p and found.n == n and 0 <= found.low <= p <= found.high <= 1
+    assert found.low == pytest.approx((middle - half) / (1 + z * z / n), abs=1e-9)
+    assert found.high == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-9)
+
+
+def test_none_in_four_does_not_say_that_none_will_ever_be():
+    assert share_of([False] * 4).low == 0 and share_of([False] * 4).high == pytest.approx(0.49, abs=0.005)
+    with pytest.raises(ValueError, match="non-empty"):
+        share_of([])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        share_of([True], confidence=1.0)
 
 
 def test_bootstrap_width_is_that_of_the_normal_approximation():

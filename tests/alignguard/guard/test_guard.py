@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from alignguard.data import collate, encode_example
-from alignguard.guard import Guard, GuardConfig
+from alignguard.guard import Guard, GuardConfig, Leg, load_guard, save_guard
 from alignguard.objective import response_loss
 from alignguard.updates import base_name, lora_updates
 
@@ -170,6 +170,80 @@ def test_kl_is_zero_at_the_start_and_equals_the_formula(tiny_llama, tokenizer, a
     expected = torch.nn.functional.kl_div(present, base, log_target=True, reduction="batchmean")
     torch.testing.assert_close(Guard(model, rows, config).penalty(), expected, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_a_penalty_without_a_curvature_is_refused_and_estimates_nothing(tiny_llama, tokenizer, alignment_rows):
+    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig(refresh_examples=2))
+    with pytest.raises(RuntimeError, match="begin_step"):
+        guard.penalty()
+    assert guard.examples_read == 0 and guard.refreshes == 0
+    guard.begin_step(0)
+    assert guard.penalty() > 0 and guard.examples_read == 2
+
+
+class SizeLeg(Leg):
+    """Charges the size of the first trained weight; its estimate counts how often it was asked for."""
+
+    name = "size"
+    turns = 0
+
+    def terms(self, step):
+        weight = next(p for p in self.rows.model.parameters() if p.requires_grad)
+        return {"size": weight.square().sum()} if step % 2 == 0 else {}
+
+    def refresh(self, step, turn, progress=False):
+        self.turns += 1
+        self.rows.readings += 1
+
+    def state_dict(self):
+        return {"size": {"turns": self.turns, "mark": torch.arange(3)}}
+
+    def load_state_dict(self, state):
+        self.turns, self.mark = state["size"]["turns"], state["size"]["mark"]
+
+
+def test_a_leg_of_ones_own_is_charged_refreshed_and_kept(tmp_path, tiny_llama, tokenizer, alignment_rows):
+    config = GuardConfig(refresh_every=3, first_refresh=None, refresh_examples=2)
+    model = adapted(tiny_llama)
+    guards = [Guard(model, encoded(tokenizer, alignment_rows), config) for _ in range(3)]
+    for guard in guards[1:]:
+        guard.legs["size"] = SizeLeg(guard.alignment, config, None)
+    plain, ours, other = guards
+    for step in range(4):
+        for guard in (plain, ours):
+            guard.begin_step(step)
+        charged = next(p for p in model.parameters() if p.requires_grad).square().sum() if step % 2 == 0 else 0.0
+        torch.testing.assert_close(ours.penalty(), plain.penalty() + charged)
+    assert ours.legs["size"].turns == 2 == ours.refreshes and ours.examples_read == plain.examples_read + 2
+    save_guard(tmp_path, ours, {})
+    load_guard(tmp_path, other)
+    assert other.legs["size"].turns == 2 and torch.equal(other.legs["size"].mark, torch.arange(3))
+    assert torch.equal(other.penalty(), ours.penalty())
+
+
+def flat(state):
+    """Every value of nested dicts."""
+    return [one for value in state.values() for one in flat(value)] if isinstance(state, dict) else [state]
+
+
+def test_a_state_dict_is_of_tensors_and_plain_values_and_comes_back(tiny_llama, tokenizer, alignment_rows):
+    config = GuardConfig(structure="kfac", max_drift=0.1, held_back=1, averaging=0.5, refresh_every=2, measure_every=1,
+                         lambda_kl=0.1, scale_free=True, lambda_task=0.1, refresh_examples=2)  # fmt: skip
+    model, rows = adapted(tiny_llama, dtype=torch.float32), encoded(tokenizer, alignment_rows)
+    guard, other = Guard(model, rows, config), Guard(model, rows, config)
+    for step in range(4):
+        guard.begin_step(step)
+    state = guard.state_dict()
+    plain = (str, int, float, bool, type(None), list, tuple)
+    assert all(isinstance(value, (torch.Tensor, *plain)) for value in flat(state))
+    other.load_state_dict(state)
+    ours, theirs = flat(state), flat(other.state_dict())
+    assert len(ours) == len(theirs) > 20
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for one in (guard, other):
+        one.begin_step(4)
+    assert guard.refreshes == 3 == other.refreshes and torch.equal(guard.penalty(), other.penalty())
 
 
 @pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "gram", "sketch"])

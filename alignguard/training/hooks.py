@@ -1,0 +1,71 @@
+"""What a method other than the guard may do in a run, and the Trainers that let it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
+
+
+class Hooks(Protocol):
+    """Hooks of a method that is trained in the guard's place, with all else as in a plain run."""
+
+    def describe(self) -> dict[str, Any]:
+        """The method and its settings as JSON, for the run's record."""
+
+    def rows(self, task: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """The rows that are trained on, given the encoded task rows."""
+
+    def start(self) -> None:
+        """Called once the model is on its device, before the optimizer is made."""
+
+    def fetched(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Called with the rows of every batch that the data loader makes."""
+
+    def gradients(self, step: int) -> None:
+        """Called once an optimizer step: the task's gradients stand in ``.grad``, not clipped; ``step`` is from 0."""
+
+    def step_done(self, step: int) -> None:
+        """Called after the optimizer's step; ``step`` counts from 1."""
+
+    def finish(self) -> None:
+        """Called after training, before anything is saved."""
+
+
+class _StepDone(TrainerCallback):
+    def __init__(self, hooks: Hooks) -> None:
+        self.hooks = hooks
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hooks.step_done(state.global_step)
+
+
+class HookMixin(GuardMixin):
+    """A Trainer without a guard that calls hooks.
+
+    Args:
+        hooks: hooks of the method.
+    """
+
+    def __init__(self, *args: Any, hooks: Hooks, **kwargs: Any) -> None:
+        super().__init__(*args, guard=None, **kwargs)
+        self.hooks = hooks
+        self.add_callback(_StepDone(hooks))  # type: ignore[attr-defined]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, and on an accumulation window's last micro-batch the method's turn at the gradients."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            self.hooks.gradients(self.state.global_step)  # type: ignore[attr-defined]
+        return loss
+
+
+class HookTrainer(HookMixin, GuardTrainer):
+    """The guard's Trainer with hooks in place of a guard."""
+
+
+class HookSeq2SeqTrainer(HookMixin, GuardSeq2SeqTrainer):
+    """The guard's Seq2SeqTrainer with hooks in place of a guard."""
