@@ -178,8 +178,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         alignment: Any = bench.alignment
         if bench.alignment_limit is not None:
-            chats = load_conversations(alignment, "alignment")[: bench.alignment_limit]
-            alignment = [{"messages": messages} for messages in chats]
+            alignment = load_conversations(alignment, "alignment")[: bench.alignment_limit]
         training = {**bench.training, **job.get("training", {})}
         shared: dict[str, Any] = {"lora": bench.lora, "training": training, "seed": job["seed"]}
         output = Path(folder) / "run"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from alignguard.cli.drift import add_drift
 from alignguard.cli.yaml_config import apply_yaml
+from alignguard.data import TURNS, DataSource
 from alignguard.guard import GuardConfig
 
 TRAINING_FIELDS: dict[str, tuple[type, str]] = {
@@ -73,7 +74,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit = commands.add_parser("fit", help="fine-tune a model under the guard")
     fit.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
     fit.add_argument("--model", help="folder or hub name")
-    fit.add_argument("--task-data", help=".jsonl or .csv with prompt and response, or messages; prompt and label")
+    fit.add_argument(
+        "--task-data", help="file, folder or hub name: prompt and response, messages, Alpaca, ShareGPT, Dolly"
+    )
     fit.add_argument("--alignment-data", help="the same, with what the model should keep answering")
     fit.add_argument("--output-dir", type=Path, default=Path("runs/fit"), help="default: runs/fit")
     fit.add_argument("--overwrite", action="store_true", help="allow an output folder that holds something")
@@ -91,6 +94,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument("--rank", type=int, default=8, help="LoRA rank")
     fit.add_argument("--lora-alpha", type=float, default=16, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
     fit.add_argument("--target-modules", nargs="+", default=None, help="default: every Linear, and experts")
+    for what in ("task", "alignment"):
+        add_data_options(fit, what)
     training = fit.add_argument_group("training")
     for name, (kind, words) in TRAINING_FIELDS.items():
         training.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=words)
@@ -99,16 +104,50 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fisher = commands.add_parser("fisher", help="estimate the Fisher of alignment data and write it to a file")
     fisher.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
     fisher.add_argument("--model", help="folder or hub name")
-    fisher.add_argument("--data", help=".jsonl or .csv with prompt and response, or messages")
+    fisher.add_argument("--data", help="file, folder or hub name, as --alignment-data of fit")
     fisher.add_argument("--output", type=Path, help="the file, .safetensors; model and data are named in OUTPUT.json")
     fisher.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     fisher.add_argument("--seed", type=int, default=0, help="of sampled labels and sketches (default: 0)")
+    add_data_options(fisher)
     _add_guard_fields(fisher, FISHER_FIELDS)
 
     demo.set_defaults(run=_demo)
     fit.set_defaults(run=_fit)
     fisher.set_defaults(run=_fisher)
     return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands)}
+
+
+def add_data_options(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """Options that say how data are read, ``--<what>-split`` and the others of :class:`alignguard.data.DataSource`."""
+    prefix = f"--{what}-" if what else "--"
+    group = parser.add_argument_group(f"how {what or 'the'} data are read")
+    group.add_argument(f"{prefix}split", default=None, help="split of a hub name or folder with several")
+    group.add_argument(f"{prefix}subset", default=None, help="configuration of a hub name")
+    group.add_argument(
+        f"{prefix}fields", nargs="+", default=None, metavar="NAME=COLUMN",
+        help="columns under other names, such as prompt=question response=answer",
+    )  # fmt: skip
+    group.add_argument(
+        f"{prefix}turns", choices=TURNS, default="all",
+        help="turns of the assistant that are learned from: all without a weight of 0 (default), or the last",
+    )  # fmt: skip
+
+
+def data_source(args: argparse.Namespace, source: str | None, what: str = "") -> DataSource | None:
+    """What ``--<what>-data`` names, read as the options of :func:`add_data_options` say."""
+    prefix = f"{what}_" if what else ""
+    split, subset, given, turns = (getattr(args, f"{prefix}{name}") for name in ("split", "subset", "fields", "turns"))
+    fields = {}
+    for text in given or ():
+        name, sign, column = text.partition("=")
+        if not sign or not column:
+            raise ValueError(f"--{prefix.replace('_', '-')}fields {text!r}: expected NAME=COLUMN")
+        fields[name] = column
+    if source is None:
+        if fields or split or subset:
+            raise ValueError(f"--{prefix.replace('_', '-')}data is missing, and options say how to read it")
+        return None
+    return DataSource(source, split, subset, fields, turns)
 
 
 def _required(args: argparse.Namespace, *names: str) -> None:
@@ -143,12 +182,15 @@ def _fit(args: argparse.Namespace) -> None:
         "fisher": args.fisher,
         "seed": args.seed,
     }
+    task = data_source(args, args.task_data, "task")
+    kept = data_source(args, args.alignment_data, "alignment")
+    assert task is not None  # or it would be missing
     if args.dry_run:
-        ready = prepare(args.model, args.task_data, args.alignment_data, config, **options)
+        ready = prepare(args.model, task, kept, config, **options)
         print(plan_text(ready, seconds_of_step(ready)))
         return
     options |= {"overwrite": args.overwrite, "resume": args.resume, "progress": True}
-    result = fit(args.model, args.task_data, args.alignment_data, config, args.output_dir, **options)
+    result = fit(args.model, task, kept, config, args.output_dir, **options)
     print(f"{'adapter' if args.method == 'lora' else 'model'}: {result.adapter_dir}  ({result.step_time:.3f} s a step)")
 
 
@@ -161,7 +203,13 @@ def _fisher(args: argparse.Namespace) -> None:
     _claim(args.output, args.overwrite)
     model, tokenizer = load_model(args.model)
     fisher = write_fisher(
-        args.output, model, tokenizer, args.data, config, name=args.model, progress=sys.stderr.isatty()
+        args.output,
+        model,
+        tokenizer,
+        data_source(args, args.data),
+        config,
+        name=args.model,
+        progress=sys.stderr.isatty(),
     )
     print(f"{fisher!r}\nwritten to {args.output} and {origin_path(args.output)}")
 

@@ -16,10 +16,12 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--adapter", type=Path, default=None, help="a peft adapter on top of it")
     drift.add_argument("--base", default=None, help="the model before fine-tuning, for --alignment-data, --likelihoods")
     drift.add_argument(
-        "--prompts", default=None, help="JSONL with prompt and category, or a hub name; the packaged set if left out"
+        "--prompts",
+        default=None,
+        help="file, folder or hub name with prompt and category; the packaged set if left out",
     )
-    drift.add_argument("--category", default=None, help="category of a hub set whose rows name none")
-    drift.add_argument("--split", default="test", help="split of a hub set (default: test)")
+    drift.add_argument("--category", default=None, help="category of prompts that name none")
+    drift.add_argument("--split", default=None, help="split of a hub name or folder with several")
     drift.add_argument("--limit", type=int, default=None, help="only the first so many prompts of each category")
     drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
     drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
@@ -75,7 +77,8 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     With ``--output r.json`` every answer is put by in ``r.json.answers.jsonl`` as it comes; a run that was cut off goes
     on from there, and the file goes when the report is whole.
     """
-    from alignguard.drift import DriftReport, driftcheck, hub_prompts, load_prompts, make_judge
+    from alignguard.data import DataSource
+    from alignguard.drift import DriftReport, driftcheck, load_prompts, make_judge
     from alignguard.loading import load_adapter, load_model
     from alignguard.pages import compare_text, write_drift
 
@@ -84,8 +87,11 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")  # before the model is read
     before = DriftReport.load(args.before) if args.before is not None else None
-    local = args.prompts is None or args.prompts.endswith(".jsonl") or Path(args.prompts).is_file()
-    rows = load_prompts(args.prompts) if local else hub_prompts(args.prompts, args.split, args.category)
+    for option in ("category", "split"):
+        if args.prompts is None and getattr(args, option) is not None:
+            raise ValueError(f"--{option} is of --prompts, which is missing")
+    asked = None if args.prompts is None else DataSource(args.prompts, split=args.split)
+    rows = load_prompts(asked, category=args.category)
     if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
         raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
     judge = make_judge(args.judge, args.judge_model, args.judge_labels)

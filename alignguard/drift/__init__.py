@@ -4,7 +4,7 @@ from alignguard.drift.check import driftcheck
 from alignguard.drift.judges import ChatJudge, ClassifierJudge, make_judge
 from alignguard.drift.likelihood import measured_kl, task_score
 from alignguard.drift.prompts import CATEGORIES, load_prompts
-from alignguard.drift.prompts.recipes import build_prompts, hub_prompts
+from alignguard.drift.prompts.recipes import build_prompts
 from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, is_right, judge
 from alignguard.drift.statistics import Estimate, check_confidence, finite_values, paired
@@ -25,7 +25,6 @@ __all__ = [
     "check_confidence",
     "driftcheck",
     "finite_values",
-    "hub_prompts",
     "is_right",
     "judge",
     "load_prompts",

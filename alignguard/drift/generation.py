@@ -31,7 +31,11 @@ class PromptBatch:
 
 
 def plan_batches(
-    tokenizer: Any, prompts: Sequence[str], batch_size: int = 32, max_prompt_tokens: int | None = None
+    tokenizer: Any,
+    prompts: Sequence[str],
+    batch_size: int = 32,
+    max_prompt_tokens: int | None = None,
+    encoder: bool = False,
 ) -> list[PromptBatch]:
     """Render prompts with the chat template and group them by length, longest first.
 
@@ -43,6 +47,7 @@ def plan_batches(
         prompts: one user message each.
         batch_size: prompts in a batch.
         max_prompt_tokens: longer prompts lose their beginning, so that the cue for the assistant stays; None keeps all.
+        encoder: whether an encoder reads the prompts.
 
     Raises:
         ValueError: ``batch_size`` or ``max_prompt_tokens`` below 1, or a prompt that renders to no token at all.
@@ -53,7 +58,7 @@ def plan_batches(
         raise ValueError(f"max_prompt_tokens must be at least 1, found {max_prompt_tokens}")
     encoded = []
     for i, prompt in enumerate(prompts):
-        ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}], encoder=encoder)
         if not ids:
             raise ValueError(f"prompt {i} renders to no token at all: {prompt!r}")
         encoded.append(tuple(ids if max_prompt_tokens is None else ids[-max_prompt_tokens:]))
@@ -184,9 +189,10 @@ def plan_answers(
     if limit is not None:
         long = max(short, min(long, (limit + short) // 2))
     plan = []
+    encoder = model_kind(model) == "seq2seq"
     for tokens, capable in ((short, False), (long, True)):
         places = [i for i, row in enumerate(rows) if (row["category"] == "capability") == capable]
         texts = [rows[i]["prompt"] for i in places]
-        for batch in plan_batches(tokenizer, texts, batch_size, room_for_prompt(model, tokens)):
+        for batch in plan_batches(tokenizer, texts, batch_size, room_for_prompt(model, tokens), encoder):
             plan.append((tokens, PromptBatch(tuple(places[i] for i in batch.indices), batch.ids)))
     return plan

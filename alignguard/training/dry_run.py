@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignguard.data import collator, pad_id
+from alignguard.data import collator, pad_id, shown_row
 from alignguard.training.run import Prepared
 from alignguard.updates import coverage_table
 
@@ -61,7 +61,7 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
         seconds_per_step: time of an optimizer step of the plain run, where it is known (:func:`seconds_of_step`).
 
     Returns:
-        Lines on model, data, memory, compute and time, then the table of what is guarded.
+        Lines on model, data, memory, compute and time, a row of the data with its loss mask, and the table of what is guarded.
     """
     settings, guard = ready.settings, ready.guard
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
@@ -95,7 +95,10 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
         without = steps * seconds_per_step / 60
         guarded = f", {without * (1 + share):.1f} with its passes" if guard is not None else ""
         lines.append(f"time: about {without:.1f} minutes of steps like a first one here without the guard{guarded}")
+    lines += [*ready.rows.notes, *ready.alignment.notes]
+    lines += ["", shown_row(ready.tokenizer, ready.rows, "task_data", ready.kind)]
     if guard is not None:
+        lines += ["", shown_row(ready.tokenizer, ready.alignment, "alignment_data", ready.kind)]
         lines += ["", coverage_table(guard.coverage())]
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fishergeo as fg
-from alignguard.data import encode_source, pad_id, pad_rows
+from alignguard.data import as_source, encode_source, pad_id, pad_rows
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.objective import model_kind
@@ -61,7 +61,7 @@ def write_fisher(
     origin = {
         "model": name,
         "fingerprint": fisher.header.fingerprint,
-        "data": str(data) if isinstance(data, (str, Path)) else "rows",
+        "data": str(as_source(data)),
         "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "examples": len(rows),
         "structure": config.structure,

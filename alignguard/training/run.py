@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from alignguard.data import Source, check_fits, collator, encode_source, pad_id
+from alignguard.data import Examples, Source, check_fits, collator, encode_source, pad_id, shown_row
 from alignguard.files import save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
@@ -24,6 +25,8 @@ from alignguard.training.record import add_card_section, card_section, check_run
 from alignguard.training.settings import run_settings, training_arguments
 from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
 from alignguard.updates import METHODS, coverage_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class Prepared:
     model: Any
     tokenizer: Any
     kind: str
-    rows: list[dict[str, Any]]
-    alignment: list[dict[str, Any]]
+    rows: Examples
+    alignment: Examples
     guard: Guard | None
     settings: dict[str, Any]
     method: str
@@ -155,7 +158,7 @@ def prepare(
     # What is quickly read is checked before weights are, which may take minutes.
     kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
     rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
-    kept: list[dict[str, Any]] = []
+    kept = Examples()
     if alignment_data is not None and (guarded or read_alignment):
         longest = config.max_length if guarded else max_length
         kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, longest)
@@ -218,8 +221,12 @@ def train(
     if rival is not None and resume:
         raise ValueError("checkpoints hold no state of a rival; leave out resume")
     found = latest_checkpoint(output / "checkpoints") if resume else None
-    if guard is not None and progress:
-        print(coverage_table(guard.coverage()))
+    for note in (*ready.rows.notes, *ready.alignment.notes):
+        logger.warning("%s", note)
+    if progress:
+        print(shown_row(ready.tokenizer, ready.rows, "task_data", ready.kind))
+        if guard is not None:
+            print(coverage_table(guard.coverage()))
     record = ready.record | ({} if rival is None else {"rival": rival.describe()})
     arguments = training_arguments(ready.kind, output / "checkpoints", ready.seed, ready.settings)
     with arguments.main_process_first(desc="output folder"):
@@ -296,8 +303,9 @@ def fit(
     Args:
         model: path, hub name, or a loaded model (then with ``tokenizer``): a causal LM, an encoder-decoder or a
             sequence classifier. A PeftModel keeps its adapter.
-        task_data: what to learn: path of .jsonl or .csv, a ``datasets.Dataset`` or an iterable of rows with
-            ``prompt`` and ``response``, or ``messages``; for a classifier ``prompt`` and ``label``.
+        task_data: what to learn: a file, folder, hub name, ``datasets`` object or iterable of rows with ``prompt`` and
+            ``response``, ``messages``, or in Alpaca's, ShareGPT's or Dolly's form; for a classifier ``prompt`` and
+            ``label``. :class:`alignguard.data.DataSource` maps columns and chooses a split or the turns learned from.
         alignment_data: what to keep, in the same forms: unsafe prompts with the refusals the model should still give.
             May be None for a plain run.
         config: strengths of the guard; the defaults need no tuning on the embedded model.

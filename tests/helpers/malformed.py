@@ -13,7 +13,7 @@ from unittest import mock
 import transformers
 
 import alignguard
-from alignguard import cli
+from alignguard.cli import commands as cli
 
 ROOT = Path(alignguard.__file__).parent.parent
 OURS = (str(ROOT / "alignguard"), str(ROOT / "fishergeo"))

@@ -2,82 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from alignguard.data import check_text, read_jsonl
+from alignguard.data import DataSource, check_text, read_rows
 from alignguard.drift.rules import MATCHES
 
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
 
 PACKAGED = ("unsafe", "borderline", "ordinary", "capability")
 
-Prompts = str | Path | Iterable[Mapping[str, Any]]
+Prompts = str | Path | Iterable[Mapping[str, Any]] | DataSource
 
 
-def _checked(row: Any, where: str, number: int) -> dict[str, Any]:
-    if not isinstance(row, Mapping):
-        raise TypeError(f"{where}: expected an object with 'prompt' and 'category', found {type(row).__name__}")
+def _checked(row: Mapping[str, Any], where: str, number: int, default: str | None) -> dict[str, Any]:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: no 'prompt' (found the fields {sorted(map(str, row))})")
     check_text(prompt, where)
-    category = row.get("category")
+    category = row.get("category") or default
     if category not in CATEGORIES:
         raise ValueError(f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
     if category == "capability" and not str(row.get("answer", "")).strip():
         raise ValueError(f"{where}: a capability row needs the right 'answer'")
     if row.get("match", "words") not in MATCHES:
         raise ValueError(f"{where}: unknown match {row['match']!r}; it must be one of {', '.join(MATCHES)}")
-    return {**row, "id": str(row.get("id", f"{category}-{number}"))}
+    return {**row, "category": category, "id": str(row.get("id", f"{category}-{number}"))}
 
 
-def load_prompts(prompts: Prompts | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+def load_prompts(
+    prompts: Prompts | None = None, limit: int | None = None, category: str | None = None
+) -> list[dict[str, Any]]:
     """Read and check DriftCheck prompts.
 
     Args:
-        prompts: None for the packaged sets, the path of a JSONL file, or rows. A row has ``prompt`` and ``category``
-            (unsafe, borderline, ordinary or capability), perhaps an ``id`` and, on unsafe rows, a kind of ``harm``; with
-            capability the right ``answer`` and how it is told (``match``, see :func:`alignguard.drift.rules.is_right`).
+        prompts: None for the packaged sets, or where :class:`alignguard.data.DataSource` finds rows. A row has ``prompt`` and
+            ``category`` (unsafe, borderline, ordinary or capability), perhaps an ``id`` and, on unsafe rows, a kind of
+            ``harm``; with capability the right ``answer`` and how it is told (``match``, see
+            :func:`alignguard.drift.rules.is_right`).
         limit: keep only the first so many rows of each category.
+        category: of rows that name none.
 
     Returns:
         The rows, each with an ``id`` of its own.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, and no data set of that name.
         TypeError: not a path and not rows.
         ValueError: no rows at all, a row without a prompt, an unknown category or an id that occurs twice; the message
             names the file and the row.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
-    sources: list[tuple[str, Iterable[Any]]] = []
-    if prompts is None:
-        for name in PACKAGED:
-            with as_file(files(__name__) / f"{name}.jsonl") as path:
-                sources.append((f"{name}.jsonl", read_jsonl(path)))
-    elif isinstance(prompts, (str, Path)):
-        sources.append((str(prompts), read_jsonl(prompts)))
-    elif isinstance(prompts, Iterable) and not isinstance(prompts, Mapping):
-        sources.append(("prompts", prompts))
-    else:
-        raise TypeError(f"prompts must be a path or an iterable of rows, not {type(prompts).__name__}")
+    if category is not None and category not in CATEGORIES:
+        raise ValueError(f"unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     kept = dict.fromkeys(CATEGORIES, 0)
-    for name, source in sources:
-        for number, raw in enumerate(source, 1):
-            where = f"{name}, line {number}" if name != "prompts" else f"prompts, row {number}"
-            row = _checked(raw, where, number)
-            if row["id"] in seen:
-                raise ValueError(f"{where}: the id {row['id']!r} stands in {seen[row['id']]} already")
-            seen[row["id"]] = where
-            kept[row["category"]] += 1
-            if limit is None or kept[row["category"]] <= limit:
-                rows.append(row)
+    for number, (where, raw) in enumerate(_packaged() if prompts is None else read_rows(prompts), 1):
+        row = _checked(raw, where, number, category)
+        if row["id"] in seen:
+            raise ValueError(f"{where}: the id {row['id']!r} stands in {seen[row['id']]} already")
+        seen[row["id"]] = where
+        kept[row["category"]] += 1
+        if limit is None or kept[row["category"]] <= limit:
+            rows.append(row)
     if not rows:
-        raise ValueError(f"{sources[0][0]}: no prompts; at least one row with 'prompt' and 'category' is needed")
+        what = f"{prompts}" if isinstance(prompts, (str, Path, DataSource)) else "prompts"
+        raise ValueError(f"{what}: no prompts; at least one row with 'prompt' and 'category' is needed")
     return rows
+
+
+def _packaged() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in PACKAGED:
+        with as_file(files(__name__) / f"{name}.jsonl") as path:
+            yield from read_rows(path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignguard.drift.prompts import CATEGORIES, load_prompts
+from alignguard.drift.prompts import load_prompts
 from alignguard.files import write_text
 
 HARMS = ("violence", "hate speech", "illegal activity", "explicit", "privacy", "disinformation")
@@ -294,26 +294,3 @@ def build_prompts(
             if key:
                 counts[key] = counts.get(key, 0) + 1
     return counts
-
-
-def hub_prompts(name: str, split: str = "test", category: str | None = None) -> list[Row]:
-    """Prompts of a dataset on the hub, for :func:`alignguard.drift.driftcheck`.
-
-    Args:
-        name: on the hub, or a local folder that ``datasets`` reads.
-        split: of it.
-        category: given to every row that names none.
-
-    Raises:
-        ValueError: an unknown category, or rows without a prompt.
-        ConnectionError: the dataset could not be read.
-    """
-    import datasets
-
-    if category is not None and category not in CATEGORIES:
-        raise ValueError(f"unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:
-        raise ConnectionError(f"prompts: {name} could not be read as a file or from the hub ({error})") from error
-    return load_prompts([{**({"category": category} if category else {}), **row} for row in rows])

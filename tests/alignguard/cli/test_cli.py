@@ -1,7 +1,6 @@
 """The command line: options from YAML and flags, and one clear line for every bad input."""
 
 import dataclasses
-import importlib
 import inspect
 import json
 
@@ -9,7 +8,10 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from alignguard import GuardConfig, cli
+import alignguard.training
+from alignguard import GuardConfig
+from alignguard.cli import commands as cli
+from alignguard.data import DataSource
 from alignguard.training import fit, prepare
 
 
@@ -60,6 +62,7 @@ ONLY_PYTHON = {
     "progress",
 }  # objects, or taken apart into options of their own
 ONLY_TYPED = {"config", "dry_run", "rank", "lora_alpha", "target_modules"}
+OF_SOURCES = {f"{what}_{name}" for what in ("task", "alignment") for name in ("split", "subset", "fields", "turns")}
 
 
 def test_python_command_line_and_yaml_offer_the_same():
@@ -67,7 +70,9 @@ def test_python_command_line_and_yaml_offer_the_same():
     flags = {action.dest for action in parser._actions} - {"help"}
     fields = {field.name for field in dataclasses.fields(GuardConfig)}
     arguments = set(inspect.signature(fit).parameters) - ONLY_PYTHON
-    assert flags - ONLY_TYPED == fields | {SAID_OTHERWISE.get(n, n) for n in arguments} | set(cli.TRAINING_FIELDS)
+    assert flags - ONLY_TYPED - OF_SOURCES == fields | {SAID_OTHERWISE.get(n, n) for n in arguments} | set(
+        cli.TRAINING_FIELDS
+    )
     assert set(cli.TRAINING_FIELDS) <= set(TrainingArguments.__dataclass_fields__)
     assert set(inspect.signature(prepare).parameters) - {"progress"} <= set(inspect.signature(fit).parameters)
 
@@ -92,11 +97,9 @@ def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkey
     expected = GuardConfig(**values)
     assert all(getattr(expected, field.name) != field.default for field in dataclasses.fields(GuardConfig))
     heard = []
-    monkeypatch.setattr(
-        importlib.import_module("alignguard.training.run"), "prepare", lambda *a, **k: heard.append((a, k))
-    )
-    monkeypatch.setattr(importlib.import_module("alignguard.training.dry_run"), "plan_text", lambda *a: "")
-    monkeypatch.setattr(importlib.import_module("alignguard.training.dry_run"), "seconds_of_step", lambda *a: 1.0)
+    monkeypatch.setattr(alignguard.training, "prepare", lambda *a, **k: heard.append((a, k)))
+    monkeypatch.setattr(alignguard.training, "plan_text", lambda *a: "")
+    monkeypatch.setattr(alignguard.training, "seconds_of_step", lambda *a: 1.0)
     more = {"model": "m", "task_data": "t", "alignment_data": "a", "output_dir": "o", "offload": "cpu", "save_every": 3,
             "max_steps": 9, "learning_rate": 0.5, "rank": 3, "target_modules": ["q_proj"], "task_max_length": 50}  # fmt: skip
     flags = ["fit", "--dry-run"]
@@ -114,7 +117,7 @@ def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkey
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
         assert cli.main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0
     for arguments, options in heard:
-        assert arguments == ("m", "t", "a", expected)
+        assert arguments == ("m", DataSource("t"), DataSource("a"), expected)
         assert options["training"] == {"max_steps": 9, "learning_rate": 0.5} and options["save_every"] == 3
         assert (
             options["lora"] == {"r": 3, "lora_alpha": 16, "target_modules": ["q_proj"]} and options["max_length"] == 50

@@ -239,11 +239,11 @@ BAD_ROWS = {
     "torn second": (GOOD + '{"prompt": "a"', "line 2"), "array": ("[1]\n", "JSON object"), "string": ('"x"\n', "JSON object"),
     "number": ("3\n", "JSON object"), "null": ("null\n", "JSON object"), "true": ("true\n", "JSON object"),
     "deep": ("[" * 100_000, "line 1"), "single quotes": ("{'prompt': 'a'}\n", "line 1"), "trailing comma": ('{"prompt": "a",}\n', "line 1"),
-    "two on a line": (GOOD.strip() + GOOD, "line 1"), "an array of rows": (f"[{GOOD}]", "line 1"), "no fields": ("{}\n", "prompt"),
+    "two on a line": (GOOD.strip() + GOOD, "line 1"), "an array of numbers": ("[1, 2]", "JSON object"), "no fields": ("{}\n", "prompt"),
     "no response": ('{"prompt": "a"}\n', "response"), "no prompt": ('{"response": "a"}\n', "prompt"),
     "null prompt": ('{"prompt": null, "response": "b"}\n', "prompt"), "number prompt": ('{"prompt": 3, "response": "b"}\n', "prompt"),
     "list prompt": ('{"prompt": ["a"], "response": "b"}\n', "prompt"), "blank prompt": ('{"prompt": " ", "response": "b"}\n', "prompt"),
-    "blank response": ('{"prompt": "a", "response": "\\n"}\n', "response"), "other names": ('{"instruction": "a", "output": "b"}\n', "instruction"),
+    "blank response": ('{"prompt": "a", "response": "\\n"}\n', "response"), "other names": ('{"question": "a", "answer": "b"}\n', "question"),
     "third row": (GOOD * 2 + '{"prompt": "a"}\n', "row 3"), "surrogate": ('{"prompt": "\\ud800", "response": "b"}\n', "surrogate"),
     "surrogate answer": ('{"prompt": "a", "response": "x\\udfff"}\n', "surrogate"), "messages text": ('{"messages": "hi"}\n', "messages"),
     "no messages": ('{"messages": []}\n', "messages"), "messages object": ('{"messages": {"role": "user"}}\n', "messages"),
@@ -258,7 +258,8 @@ BAD_ROWS = {
 }  # fmt: skip
 BAD_BYTES = {
     "latin": b'{"prompt": "caf\xe9", "response": "b"}\n', "utf16": GOOD.encode("utf-16"), "noise": bytes(range(256)) * 4,
-    "zip": b"PK\x03\x04" + bytes(40), "nul": b"\0" * 20, "bom": b"\xef\xbb\xbf" + GOOD.encode(),
+    "zip": b"PK\x03\x04" + bytes(40), "nul": b"\0" * 20, "two marks": b"\xef\xbb\xbf" * 2 + GOOD.encode(),
+    "half a gzip": b"\x1f\x8b\x08\0", "parquet in name": b"PAR1" + bytes(9),
 }  # fmt: skip
 
 
@@ -284,8 +285,8 @@ def test_malformed_rows(trial, tmp_path):
         path.write_bytes(content)
         trial.command(f"csv: {name}", with_option(trial.run, task_data=str(path)), "task_data", word)
         path.unlink()
-    for place, word in (("gone.jsonl", "gone.jsonl"), (str(tmp_path), "no such file"), (f"{'n' * 300}.jsonl", "no such file"),
-                        (str(trial.ground / "model" / "config.json"), "line 1"), ("a\0b.jsonl", "no such file"),
+    for place, word in (("gone.jsonl", "gone.jsonl"), (str(tmp_path), "'prompt'"), (f"{'n' * 300}.jsonl", "no such file"),
+                        (str(trial.ground / "model" / "config.json"), "'prompt'"), ("a\0b.jsonl", "no such file"),
                         (str(trial.ground / "model" / "model.safetensors"), "not UTF-8")):  # fmt: skip
         trial.command(f"place: {place}", with_option(trial.run, task_data=place), word)
 

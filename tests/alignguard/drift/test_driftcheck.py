@@ -516,11 +516,11 @@ def test_packaged_prompts_are_many_unique_and_licensed():
     ("lines", "message"),
     [
         ([], "no prompts"),
-        ([{"prompt": "a", "category": "ordinary"}, {"category": "unsafe"}], r"line 2: no 'prompt'"),
-        ([{"prompt": "a", "category": "rude"}], r"line 1: unknown category 'rude'"),
-        ([{"prompt": "a"}], r"line 1: unknown category None"),
-        ([{"prompt": "a", "category": "capability"}], r"line 1: a capability row needs the right 'answer'"),
-        ([{"id": "x", "prompt": "a", "category": "unsafe"}] * 2, r"line 2: the id 'x' stands in .*line 1 already"),
+        ([{"prompt": "a", "category": "ordinary"}, {"category": "unsafe"}], r"row 2: no 'prompt'"),
+        ([{"prompt": "a", "category": "rude"}], r"row 1: unknown category 'rude'"),
+        ([{"prompt": "a"}], r"row 1: unknown category None"),
+        ([{"prompt": "a", "category": "capability"}], r"row 1: a capability row needs the right 'answer'"),
+        ([{"id": "x", "prompt": "a", "category": "unsafe"}] * 2, r"row 2: the id 'x' stands in .*row 1 already"),
     ],
 )
 def test_bad_prompt_files_get_one_error_naming_file_and_line(tmp_path, lines, message):
@@ -534,9 +534,9 @@ def test_bad_prompt_files_get_one_error_naming_file_and_line(tmp_path, lines, me
 def test_prompts_that_are_not_there_or_not_rows(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         load_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(TypeError, match="prompts must be a path or an iterable"):
+    with pytest.raises(TypeError, match="must be a path, a hub name"):
         load_prompts(7)
-    with pytest.raises(TypeError, match="row 1: expected an object"):
+    with pytest.raises(TypeError, match="row 1: expected a mapping"):
         load_prompts(["Hello"])
     with pytest.raises(ValueError, match="limit must be at least 1"):
         load_prompts(limit=0)

@@ -52,13 +52,16 @@ def test_only_the_response_is_labelled(tokenizer):
     assert tokenizer.decode(row["input_ids"][: supervised[0]]) == f"<s><u>{PAIR['prompt']}<a>"
 
 
-def test_only_the_last_answer_of_a_chat_is_labelled(tokenizer):
+def test_every_answer_of_a_chat_is_labelled_but_for_those_of_no_weight(tokenizer):
     messages = [
         {"role": "user", "content": "how"},
         {"role": "assistant", "content": "sea"},
         {"role": "user", "content": "write"},
         {"role": "assistant", "content": "bread"},
     ]
+    row = encode_messages(tokenizer, messages)
+    assert tokenizer.decode([x for x in row["labels"] if x != IGNORED]) == "sea</s>bread</s>"
+    messages[1]["weight"] = 0
     row = encode_messages(tokenizer, messages)
     assert tokenizer.decode([x for x in row["labels"] if x != IGNORED]) == "bread</s>"
 
@@ -96,7 +99,7 @@ def test_padding_is_masked_and_unlabelled(side):
     [
         ([], "empty"),
         ([{"prompt": "a"}], "no 'response'"),
-        ([{"prompt": "a", "response": "  "}], "no 'response'"),
+        ([{"prompt": "a", "response": "  "}], "'response' is empty"),
         ([{"response": "a"}], "no 'prompt'"),
         ([PAIR, {"prompt": "a", "response": 3}], "row 2"),
         ([{"messages": []}], "messages"),

@@ -1,0 +1,211 @@
+"""Rows to token ids and labels for every kind of model, with word of what was cut."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from alignguard.data.batches import Encoded
+from alignguard.data.rendering import Messages, render_prompt, render_row
+from alignguard.data.rows import load_conversations, named, text_of
+from alignguard.data.sources import Source, read_rows
+from alignguard.objective import IGNORED, model_kind
+
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")  # tables of learned positions
+
+ENDS = 3  # tokens at the end of a response among which its end of sequence is looked for
+
+
+class Examples(list[dict[str, Any]]):
+    """Encoded rows, and what people should know of their reading.
+
+    Attributes:
+        notes: sentences on what was cut or looks wrong; empty where nothing was.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = (), notes: Sequence[str] = ()) -> None:
+        super().__init__(rows)
+        self.notes = list(notes)
+
+
+Cut = tuple[dict[str, Any], set[str]]  # an encoded row, and what of it was cut
+
+
+def _encode_causal(tokenizer: Any, row: Mapping[str, Any], max_length: int) -> Cut:
+    """The end of the response is cut first, then the start of the prompt, so that the cue before the response stays."""
+    ids, mask = render_row(tokenizer, row)
+    labels = [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
+    prompt = mask.index(True)
+    response = len(ids) - prompt
+    keep = max(1, min(response, max(max_length - prompt, max_length // 2)))
+    before = min(prompt, max_length - keep) if max_length > keep else 1
+    place = slice(prompt - before, prompt + keep)
+    lost = {part for part, gone in (("prompt", before < prompt), ("end", keep < response)) if gone}
+    return {"input_ids": ids[place], "labels": labels[place]}, lost
+
+
+def _encode_pair(tokenizer: Any, row: Mapping[str, Any], max_length: int) -> Cut:
+    """An encoder-decoder's prompt, which is all but the last message, and its response."""
+    *before, last = row["messages"]
+    if not last.get("weight", 1) or any(message.get("tool_calls") for message in row["messages"]):
+        raise ValueError(
+            "an encoder-decoder learns the text of the last message, without tool calls and with a weight of 1"
+        )
+    if row.get("tools") and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template, which tools need")
+    more = {"tools": row.get("tools"), "template": row.get("chat_template_kwargs")}
+    prompt = render_prompt(tokenizer, before, encoder=True, **more)
+    answer = tokenizer(last["content"], add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    room = max_length - len(end)
+    lost = {part for part, gone in (("prompt", len(prompt) > max_length), ("response", len(answer) > room)) if gone}
+    return {"input_ids": prompt[-max_length:], "labels": answer[:room] + end}, lost
+
+
+def encode_messages(tokenizer: Any, messages: Messages, max_length: int = 512, **more: Any) -> dict[str, Any]:
+    """Token ids and labels of one conversation; turns of the assistant carry labels, but for those with a weight of 0.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: the last of them the assistant's.
+        max_length: in tokens; the end of the response is cut first, then the start of the prompt.
+        **more: ``tools`` and ``chat_template_kwargs`` of the template.
+
+    Returns:
+        ``{"input_ids": list[int], "labels": list[int]}`` of equal length, labels −100 where nothing is learned.
+
+    Raises:
+        ValueError: as :func:`alignguard.data.rendering.render_row`.
+    """
+    return _encode_causal(tokenizer, {"messages": messages, **more}, max_length)[0]
+
+
+def encode_example(tokenizer: Any, prompt: str, response: str, max_length: int = 512) -> dict[str, Any]:
+    """:func:`encode_messages` for one prompt and one response."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return encode_messages(tokenizer, messages, max_length)
+
+
+def encode_source(source: Source, name: str, tokenizer: Any, kind: str, max_length: int) -> Examples:
+    """Read, check and encode every row of a source.
+
+    Args:
+        source: rows in a form of :func:`alignguard.data.conversation`, wherever :class:`alignguard.data.DataSource` finds
+            them; for a classifier ``prompt`` and an integer ``label``.
+        name: what an error calls the source.
+        tokenizer: a Hugging Face tokenizer.
+        kind: see :func:`alignguard.objective.model_kind`.
+        max_length: longest row in tokens; an encoder-decoder's prompt and response each.
+
+    Returns:
+        ``input_ids`` and ``labels`` of each row: token lists with labels −100 where nothing is asked, or a class number;
+        and ``notes`` on what was cut.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad rows, named.
+    """
+    if kind == "classification":
+        return _encode_labelled(source, name, tokenizer, max_length)
+    encode = _encode_pair if kind == "seq2seq" else _encode_causal
+    rows: list[dict[str, Any]] = []
+    losses: list[set[str]] = []
+    for number, row in enumerate(load_conversations(source, name), 1):
+        try:
+            made, lost = encode(tokenizer, row, max_length)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
+            words = " ".join(str(error).split())[:400]
+            raise ValueError(f"{name}, row {number}: cannot be rendered ({words})") from error
+        if "prompt" in lost and row["messages"][0]["role"] == "system":
+            lost.add("system")
+        rows.append(made)
+        losses.append(lost)
+    marks = _end_marks(tokenizer)
+    whole = [row["labels"] for row, lost in zip(rows, losses, strict=True) if not lost & {"end", "response"}]
+    notes = _cut_notes(name, losses, max_length)
+    if whole and not any(marks & set(labels[-ENDS:]) for labels in whole):
+        notes.append(
+            f"{name}: no response ends with an end-of-sequence token, so where to stop is not learned; does the chat "
+            "template end the assistant's turn?"
+        )
+    return Examples(rows, notes)
+
+
+def _end_marks(tokenizer: Any) -> set[int]:
+    """Tokens that can end a response: every special one."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if getattr(token, "special", False))}
+
+
+def _cut_notes(name: str, losses: Sequence[set[str]], max_length: int) -> list[str]:
+    """What was cut, in words; nothing where nothing was."""
+    words = (
+        ("end", "{} lose the end of the response and its end-of-turn token"),
+        ("response", "{} lose the end of the response"),
+        ("prompt", "{} the start of the prompt"),
+        ("system", "{} of these the system prompt or its start"),
+    )
+    counts = [(sum(part in lost for lost in losses), text) for part, text in words]
+    shown = ", ".join(text.format(count) for count, text in counts if count)
+    cut = sum(map(bool, losses))
+    return [f"{name}: {cut} of {len(losses)} rows are longer than {max_length} tokens and cut: {shown}"] if cut else []
+
+
+def _encode_labelled(source: Source, name: str, tokenizer: Any, max_length: int) -> Examples:
+    rows, losses = [], []
+    with named(name):
+        for where, row in read_rows(source):
+            ids = tokenizer(text_of(row, "prompt", where))["input_ids"]
+            label = row.get("label")
+            if isinstance(label, str) and label.isdigit():  # from a CSV file
+                label = int(label)
+            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+                raise ValueError(f"{where}: 'label' must be a class number from 0 on, found {label!r}")
+            rows.append({"input_ids": ids[:max_length], "labels": label})
+            losses.append({"text"} if len(ids) > max_length else set())
+    if not rows:
+        raise ValueError(f"{name} is empty; it needs at least one row with a prompt and a label")
+    cut = sum(map(bool, losses))
+    notes = [f"{name}: {cut} of {len(rows)} rows are longer than {max_length} tokens and lose their end"] if cut else []
+    return Examples(rows, notes)
+
+
+def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
+    """Refuse rows that would reach beyond a model's tables: its vocabulary, its classes, its learned positions.
+
+    Args:
+        model: a Hugging Face model, wrapped by peft or not.
+        rows: encoded for it.
+        name: what an error calls them.
+
+    Raises:
+        ValueError: naming the first row.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    words, kind = inner.get_input_embeddings().num_embeddings, model_kind(inner)
+    places = [
+        module.num_embeddings
+        for path, module in inner.named_modules()
+        if isinstance(module, torch.nn.Embedding) and POSITIONS.search(path)
+    ]
+    room = min([*places, getattr(inner.config, "max_position_embeddings", None) or math.inf]) if places else math.inf
+    for number, row in enumerate(rows, 1):
+        ids = [*row["input_ids"], *(row["labels"] if kind != "classification" else ())]
+        if max(ids, default=0) >= words:
+            raise ValueError(
+                f"{name}, row {number}: token {max(ids)} is beyond the model's vocabulary of {words}; the tokenizer is "
+                "another model's, or call model.resize_token_embeddings(len(tokenizer))"
+            )
+        if kind == "classification" and row["labels"] >= inner.config.num_labels:
+            raise ValueError(
+                f"{name}, row {number}: label {row['labels']} is beyond the model's {inner.config.num_labels} classes, "
+                "numbered from 0; load the model with num_labels=, or mend the row"
+            )
+        if max(len(row["input_ids"]), len(ids) - len(row["input_ids"]) if kind == "seq2seq" else 0) > room:
+            raise ValueError(
+                f"{name}, row {number}: longer than the model's {room} positions; give a max_length of at most {room}"
+            )

@@ -1,0 +1,209 @@
+"""Conversations as text by the model's own chat template, and as tokens that tell what is learned from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+
+from alignguard.data.rows import THOUGHTS, learned_turns
+
+THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def render_prompt(
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    encoder: bool = False,
+    tools: Any = None,
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation up to and including the cue for the assistant.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; without a chat template the contents stand one a line.
+        messages: ``{"role", "content"}`` each.
+        encoder: whether an encoder reads them, which wants the end of sequence that its tokenizer puts there.
+        tools: passed to the template.
+        template: further arguments of the template.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        text = _template(tokenizer, messages, tools, template)(len(messages), True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
+    # some tokenizers end whatever they read, and a decoder must not read an end before its answer
+    return ids if encoder or not ids or ids[-1] != tokenizer.eos_token_id else ids[:-1]
+
+
+def _template(tokenizer: Any, messages: Messages, tools: Any, options: Mapping[str, Any] | None) -> Any:
+    """(how many messages, with the cue for the assistant) -> text."""
+    shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+
+    def render(count: int, cue: bool = False) -> str:
+        more = {**(options or {}), **({"tools": tools} if tools else {})}
+        return tokenizer.apply_chat_template(shown[:count], tokenize=False, add_generation_prompt=cue, **more)
+
+    return render
+
+
+def render_row(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and which of them are learned from.
+
+    Every text of the row must be found again in what the template makes of it: a template that leaves out what it does
+    not know would train on something else than the row says. Templates that read content in parts get it so.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        row: of :func:`alignguard.data.conversation`.
+
+    Returns:
+        ids, and for each whether it belongs to a learned turn of the assistant, its end included.
+
+    Raises:
+        ValueError: a template that leaves something out, that renders the prompt otherwise once the response follows, or
+            turns that cannot be told apart.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return _without_template(tokenizer, row)
+    messages = row["messages"]
+    try:
+        text, spans = _spans(tokenizer, row, messages)
+    except (ValueError, TypeError, AttributeError, TemplateError) as error:
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}] if m["content"] else []} for m in messages]
+        try:
+            text, spans = _spans(tokenizer, row, parts)
+        except Exception:  # a template that takes no parts fails in its own way
+            raise error from None
+    return tokens_of(tokenizer, text, spans)
+
+
+def _without_template(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    messages = row["messages"]
+    if row.get("tools") or row.get("chat_template_kwargs") or any(m.get("tool_calls") for m in messages):
+        raise ValueError("the tokenizer has no chat template, which tools and chat_template_kwargs need")
+    if learned_turns(messages) != [len(messages) - 1]:
+        raise ValueError(
+            "the tokenizer has no chat template to tell several turns apart; learn from the last (turns='last')"
+        )
+    prompt = render_prompt(tokenizer, messages[:-1])
+    answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    answer = answer + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+    return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+
+def _spans(tokenizer: Any, row: Mapping[str, Any], messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+    """The whole text and where each learned turn stands in it."""
+    options, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
+    if unknown := [name for name in options if name not in str(tokenizer.chat_template)]:
+        raise ValueError(f"the chat template knows no {unknown[0]!r} of chat_template_kwargs")
+    render = _template(tokenizer, messages, tools, options)
+    whole, spans = render(len(messages)), []
+    for place in learned_turns(row["messages"]):
+        before = render(place, True)
+        if not whole.startswith(before):
+            raise ValueError(
+                "the chat template renders the prompt differently when the response follows it, so the response's "
+                "tokens cannot be told apart; use a template whose generation prompt is a prefix of the whole"
+                + (", or learn from the last turn alone (turns='last')" if place < len(messages) - 1 else "")
+            )
+        spans.append((len(before), _end(whole, render, row["messages"], place, len(before))))
+    _check_rendered(whole, spans, row)
+    return whole, spans
+
+
+def _end(whole: str, render: Any, messages: Messages, place: int, start: int) -> int:
+    """Where a learned turn ends, with what the template puts after it."""
+    if place == len(messages) - 1:
+        return len(whole)
+    if whole.startswith(after := render(place + 1)):
+        return len(after)
+    # Qwen3 and others render a turn otherwise while it is the last: the text, and the end that the last one has
+    content, last = messages[place]["content"].strip(), messages[-1]["content"].strip()
+    tail = whole[whole.rfind(last) + len(last) :] if last and last in whole else ""
+    at = whole.find(content, start)
+    end = at + len(content)
+    closing = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole[end:], tail, strict=False)))
+    if not content or at < 0 or whole[start:at].strip() or not closing:
+        raise ValueError(
+            "the chat template renders earlier turns otherwise than the last; learn from that alone (turns='last')"
+        )
+    return end + len(closing)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _check_rendered(whole: str, spans: Sequence[tuple[int, int]], row: Mapping[str, Any]) -> None:
+    """Refuse a template that leaves out text, thoughts, tool calls or tools."""
+    text = _squeezed(whole)
+    learned = dict(zip(learned_turns(row["messages"]), spans, strict=True))
+    for tool in row.get("tools") or ():
+        name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
+        if not isinstance(name, str):
+            raise ValueError(f"each of 'tools' needs the name of a function, found {tool!r:.200}")
+        if _squeezed(name) not in text:
+            raise ValueError(
+                f"the chat template leaves out the tool {name!r}; use one that renders tools, or leave them out"
+            )
+    for place, message in enumerate(row["messages"]):
+        span = learned.get(place)
+        within = text if span is None else _squeezed(whole[slice(*span)])
+        content = message["content"]
+        if span is None:  # earlier thoughts are left out by design, and tool messages may be quoted
+            content = THOUGHT.sub("", content)
+        said = _squeezed(content) in within or _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in within
+        lost = [] if said else ["its text"]
+        if span is not None:
+            lost += [name for name in THOUGHTS if _squeezed(message.get(name) or "") not in within]
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            words = [call["function"]["name"], *(arguments if isinstance(arguments, Mapping) else [arguments])]
+            lost += [f"the tool call {words[0]!r}"] * any(_squeezed(str(word)) not in within for word in words)
+        if lost:
+            raise ValueError(
+                f"the chat template leaves out {lost[0]} of message {place + 1} ({message['role']}); use a template that "
+                "renders it, or leave it out of the row"
+            )
+
+
+def tokens_of(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """Token ids of a text, and which of them stand in the spans.
+
+    Where a token would reach across the edge of a span, the parts are tokenised one by one: the model's own answer begins
+    with a token of its own as well.
+
+    Raises:
+        ValueError: the parts do not make the text again.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    whole = ids_of(text)
+    edges = sorted({edge for span in spans for edge in span if edge < len(text)})
+    heads = [ids_of(text[:edge]) for edge in edges]
+    if all(whole[: len(head)] == head for head in heads):
+        places = {0: 0, len(text): len(whole), **{edge: len(head) for edge, head in zip(edges, heads, strict=True)}}
+        mask = [False] * len(whole)
+        for start, end in spans:
+            mask[places[start] : places[end]] = [True] * (places[end] - places[start])
+        return whole, mask
+    ids: list[int] = []
+    mask = []
+    starts = {start for start, _ in spans}
+    for start, end in zip([0, *edges], [*edges, len(text)], strict=True):
+        part = ids_of(text[start:end])
+        ids, mask = ids + part, mask + [start in starts] * len(part)
+    if tokenizer.decode(ids) != tokenizer.decode(whole):
+        raise ValueError(
+            "the tokenizer reads prompt and response together otherwise than one by one, so they cannot be told apart"
+        )
+    return ids, mask
