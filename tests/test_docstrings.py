@@ -45,7 +45,7 @@ NO_FORMULA = {
     "studies.ablation": ["summarise"],
     "alignguard.guard": ["load_guard", "save_guard"],
     "alignguard.pages": ["render_drift"],
-    "alignguard.data": ["encode_source", "pad_rows"],
+    "alignguard.data": ["DataSource", "conversation", "encode_source", "pad_rows", "shown_row"],
     "studies": ["Bench", "Ledger"],
     "alignguard.training": [
         *("Prepared", "card_section", "check_complete", "honours_item_count", "latest_checkpoint", "load_fisher"),

@@ -106,7 +106,8 @@ def train_rival(
         RivalResult: model, folder, log, step times and how many alignment examples were read.
 
     Raises:
-        FileNotFoundError, FileExistsError, TypeError, ValueError: bad input, named, before training.
+        FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, TypeError, ValueError: bad input, named,
+            before training.
     """
     if rival.reads_alignment and alignment_data is None:
         raise ValueError(f"{rival.name} reads alignment examples; give alignment_data")

@@ -16,7 +16,7 @@ import alignguard
 from alignguard.cli import commands as cli
 
 ROOT = Path(alignguard.__file__).parent.parent
-OURS = (str(ROOT / "alignguard"), str(ROOT / "fishergeo"))
+OURS = (str(ROOT / "alignguard"), str(ROOT / "fishergeo"), str(ROOT / "studies"))
 
 
 class Ear(io.StringIO):
@@ -79,17 +79,21 @@ class Trial:
             for path in set(self.folder.rglob("*")) - there:  # so that the next ones are told apart
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def command(self, label, argv, *words):
-        """``alignguard ARGV`` must end with exit code 2 and one message that holds all the words."""
+    def command(self, label, argv, *words, program=cli.main):
+        """``alignguard ARGV``, or that of another program, must end with exit code 2 and one message that holds all the words."""
         ear = Ear()
         with self._untouched(label), contextlib.redirect_stderr(ear), contextlib.redirect_stdout(io.StringIO()):
             try:
-                code = cli.main([str(word) for word in argv])
+                code = program([str(word) for word in argv])
             except SystemExit as stop:  # argparse
                 code = stop.code
             said = ear.getvalue()
             assert code == 2, f"exit code {code}, {said[-300:]}"
-            told = [line for line in said.splitlines() if line.startswith(("alignguard ", "alignguard: "))]
+            told = [
+                line
+                for line in said.splitlines()
+                if line.startswith(("alignguard ", "alignguard: ", "studies ", "studies: "))
+            ]
             assert len(told) == 1 and "Traceback" not in said, said[-300:]
             self._check(told[0], ear.error, words)
 

@@ -74,7 +74,9 @@ def test_python_command_line_and_yaml_offer_the_same():
         cli.TRAINING_FIELDS
     )
     assert set(cli.TRAINING_FIELDS) <= set(TrainingArguments.__dataclass_fields__)
-    assert set(inspect.signature(prepare).parameters) - {"progress"} <= set(inspect.signature(fit).parameters)
+    assert set(inspect.signature(prepare).parameters) - {"progress", "read_alignment"} <= set(
+        inspect.signature(fit).parameters
+    )
 
 
 def other(field):

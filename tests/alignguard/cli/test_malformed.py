@@ -20,6 +20,7 @@ from alignguard import GuardConfig, cli
 from alignguard.data import read_jsonl
 from alignguard.loading import load_model
 from alignguard.training.checkpoint import MARKER, seal
+from studies.__main__ import main as studies
 
 # How many inputs each test makes at least, by what is malformed; the tests hold themselves to it.
 LEAST = {"configs": 150, "rows": 95, "fisher": 55, "checkpoints": 40, "adapters": 45, "models": 15, "reports": 30}
@@ -188,7 +189,8 @@ def test_malformed_configurations(trial, tmp_path):
         (["--set", "energy=2"], "energy"), (["--model", "x"], "--task-data"), (["--study", "all"], "study"),
         (["--alignment-data", "gone.jsonl"], "gone.jsonl"), (["--seeds", "x"], "seeds"), (["--processes", "0"], "processes"),
     ):  # fmt: skip
-        trial.command(f"ablate {flags}", ["ablate", "--output-dir", tmp_path / "new", *flags], word)
+        command = ["ablate", "--output-dir", tmp_path / "new", *flags]
+        trial.command(f"ablate {flags}", command, word, program=studies)
     trial.end(LEAST["configs"])
 
 

@@ -59,7 +59,7 @@ def _penalties():
                     for p in model.parameters():
                         if p.requires_grad:
                             p.mul_(1.1)
-            curvature = guards[0]._estimate(guards[0].rows, False)  # of one process, for both
+            curvature = guards[0].curvature.estimate(guards[0].rows, 0)  # of one process, for both
             for guard in guards:
                 guard.use_fisher(curvature)
             values = [guard.penalty() for guard in guards]
@@ -118,7 +118,7 @@ def test_accelerate_plugins_that_shard_so_are_refused(tmp_path, monkeypatch):
     guard = Guard(model, rows(2), CONFIG)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     refused = []
-    monkeypatch.setattr("alignguard.updates.check_plugins", refused.append)
+    monkeypatch.setattr("alignguard.training.trainer.check_plugins", refused.append)
     GuardTrainer(model=model, args=arguments, train_dataset=rows(2), data_collator=collator(0, "causal"), guard=guard)
     assert len(refused) == 1 and hasattr(refused[0], "distributed_type")
 
