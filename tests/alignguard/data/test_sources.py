@@ -109,7 +109,7 @@ def test_keys_that_arrow_fills_with_none_are_not_there():
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "damaged gzip file"),
         ("a.parquet", b"PAR1 and no more", "datasets cannot read it"),
         ("a.parquet", b"hello", "not a readable Parquet file"),
         ("a.txt", b"hello", r"unknown kind of file '\.txt'"),
