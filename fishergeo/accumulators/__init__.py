@@ -1,7 +1,7 @@
 """The running sums behind each Fisher structure."""
 
 from fishergeo.accumulators.base import Accumulator, Layout, Made, Owned, Shared
-from fishergeo.accumulators.kronecker import EkfacAccumulator, KfacAccumulator
+from fishergeo.accumulators.kronecker import EkfacAccumulator, KfacAccumulator, KfacSketchAccumulator
 from fishergeo.accumulators.moments import DiagonalAccumulator
 from fishergeo.accumulators.products import ProductAccumulator
 from fishergeo.accumulators.sketch import SketchAccumulator
@@ -26,6 +26,7 @@ __all__ = [
     "DiagonalAccumulator",
     "EkfacAccumulator",
     "KfacAccumulator",
+    "KfacSketchAccumulator",
     "Layout",
     "Made",
     "Owned",

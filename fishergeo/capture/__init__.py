@@ -16,6 +16,7 @@ from fishergeo.capture.objectives import (
     take_weights,
 )
 from fishergeo.capture.records import Record
+from fishergeo.capture.standins import provable, stand_ins
 
 __all__ = [
     "KINDS",
@@ -35,8 +36,10 @@ __all__ = [
     "header_fields",
     "indexed",
     "padding_mask",
+    "provable",
     "select_layers",
     "sized",
+    "stand_ins",
     "take_weights",
     "to_device",
 ]

@@ -7,7 +7,7 @@ duration, and the first captured outputs become the leaves of the graph, so that
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,7 @@ class Capture:
         self._ran: set[str] = set()
         self._delivered: set[str] = set()
         self._in_backward = False
+        self._deaf = False
         self._deliver: Callable[[Layer], None] | None = None
 
     def __enter__(self) -> Capture:
@@ -125,6 +126,15 @@ class Capture:
         self._forget()
         self._stack.close()
 
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within, the model may be run and differentiated without anything being captured."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
+
     def _forget(self) -> None:
         for site in self._sites.values():
             site.clear()
@@ -151,6 +161,8 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             kind = site.use.kind
             assert kind is not None
+            if self._deaf:
+                return output
             if site.use.path not in self._notes:
                 self._notes[site.use.path] = kind.examine(site.use.path, module, args, kwargs)
             source = self._sources.of(first_input(args, kwargs), type(kind).__name__, *kind.geometry(module))
@@ -169,7 +181,7 @@ class Capture:
         def observe(parameter: str, expert: int, rows: Tensor, tokens: Tensor, total: int, output: Tensor) -> Tensor:
             self._ran.add(path)
             site = self._sites.get((path, parameter, expert))
-            if site is None:
+            if site is None or self._deaf:
                 return output
             source = self._sources.fresh()
             return self._observe(

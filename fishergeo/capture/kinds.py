@@ -76,6 +76,11 @@ class Kind:
         """(p, q) of the weight's view."""
         raise NotImplementedError
 
+    def view(self, tensor: Tensor) -> Tensor:
+        """(p, q) of a tensor shaped as the weight is stored."""
+        flat = tensor.reshape(len(tensor), -1)
+        return flat.mT if self.transposed else flat
+
     def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Checks on the module's first call that it computes what this kind says.
 

@@ -52,6 +52,7 @@ def estimate_fisher(  # type: ignore[overload-overlap]  # a name is a sequence o
     progress: bool = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     checkpoint_every: int = ...,
+    verify: bool = ...,
     **keywords: Unpack[DataKeywords],
 ) -> Fisher: ...
 
@@ -76,6 +77,7 @@ def estimate_fisher(
     progress: bool = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     checkpoint_every: int = ...,
+    verify: bool = ...,
     **keywords: Unpack[DataKeywords],
 ) -> dict[str, Fisher]: ...
 
@@ -99,6 +101,7 @@ def estimate_fisher(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
+    verify: bool = True,
     **keywords: Unpack[DataKeywords],
 ) -> Fisher | dict[str, Fisher]:
     r"""Estimates the Fisher of every chosen layer's weight in one pass, without forming a weight gradient.
@@ -153,6 +156,9 @@ def estimate_fisher(
         checkpoint: file that keeps the state of the unfinished pass. If it is there, the pass goes on from it: the
             batches must come in the same order. It is deleted at the end.
         checkpoint_every: number of batches between two writes of it.
+        verify: before anything is returned, hold the gradients captured on the first batch against autograd's own of
+            the same weights, and one example alone against the same in its batch: one batch more, forward and
+            backward. Quantised and sharded weights are passed over.
         **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:
@@ -163,6 +169,7 @@ def estimate_fisher(
         ValueError: for unknown choices, patterns that match nothing, batches without labels, no supervised token, or a
             field of the data options beside ``data``.
         TypeError: if batches cannot be read twice where two passes are needed, or for an unknown keyword.
+        RuntimeError: if ``verify`` finds gradients that are not autograd's, naming the layers and likely causes.
         FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
 
     Examples:
@@ -200,7 +207,7 @@ def estimate_fisher(
             "model": mark,
         }
         keeper = Checkpoint(checkpoint, checkpoint_every, json.loads(json.dumps(facts)))
-    sweeps = _run(model, chosen, batches, feeding, options, share_inputs, progress, keeper)
+    sweeps = _run(model, chosen, batches, feeding, options, share_inputs, progress, keeper, verify)
     header = FisherHeader(
         structure="",
         kind=options.kind,
@@ -337,9 +344,10 @@ def _run(
     share_inputs: bool,
     progress: bool,
     keeper: Checkpoint | None,
+    verify: bool,
 ) -> list[Sweep]:
     """The sweeps, finished; each begun where a checkpoint left it."""
-    sweeps = [Sweep(model, chosen, feeding.sums, options, share_inputs, feeding.turns, feeding.bases)]
+    sweeps = [Sweep(model, chosen, feeding.sums, options, share_inputs, feeding.turns, feeding.bases, verify)]
     saved = [] if keeper is None else keeper.load(sweeps[0].device)
     finished: list[SweepState] = []
 
@@ -364,7 +372,7 @@ def _run(
         if len(saved) < 2:
             first = {"sums": sweeps[0].accumulators, "bases": sweeps[0].bases}
             second = {key: in_eigenbases(first[role][source]) for key, (role, source) in feeding.second.items()}
-        sweeps.append(Sweep(model, chosen, second, options, share_inputs))
+        sweeps.append(Sweep(model, chosen, second, options, share_inputs, verify=False))
         if len(saved) == 2:
             sweeps[1].restore(saved[1], feeding.layouts)
         sweeps[1].run(batches, progress, after)

@@ -74,6 +74,7 @@ def sketch_shards(
     side: str = "output",
     layers: LayerFilter = None,
     progress: bool = False,
+    verify: bool = True,
     **keywords: Unpack[DataKeywords],
 ) -> list[dict[str, SymmetricOperator]]:
     """One sketched Fisher for each part of the examples: example i goes to part i modulo ``shards``.
@@ -92,6 +93,8 @@ def sketch_shards(
         side: ``"output"`` or ``"input"``.
         layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
         progress: whether a progress bar over batches is shown.
+        verify: hold the gradients captured on the first batch against autograd's, as
+            :func:`fishergeo.estimate_fisher` does.
         **keywords: fields of :class:`fishergeo.DataOptions` (``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:
@@ -101,6 +104,7 @@ def sketch_shards(
         TypeError: if ``shards`` or ``rank`` is not an int, or for an unknown keyword.
         ValueError: for unknown choices, a field of the data options beside ``data``, units of tokens, decay or example
             weights, or a part without a supervised token.
+        RuntimeError: if ``verify`` finds gradients that are not autograd's, naming the layers and likely causes.
         FloatingPointError: naming the batch.
 
     Examples:
@@ -139,7 +143,7 @@ def sketch_shards(
         for part in parts:
             part.next_batch()
 
-    Sweep(model, chosen, groups, options).run(batches, progress, after)
+    Sweep(model, chosen, groups, options, verify=verify).run(batches, progress, after)
     for part in parts:
         if part.units == 0:
             raise ValueError(f"part {part.number} of {shards} has no example with a supervised token; use fewer shards")

@@ -37,6 +37,8 @@ class StreamingFisher:
         layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
         dtype: dtype of products; by default float64 for float64 models, else float32.
         progress: whether a progress bar is shown for every pass.
+        verify: hold the gradients captured on the first batch against autograd's, as
+            :func:`fishergeo.estimate_fisher` does, in the first pass that each layer takes part in.
         **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Attributes:
@@ -75,6 +77,7 @@ class StreamingFisher:
         layers: LayerFilter = None,
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        verify: bool = True,
         **keywords: Unpack[DataKeywords],
     ) -> None:
         self.data = chosen_options("StreamingFisher", data, kind, keywords)
@@ -86,6 +89,7 @@ class StreamingFisher:
             )
         self.model = model
         self.progress = progress
+        self.verify = verify
         self.passes = 0
         self.traces: dict[str, float] = {}
         self.examples = self.tokens = 0.0
@@ -96,6 +100,7 @@ class StreamingFisher:
         self.device = weight.device
         self._layouts = {name: Layout(name, *layer.shape, self.data.unit, side) for name, layer in self.layers.items()}
         self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}
+        self._proven: set[str] = set()
         self._operators = {name: StreamingOperator(self, name) for name in self.layers}
 
     def __getitem__(self, name: str) -> StreamingOperator:
@@ -124,7 +129,8 @@ class StreamingFisher:
         Raises:
             KeyError: for a layer that is not there.
             ValueError: for a block of the wrong shape, or batches without a supervised token.
-            RuntimeError: if the data are not those of the first pass, by their counts.
+            RuntimeError: if the data are not those of the first pass, by their counts; if ``verify`` finds gradients
+                that are not autograd's.
             FloatingPointError: naming the batch and the layer.
         """
         accumulators: dict[str, ProductAccumulator] = {}
@@ -153,7 +159,8 @@ class StreamingFisher:
     def _pass(self, accumulators: Mapping[str, Accumulator]) -> None:
         """Feeds the accumulators once; only their layers get hooks, so back-propagation stops at the first of them."""
         layers = {name: layer for name, layer in self.layers.items() if name in accumulators}
-        sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self.data)
+        verify = self.verify and not self._proven.issuperset(layers)
+        sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self.data, verify=verify)
         once = callable(self._batches) and not isinstance(self._batches, Iterable)
         sweep.run(cast(Any, self._batches)() if once else cast(Iterable[Any], self._batches), self.progress)
         if self.passes == 0:
@@ -164,6 +171,7 @@ class StreamingFisher:
                 f"{sweep.examples:g} of {sweep.tokens:g} now; do not shuffle, sample or drop"
             )
         self.passes += 1
+        self._proven |= set(layers)
 
 
 class StreamingOperator(SymmetricOperator):

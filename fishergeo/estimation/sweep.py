@@ -14,6 +14,7 @@ from fishergeo.accumulators import (
     Accumulator,
     EkfacAccumulator,
     KfacAccumulator,
+    KfacSketchAccumulator,
     Layout,
     Owned,
     Shared,
@@ -34,6 +35,9 @@ from fishergeo.capture import (
 from fishergeo.estimation.checkpoint import SweepState
 from fishergeo.estimation.fisher import named_once
 from fishergeo.estimation.options import DataOptions
+from fishergeo.estimation.verify import Proof
+
+_WITH_INPUTS = (KfacAccumulator, KfacSketchAccumulator)
 
 
 class Sweep:
@@ -47,6 +51,7 @@ class Sweep:
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
         turns: key of a KFAC structure -> examples after which it becomes EKFAC in its eigenbases.
         bases: ``sharing`` -> layer -> KFAC that nobody asked for, whose eigenbases a second sweep takes.
+        verify: hold the gradients captured on the first batch against autograd's own.
 
     Attributes:
         number: of the next batch.
@@ -64,6 +69,7 @@ class Sweep:
         share_inputs: bool = True,
         turns: Mapping[str, int] | None = None,
         bases: Mapping[str, dict[str, Accumulator]] | None = None,
+        verify: bool = True,
     ) -> None:
         self.model = model
         self.layers = dict(layers)
@@ -72,6 +78,7 @@ class Sweep:
         self.share_inputs = share_inputs
         self.turns = dict(turns or {})
         self.bases = dict(bases or {})
+        self.verify = verify
         self.number = 0
         self.examples = 0.0
         self.tokens = 0.0
@@ -89,6 +96,7 @@ class Sweep:
 
         Raises:
             FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
+            RuntimeError: if what is captured on the first batch are not the gradients, naming the layers.
             ValueError: if there was no supervised token, or a layer received no gradient.
         """
         with Capture(self.model, self.layers) as capture:
@@ -125,37 +133,40 @@ class Sweep:
         o = self.options
         mask = padding_mask(batch)
         batch, given = take_weights(batch, o.example_weights, "example_weights")
-        token_weights = o.token_weights
-        if isinstance(token_weights, str):
-            batch, of_tokens = take_weights(batch, token_weights, "token_weights")
-            token_weights = lambda _: cast(Tensor, of_tokens)  # noqa: E731
+        of_tokens = None
+        if isinstance(o.token_weights, str):
+            batch, of_tokens = take_weights(batch, o.token_weights, "token_weights")
         draw, draws = 0, 1
         weights: Tensor | None = None
         groups: dict[tuple[int, int], list[KfacAccumulator]] = {}
+        proof = self._proof(capture, batch, of_tokens) if self.verify else None
         while draw < draws:
             shared = Shared(number, draw)
             totals: dict[str, Tensor] = {}
 
             def objective(draw: int = draw, shared: Shared = shared) -> Objective:
                 nonlocal draws, weights
-                result = example_objectives(
-                    self.model, batch, o.kind, o.loss, self.generator, token_weights, draw, o.max_draws
-                )
+                result = self._objective(batch, of_tokens, self.generator, draw)
                 draws = result.draws
                 if draw == 0:
                     weights = self._count(result, given, shared)
                 shared.weights = weights
                 return result
 
-            def scale(result: Objective) -> Tensor:
+            def scale(result: Objective, draw: int = draw) -> Tensor:
                 factor = torch.ones_like(result.values)
                 if o.unit == "token" or o.reduction == "sum":
                     tokens = result.counts if result.token_scale is None else result.token_scale
                     factor = factor * tokens.to(factor.dtype)
-                return factor if weights is None else factor * weights.sqrt().to(factor.dtype)
+                factor = factor if weights is None else factor * weights.sqrt().to(factor.dtype)
+                if proof is not None and draw == 0:
+                    proof.begin(result, factor)
+                return factor
 
             def read(record: Record, shared: Shared = shared, totals: dict[str, Tensor] = totals) -> None:
                 self.seen.add(record.name)
+                if proof is not None and shared.draw == 0:
+                    proof.take(record)
                 inputs = shared.get(record.source, "total", lambda: _total(record.inputs))
                 totals[record.name] = inputs + _total(record.gradients)
                 for place, layers in enumerate(self._fed()):
@@ -173,12 +184,33 @@ class Sweep:
             if totals and not bool(torch.isfinite(torch.stack(list(totals.values()))).all()):
                 name = next(name for name, total in totals.items() if not bool(torch.isfinite(total)))
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")
+            if proof is not None and draw == 0 and proof.check():
+                self.verify = False
             draw += 1
         order = list(self.layers)
         for group in groups.values():
             first = min((member.layout.name for member in group), key=order.index)
             for member in group:
                 member.group = first
+
+    def _objective(self, batch: Any, of_tokens: Tensor | None, generator: torch.Generator, draw: int = 0) -> Objective:
+        """Of a batch, and the token weights that stood in it."""
+        o = self.options
+        weights = cast(Callable[[Any], Tensor] | None, o.token_weights) if of_tokens is None else lambda _: of_tokens
+        return example_objectives(self.model, batch, o.kind, o.loss, generator, weights, draw, o.max_draws)
+
+    def _proof(self, capture: Capture, batch: Any, of_tokens: Tensor | None) -> Proof:
+        groups = self.accumulators.values()
+        return Proof(
+            capture,
+            self._objective,
+            batch,
+            of_tokens,
+            self.generator,
+            builtin=self.options.loss is None,
+            sampled=self.options.kind == "mc",
+            moments=any(isinstance(one, _WITH_INPUTS) for group in groups for one in group.values()),
+        )
 
     def _count(self, result: Objective, given: Tensor | None, shared: Shared) -> Tensor | None:
         """Counts a batch's examples and tokens, lets the earlier ones decay, and returns the examples' weights."""

@@ -59,8 +59,9 @@ class Plan:
         state_bytes: bytes kept at the end: the size of the file, and of what travels in an all-reduce.
         pass_bytes: bytes held between batches at the end of the pass.
         peak_bytes: the most bytes alive at once: state, activations and scratch.
-        flops: floating-point operations of the whole pass: products, attention, convolutions. Symmetric products, of
-            which the CPU computes half, are counted whole; decompositions are not counted.
+        flops: floating-point operations of the whole pass, the proof of its first batch included: products, attention,
+            convolutions. Symmetric products, of which the CPU computes half, are counted whole; decompositions are not
+            counted.
         plain_flops: operations of a plain forward and backward with these layers' weight gradients over these batches.
         seconds: predicted time of the pass, from a calibration or a rate; None without either.
         plain_seconds: predicted time of the plain pass.
@@ -131,6 +132,7 @@ def plan(
     basis_examples: int | None = None,
     share_inputs: bool = True,
     dtype: torch.dtype | None = None,
+    verify: bool = True,
     flop_rate: float | None = None,
     calibrate: bool = False,
     **keywords: Unpack[DataKeywords],
@@ -159,6 +161,7 @@ def plan(
         basis_examples: number of examples that fix ekfac's eigenbases in one sweep.
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
         dtype: dtype of the sums, float32 or float64; by default float64 for float64 models, else float32.
+        verify: whether the estimate proves itself on its first batch, which costs about one batch more.
         flop_rate: floating-point operations a second that the machine reaches on such products, to predict time.
         calibrate: whether time is predicted by running estimates of a few passes over the largest batch (as a rule
             three times two and four) and as few plain passes. The model must be on a real device; it is left as it was.
@@ -203,6 +206,7 @@ def plan(
         "basis_examples": basis_examples,
         "share_inputs": share_inputs,
         "dtype": dtype,
+        "verify": verify,
     }
     decay, objective = options["data"].decay, (options["data"].kind, options["data"].loss)
     parts = parts_of(options, rows, sizes)
@@ -212,7 +216,8 @@ def plan(
     # sketch and of kept rows it is known by formula.
     name = structure if isinstance(structure, str) else structure.name
     times = [1 if name in (*SKETCHED, "exact") or part.number == 1 else 2 for part in parts]
-    flops = 0.0
+    flops, peak = 0.0, 0
+    options["verify"] = False
     if len(parts) > 1:
         # A blank batch counts as one example, so that many of them fix the bases; under decay the second counts less.
         times[0] = times[0] if decay == 1 else 1
@@ -220,12 +225,15 @@ def plan(
         latest: dict[str, Any] = {}
         for part in parts:
             with dry.metered() as meter:
-                latest = {"basis": estimate_fisher(dry.model, [blank], **(part.options | latest))}
+                latest = {"basis": estimate_fisher(dry.model, [blank], **(part.options | latest | {"verify": False}))}
             flops += meter.flops * part.share
     with dry.metered() as meter:
         fisher = estimate_fisher(dry.model, [blank] * sum(times), **options)
     share = sum(sizes) / max(sizes)
     flops = flops or meter.flops / sum(times) * share
+    if verify:
+        again, peak = _proof(dry, blank, {**options, **parts[0].options, "verify": True})
+        flops += again * sizes[0] / max(sizes)
     with dry.metered() as plain_meter:
         plain_pass(dry.model, list(chosen), blank, *objective)
     entries, later, joined = _layers(fisher, _rows(sample) * sum(times), sum(rows), share / sum(times))
@@ -247,12 +255,21 @@ def plan(
         layers=tuple(entries),
         state_bytes=sum(entry.state_bytes for entry in entries),
         pass_bytes=sum(entry.pass_bytes for entry in entries),
-        peak_bytes=max(meter.peak + later, joined),
+        peak_bytes=max(meter.peak + later, joined, peak),
         flops=round(flops),
         plain_flops=round(plain_meter.flops * share),
         seconds=seconds,
         plain_seconds=plain_seconds,
     )
+
+
+def _proof(dry: DryRun, blank: Any, options: dict[str, Any]) -> tuple[int, int]:
+    """Arithmetic of the proof of one batch alone, and the most bytes alive in an estimate of it with its proof."""
+    with dry.metered() as plain:
+        estimate_fisher(dry.model, [blank], **{**options, "verify": False})
+    with dry.metered() as proven:
+        estimate_fisher(dry.model, [blank], **options)
+    return proven.flops - plain.flops, proven.peak
 
 
 def _data(

@@ -53,6 +53,7 @@ class CurvatureLeg(Leg):
         self.updates = updates
         self.running: fg.Fisher | None = None
         self._scales: dict[str, float] = {}
+        self._proven = False
         self.layers = {}
 
     @property
@@ -93,7 +94,7 @@ class CurvatureLeg(Leg):
             progress: show a bar.
         """
         c = self.config
-        return fg.estimate_fisher(
+        fisher = fg.estimate_fisher(
             self.rows.model,
             [self.rows.batch(rows[i : i + c.batch_size]) for i in range(0, len(rows), c.batch_size)],
             structure=c.structure,
@@ -103,7 +104,10 @@ class CurvatureLeg(Leg):
             reduction="sum",  # of whole responses, so that the quadratic is in nats a response
             progress=progress,
             seed=c.seed + step + 1_000_003 * world()[0],  # what is drawn for one share is not drawn for the next
+            verify=not self._proven,
         )
+        self._proven = True  # the modules stay what they are, so once in a run is enough
+        return fisher
 
     def take(self, fisher: Mapping[str, Any], samples: int | None = None) -> None:
         """Take curvatures that were estimated elsewhere; see :meth:`alignguard.Guard.use_fisher`."""

@@ -1,0 +1,111 @@
+"""Leaves in the places of captured weights: autograd's own gradients, read without touching a parameter of the model.
+
+A stand-in shares its parameter's storage. No optimiser's or user's hook is on it, and its gradient is handed on and
+dropped as soon as it is whole, so that a model's worth of gradients is never held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fishergeo.capture.layers import Layer
+
+Reader = Callable[[str, slice, Tensor], None]
+"""``(layer, columns, part)``: these columns of the layer's (p, q) gradient, or a part of their sum."""
+
+
+def provable(layer: Layer) -> bool:
+    """Whether autograd can be asked for the gradient of a layer's weight.
+
+    It cannot where the weight is quantised or sharded, or computed anew in every call by something other than a
+    parametrisation of torch's.
+    """
+    return all(
+        tensor is not None and tensor.is_floating_point() and not is_traceable_wrapper_subclass(tensor.data)
+        for tensor in (_stored(module, attribute) for module, attribute, _ in _sources(layer))
+    )
+
+
+@contextlib.contextmanager
+def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> Iterator[None]:
+    """Within, every backward pass through ``model`` hands the gradients of these layers' weights to ``read``.
+
+    Args:
+        model: frozen.
+        layers: provable ones.
+        read: called within backward, several times for a layer if its gradient comes in parts.
+    """
+    readers: dict[int, list[Callable[[Tensor], None]]] = {}
+    stored: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parametrize.cached())
+        for name, layer in layers.items():
+            for module, attribute, columns in _sources(layer):
+                tensor = cast(Tensor, _stored(module, attribute))
+                stored[id(tensor)] = tensor
+                readers.setdefault(id(tensor), []).append(_reader(name, layer, columns, read))
+        leaves: dict[int, Tensor] = {}
+        for key, tensor in stored.items():
+            # What a parametrisation computed is cached, has no history, and is a leaf itself.
+            leaf = nn.Parameter(tensor.detach()) if isinstance(tensor, nn.Parameter) else tensor.requires_grad_(True)
+            leaves[key] = leaf
+            stack.callback(leaf.register_post_accumulate_grad_hook(_handed_on(readers[key])).remove)
+        for module in model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in leaves:
+                    stack.callback(module._parameters.__setitem__, attribute, parameter)
+                    module._parameters[attribute] = cast(nn.Parameter, leaves[id(parameter)])
+        yield
+
+
+def _sources(layer: Layer) -> list[tuple[nn.Module, str, slice]]:
+    """The parameters that make up a layer: (module, attribute, columns of the view)."""
+    use = next(use for use in layer.uses if not use.flipped)
+    if layer.expert is not None:
+        return [(use.module, layer.expert.parameter, slice(None))]
+    if layer.part == "bias":
+        return [(use.module, "bias", slice(None))]
+    if layer.part == "weight":
+        return [(use.module, "weight", slice(None))]
+    return [(use.module, "weight", slice(None, -1)), (use.module, "bias", slice(-1, None))]
+
+
+def _stored(module: nn.Module, attribute: str) -> Tensor | None:
+    if parametrize.is_parametrized(module, attribute):
+        return getattr(module, attribute)
+    return module._parameters.get(attribute)
+
+
+def _reader(name: str, layer: Layer, columns: slice, read: Reader) -> Callable[[Tensor], None]:
+    """Hands on a gradient as it is stored, seen as (p, columns)."""
+    use = next(use for use in layer.uses if not use.flipped)
+
+    def view(gradient: Tensor) -> None:
+        if layer.expert is not None:
+            one = gradient[layer.expert.index]
+            read(name, columns, one.mT if layer.expert.transposed else one)
+        elif gradient.ndim == 1 or columns.start == -1 or layer.part == "bias":
+            read(name, columns, gradient[:, None])
+        else:
+            assert use.kind is not None
+            read(name, columns, use.kind.view(gradient))
+
+    return view
+
+
+def _handed_on(readers: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
+    def hook(leaf: Tensor) -> None:
+        gradient = cast(Tensor, leaf.grad)
+        leaf.grad = None
+        with torch.no_grad():
+            for reader in readers:
+                reader(gradient)
+
+    return hook
