@@ -1,6 +1,6 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
-from fishergeo.capture.batches import indexed, padding_mask, sized, to_device
+from fishergeo.capture.batches import indexed, is_encoder_decoder, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
@@ -35,11 +35,13 @@ __all__ = [
     "fingerprint",
     "header_fields",
     "indexed",
+    "is_encoder_decoder",
     "padding_mask",
     "provable",
     "select_layers",
     "sized",
     "stand_ins",
     "take_weights",
+    "target_mask",
     "to_device",
 ]

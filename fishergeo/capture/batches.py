@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def by_example(name: str, tensor: Tensor, examples: int, lengths: Collection[int]) -> Tensor:
@@ -76,6 +76,26 @@ def padding_mask(batch: Any) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
     mask = mask.bool()
+    return None if bool(mask.all()) else mask
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model says of itself that it reads one sequence and predicts another."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def target_mask(model: nn.Module, batch: Any) -> Tensor | None:
+    """(n, T) bool of an encoder-decoder's target positions, False behind each example's last supervised label.
+
+    A decoder reads its labels shifted by one, and no mask tells it where they end: −100 in the labels does. None for
+    other models, where there are no two-dimensional ``labels``, or where nothing is padded.
+    """
+    if not is_encoder_decoder(model):
+        return None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else getattr(batch, "labels", None)
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    mask = (labels != -100).flip(1).cummax(1).values.flip(1)
     return None if bool(mask.all()) else mask
 
 

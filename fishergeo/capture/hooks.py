@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture.batches import lengths_of
+from fishergeo.capture.batches import is_encoder_decoder, lengths_of
 from fishergeo.capture.experts import watched
 from fishergeo.capture.kinds import Call, first_input
 from fishergeo.capture.layers import Layer, Use
@@ -150,12 +150,11 @@ class Capture:
     def _note_lengths(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._lengths |= lengths_of(args, kwargs)
 
-    def _layout(self, examples: int, mask: Tensor | None, counted: Tensor | None) -> BatchShape:
+    def _layout(self, examples: int, mask: Tensor | None, targets: Tensor | None, counted: Tensor | None) -> BatchShape:
         lengths = {length for first, length in self._lengths if first == examples}
-        several = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-        return BatchShape(
-            examples, mask, counted, frozenset(lengths | ({mask.shape[1]} if mask is not None else set())), several
-        )
+        several = is_encoder_decoder(self.model)
+        known = {each.shape[1] for each in (mask, targets) if each is not None}
+        return BatchShape(examples, mask, targets, counted, frozenset(lengths | known), several)
 
     def _forward_hook(self, site: _Site) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -236,6 +235,7 @@ class Capture:
         read: Callable[[Record], None],
         mask: Tensor | None = None,
         scale: Callable[[Objective], Tensor] | None = None,
+        targets: Tensor | None = None,
     ) -> Objective:
         """Runs one batch forward and backward; hands each layer's record to ``read`` as soon as it is complete.
 
@@ -245,6 +245,7 @@ class Capture:
                 with records of zeros.
             mask: (n, T) bool or None: positions that are not padding.
             scale: (n,) factors on the objectives' gradients; ones if None.
+            targets: (n, T) bool or None: positions of a decoder beside an encoder that are not padding.
 
         Returns:
             The objective, detached.
@@ -260,7 +261,7 @@ class Capture:
             if not bool(torch.isfinite(result.values).all()):
                 raise FloatingPointError("the objective is not finite")
             counted = result.counts > 0
-            layout = self._layout(len(result.values), mask, None if bool(counted.all()) else counted)
+            layout = self._layout(len(result.values), mask, targets, None if bool(counted.all()) else counted)
 
             @torch.no_grad()
             def deliver(layer: Layer) -> None:

@@ -86,6 +86,7 @@ class BatchShape:
     Attributes:
         examples: n.
         mask: (n, T) bool, or None if nothing is padded.
+        targets: (n, T) bool of a decoder's positions beside an encoder's, or None if there are none or none is padded.
         counted: (n,) bool, the examples that are data, or None if all are.
         lengths: numbers of positions, for layers that read (n·T, width).
         several: the model has sequences beside the masked one (encoder and decoder), perhaps of the same length.
@@ -93,6 +94,7 @@ class BatchShape:
 
     examples: int
     mask: Tensor | None
+    targets: Tensor | None
     counted: Tensor | None
     lengths: frozenset[int]
     several: bool
@@ -119,8 +121,10 @@ def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sou
         a, g = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
         if any(part[2] is not None for part in parts):
             valid = torch.cat([_all(part[0]) if part[2] is None else part[2] for part in parts], 1)
-    elif valid is None and layout.mask is not None:
+    elif valid is None and (layout.mask is not None or layout.targets is not None):
         source = sources.derived(source, "unmasked")
+    elif valid is not None and valid is layout.targets:
+        source = sources.derived(source, "masked as targets")
     if layout.counted is not None:
         valid = layout.counted[:, None] & (_all(a) if valid is None else valid)
     if valid is not None:
@@ -152,13 +156,19 @@ def _terms(layer: Layer, use: Use, one: Arrived, layout: BatchShape) -> tuple[Te
     if use.flipped:
         a, g = g, a
     a, g = (by_example(layer.name, x, layout.examples, layout.lengths) for x in (a, g))
-    mask = layout.mask if kind.positions else None
-    if mask is not None and mask.shape != a.shape[:2]:
-        mask = None
-    # The other sequence of an encoder and decoder may be just as long: padding receives no gradient, tokens do.
-    if mask is not None and layout.several and bool((a if use.flipped else g)[~mask].any()):
-        mask = None
-    return a, g, mask
+    return a, g, _mask_of((a if use.flipped else g), layout) if kind.positions else None
+
+
+def _mask_of(g: Tensor, layout: BatchShape) -> Tensor | None:
+    """The mask of the sequence that a layer reads, told by its length and by its gradients (n, T, p).
+
+    The other sequence of an encoder and decoder may be just as long: padding receives no gradient, tokens do. Where both
+    masks leave out zeros alone, the one that leaves out more is the layer's own: the other has its padding elsewhere.
+    """
+    fitting = [mask for mask in (layout.mask, layout.targets) if mask is not None and mask.shape == g.shape[:2]]
+    if layout.several:
+        fitting = [mask for mask in fitting if not bool(g[~mask].any())]
+    return min(fitting, key=lambda mask: int(mask.sum()), default=None)
 
 
 def _expert_terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +179,8 @@ def _expert_terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tenso
             "cannot be told apart by example; leave it out of layers, or use batches of one example"
         )
     rows = (one.call.args[0], one.call.gradient)
-    return packed(rows, one.tokens, one.total, layout.examples, layout.mask)
+    masks = [mask for mask in (layout.mask, layout.targets) if mask is not None and mask.numel() == one.total]
+    return packed(rows, one.tokens, one.total, layout.examples, masks[0] if masks else None)
 
 
 def _nothing(layer: Layer, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,8 +89,9 @@ def unpadded(batch: Any, weights: Tensor | None, encoder_decoder: bool) -> tuple
         edges = slice(int(here[0]), int(here[-1]) + 1)
     result = dict(batch)
     of_labels = edges
-    if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2 and not bool((labels != -100).all()):
-        of_labels = slice(0, int(torch.nonzero(labels[0] != -100)[-1]) + 1)
+    if encoder_decoder and isinstance(labels, Tensor) and labels.ndim == 2:
+        supervised = torch.nonzero(labels[0] != -100)
+        of_labels = slice(0, int(supervised[-1]) + 1) if len(supervised) else slice(None)
     for key, value in batch.items():
         if not isinstance(value, Tensor) or value.ndim < 2:
             continue

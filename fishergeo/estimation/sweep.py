@@ -30,6 +30,7 @@ from fishergeo.capture import (
     padding_mask,
     sized,
     take_weights,
+    target_mask,
     to_device,
 )
 from fishergeo.estimation.checkpoint import SweepState
@@ -131,7 +132,7 @@ class Sweep:
 
     def _read(self, capture: Capture, number: int, batch: Any) -> None:
         o = self.options
-        mask = padding_mask(batch)
+        mask, targets = padding_mask(batch), target_mask(self.model, batch)
         batch, given = take_weights(batch, o.example_weights, "example_weights")
         of_tokens = None
         if isinstance(o.token_weights, str):
@@ -180,7 +181,7 @@ class Sweep:
                         group.append(accumulator)
                     accumulator.add(record, shared)
 
-            capture.pass_over(objective, read, mask, scale)
+            capture.pass_over(objective, read, mask, scale, targets)
             if totals and not bool(torch.isfinite(torch.stack(list(totals.values()))).all()):
                 name = next(name for name, total in totals.items() if not bool(torch.isfinite(total)))
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")

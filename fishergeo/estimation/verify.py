@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture import Capture, Layer, Objective, Record, padding_mask, provable, stand_ins
+from fishergeo.capture import (
+    Capture,
+    Layer,
+    Objective,
+    Record,
+    is_encoder_decoder,
+    padding_mask,
+    provable,
+    stand_ins,
+    target_mask,
+)
 from fishergeo.estimation.cutting import Uncuttable, cut, padding, unpadded
 
 Evaluate = Callable[[Any, Tensor | None, torch.Generator], Objective]
@@ -108,7 +118,7 @@ class Proof:
         places = [place for place, counted in enumerate(self._counted) if counted]
         self._place = places[0]
         if self.builtin and not self.sampled:  # the one that has most to lose
-            padded = padding(self.batch, _is_encoder_decoder(self.capture.model), len(self._counted))
+            padded = padding(self.batch, is_encoder_decoder(self.capture.model), len(self._counted))
             self._place = max(places, key=lambda place: padded[place])
         powers = [_POWERS[(i + 3 * (i // len(_POWERS))) % len(_POWERS)] for i in range(len(self._counted))]
         self._powers = torch.tensor(powers, dtype=factors.dtype, device=factors.device)
@@ -177,7 +187,7 @@ class Proof:
         except Uncuttable:
             return False
         if self.builtin:
-            batch, weights = unpadded(batch, weights, _is_encoder_decoder(self.capture.model))
+            batch, weights = unpadded(batch, weights, is_encoder_decoder(self.capture.model))
         generator = self._generator()
         inputs: dict[str, tuple[Tensor, Tensor]] = {}
         try:
@@ -214,7 +224,13 @@ class Proof:
 
         with self._expected() as expected:
             mask = padding_mask(batch)
-            result = self.capture.pass_over(objective, read, mask, lambda _: self._factors[place : place + 1])
+            result = self.capture.pass_over(
+                objective,
+                read,
+                mask,
+                lambda _: self._factors[place : place + 1],
+                target_mask(self.capture.model, batch),
+            )
         return float(result.values[0]), expected
 
     def _run(
@@ -326,10 +342,6 @@ def _rough(model: nn.Module) -> bool:
     return any(
         t.dtype in _ROUGH or not t.is_floating_point() or torch.is_autocast_enabled(t.device.type) for t in tensors
     )
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

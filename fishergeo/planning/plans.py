@@ -232,7 +232,7 @@ def plan(
     share = sum(sizes) / max(sizes)
     flops = flops or meter.flops / sum(times) * share
     if verify:
-        again, peak = _proof(dry, blank, {**options, **parts[0].options, "verify": True})
+        again, peak = _proof(dry, blank, {**parts[0].options, "verify": True})
         flops += again * sizes[0] / max(sizes)
     with dry.metered() as plain_meter:
         plain_pass(dry.model, list(chosen), blank, *objective)

@@ -89,7 +89,7 @@ def test_no_weight_gradient_is_computed(monkeypatch):
     model, seen = SmallLM(), []
     for module in model.modules():
         module.register_forward_pre_hook(lambda m, args: seen.extend(p.requires_grad for p in m.parameters()))
-    estimate([collate(EXAMPLES)], EVERY, model)
+    estimate([collate(EXAMPLES)], EVERY, model, verify=False)  # the proof asks autograd for them
     assert seen and not any(seen)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
@@ -98,7 +98,7 @@ def test_the_graph_is_not_followed_below_the_first_layer_asked_for():
     model = SmallLM()
     reached = []
     model.embed.register_forward_hook(lambda m, a, output: reached.append(output.requires_grad))
-    estimate([collate(EXAMPLES)], "gram", model)
+    estimate([collate(EXAMPLES)], "gram", model, verify=False)
     assert reached == [False]
 
 
@@ -112,7 +112,7 @@ def test_not_a_number_is_found_in_its_batch_and_layer_not_at_the_last_eigendecom
 
     model.second.register_forward_pre_hook(poison)
     with pytest.raises(FloatingPointError, match="batch 1"):
-        estimate([collate(EXAMPLES[:2]), collate(EXAMPLES[2:])], structure, model)
+        estimate([collate(EXAMPLES[:2]), collate(EXAMPLES[2:])], structure, model, verify=False)
 
 
 def test_an_infinite_gradient_names_its_layer():

@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from architectures import MODELS
+from architectures import VOCABULARY as VOCABULARY_OF_MODELS
 from fisher_oracle import VOCABULARY, assert_close, collate, make_examples, oracle_objective
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -711,3 +713,28 @@ def test_layers_are_selected_and_shaped_on_the_meta_device():
     assert shapes["embed_tokens"] == (12, VOCABULARY) and shapes["norm"] == (12, 1)
     assert shapes["layers.0.mlp.experts.gate_up_proj.1"] == (40, 12)
     assert shapes["layers.1.self_attn.q_proj"] == (12, 12)
+
+
+@pytest.mark.parametrize("widths", [(6, 4), (4, 6), (5, 5)])
+@pytest.mark.parametrize("structure", ["kfac", "kfac-sketch"])
+def test_the_second_moment_of_a_decoders_inputs_holds_no_padding_that_only_its_labels_tell(widths, structure):
+    torch.manual_seed(0)
+    model = MODELS["t5"]().double()
+    encoder, decoder = widths
+    ids = torch.randint(3, VOCABULARY_OF_MODELS, (3, encoder))
+    mask = (torch.arange(encoder) < torch.tensor([[encoder], [encoder - 1], [2]])).long()
+    labels = torch.randint(3, VOCABULARY_OF_MODELS, (3, decoder))
+    labels[torch.arange(decoder) >= torch.tensor([[2], [decoder], [decoder - 1]])] = -100
+    batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    alone = [
+        {
+            "input_ids": ids[i : i + 1, :long],
+            "attention_mask": mask[i : i + 1, :long],
+            "labels": labels[i : i + 1, :said],
+        }
+        for i, (long, said) in enumerate(zip(mask.sum(1).tolist(), (labels != -100).sum(1).tolist(), strict=True))
+    ]
+    layers = ["encoder*.q", "encoder*.wo", "decoder*.q", "decoder*.k", "decoder*.wo"]
+    together, apart = (fg.estimate_fisher(model, data, structure, layers=layers, rank=16) for data in ([batch], alone))
+    for name in together:
+        assert_close(together[name].to_dense(), apart[name].to_dense(), 1e-9)
