@@ -6,7 +6,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {"ablate": "studies.ablate"}  # words that name a command, and its room
+COMMANDS = {
+    "ablate": "studies.ablate",
+    "real-model fetch": "studies.real_model.fetch",
+    "real-model align": "studies.real_model.align",
+    "real-model measure": "studies.real_model.measure",
+}  # words that name a command, and its room
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, room in COMMANDS.items():
         length = len(name.split())
         if words[:length] == name.split():
-            return int(importlib.import_module(room).main(words[length:]))
+            return int(importlib.import_module(room).main(words[length:]) or 0)
     asked = words[:1] in (["-h"], ["--help"])
     usage = f"usage: python -m studies COMMAND ...; commands: {', '.join(COMMANDS)}"
     print(usage, file=sys.stdout if asked else sys.stderr)

@@ -1,13 +1,14 @@
 """DriftCheck: what a model refuses and answers, who judges it, and how sure the shares are."""
 
 from alignguard.drift.check import driftcheck
+from alignguard.drift.generation import PromptBatch, plan_batches
 from alignguard.drift.judges import ChatJudge, ClassifierJudge, make_judge
 from alignguard.drift.likelihood import measured_kl, task_score
 from alignguard.drift.prompts import CATEGORIES, load_prompts
 from alignguard.drift.prompts.recipes import build_prompts
 from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, is_right, judge
-from alignguard.drift.statistics import Estimate, check_confidence, finite_values, paired
+from alignguard.drift.statistics import Estimate, check_confidence, finite_values, paired, share_of
 
 __all__ = [
     "CATEGORIES",
@@ -21,6 +22,7 @@ __all__ = [
     "DriftReport",
     "DriftRow",
     "Estimate",
+    "PromptBatch",
     "build_prompts",
     "check_confidence",
     "driftcheck",
@@ -31,6 +33,8 @@ __all__ = [
     "make_judge",
     "measured_kl",
     "paired",
+    "plan_batches",
+    "share_of",
     "shown_answer",
     "task_score",
 ]

