@@ -1,9 +1,10 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
-from fishergeo.capture.batches import indexed, is_encoder_decoder, padding_mask, sized, target_mask, to_device
+from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
+from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives import (
     KINDS,
     REDUCTIONS,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishergeo.capture.model_adapters import is_encoder_decoder
+
 
 def by_example(name: str, tensor: Tensor, examples: int, lengths: Collection[int]) -> Tensor:
     """(n, T, width) whatever the layer's own leading shape.
@@ -77,11 +79,6 @@ def padding_mask(batch: Any) -> Tensor | None:
         return None
     mask = mask.bool()
     return None if bool(mask.all()) else mask
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model says of itself that it reads one sequence and predicts another."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def target_mask(model: nn.Module, batch: Any) -> Tensor | None:

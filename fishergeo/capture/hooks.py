@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture.batches import is_encoder_decoder, lengths_of
+from fishergeo.capture.batches import lengths_of
 from fishergeo.capture.experts import watched
 from fishergeo.capture.kinds import Call, first_input
 from fishergeo.capture.layers import Layer, Use
+from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives import Objective
 from fishergeo.capture.records import Arrived, BatchShape, Record, Sources, record_of
 

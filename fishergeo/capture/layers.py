@@ -7,7 +7,6 @@ together (``"mlp.down_proj+bias"``), or by one expert of a three-dimensional par
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from fishergeo.capture.kinds import Kind, kind_of
+from fishergeo.capture.model_adapters import is_adapter_part, is_mere_storage, output_embedding
 
 LayerFilter = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -106,15 +106,11 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
     known = _candidates(modules)
     plain = [name for name, (_, part, _) in known.items() if part in ("weight", "expert")]
     if layers is None:
-        head = None
-        with contextlib.suppress(Exception):
-            head = model.get_output_embeddings()  # type: ignore[operator]
+        head = output_embedding(model)
         chosen = [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear)
-            and module is not head
-            and not any(part.startswith("lora_") for part in name.split("."))
+            if isinstance(module, nn.Linear) and module is not head and not is_adapter_part(name)
         ]
         if not chosen:
             raise ValueError(f"layers=None: {type(model).__name__} has no nn.Linear; name the layers to capture")
@@ -156,7 +152,7 @@ def _candidates(modules: dict[str, nn.Module]) -> dict[str, _Candidate]:
     found: dict[str, _Candidate] = {}
     for path, module in modules.items():
         kind = kind_of(module)
-        if kind is not None and kind.refusal(module) is None and not _never_called(path, modules):
+        if kind is not None and kind.refusal(module) is None and not is_mere_storage(path, modules):
             found[path] = (path, "weight", None)
             if module._parameters.get("bias") is not None:
                 found[f"{path}.bias" if path else "bias"] = (path, "bias", None)
@@ -180,12 +176,6 @@ def _experts(module: nn.Module) -> list[tuple[str, Expert]]:
     ]
 
 
-def _never_called(path: str, modules: dict[str, nn.Module]) -> bool:
-    """Halves of a LoRA on a bare parameter (peft's target_parameters): nn.Linear that serve as mere storage."""
-    owner = path.split(".lora_")[0]
-    return owner != path and type(modules.get(owner)).__name__ == "ParamWrapper"
-
-
 def _matches(pattern: str, known: dict[str, _Candidate]) -> list[str]:
     """Names that a glob means."""
     asks = {
@@ -200,7 +190,7 @@ def _refusal(name: str, modules: dict[str, nn.Module], known: dict[str, _Candida
     module = modules[name]
     title = type(module).__name__
     kind = kind_of(module)
-    if kind is not None and _never_called(name, modules):
+    if kind is not None and is_mere_storage(name, modules):
         return "is read as a mere parameter by peft's target_parameters and never called, so it cannot be captured"
     if kind is not None:
         return f"is a {title} that {kind.refusal(module)}"

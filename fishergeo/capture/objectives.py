@@ -6,13 +6,14 @@ labels come from lives here; nothing here knows about layers or hooks.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+
+from fishergeo.capture.model_adapters import forward_arguments, is_encoder_decoder, shifts_labels, unwrapped
 
 Kind = Literal["empirical", "mc", "type2", "ggn", "margin"]
 
@@ -127,12 +128,12 @@ def _supervised(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if batch.get("labels") is None:
         raise ValueError(f"a batch has no 'labels' (it has {', '.join(map(str, batch))}); add them or pass loss=")
     labels = cast(Tensor, batch["labels"])
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    accepted = _parameters_of(inner)
+    accepted = forward_arguments(inner)
     if "use_cache" in accepted:
         inputs.setdefault("use_cache", False)
-    if _is_encoder_decoder(inner):
+    if is_encoder_decoder(inner):
         prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
         if "decoder_input_ids" not in inputs and prepare is not None:
             inputs["decoder_input_ids"] = prepare(labels=labels)
@@ -141,14 +142,14 @@ def _supervised(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     else:
         mask = inputs.get("attention_mask")
         left_padded = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
-        if left_padded and "position_ids" in accepted and "position_ids" not in inputs and _shifts(inner):
+        if left_padded and "position_ids" in accepted and "position_ids" not in inputs and shifts_labels(inner):
             # Models with learned positions count from the left edge: give every example the positions it has alone.
             inputs["position_ids"] = (cast(Tensor, mask).long().cumsum(1) - 1).clamp_min(0)
     output = model(**inputs)
     logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ValueError("the model's output has no logits; pass loss=(model, batch) -> (n,)")
-    if labels.ndim == 2 and logits.ndim == 3 and _shifts(inner):
+    if labels.ndim == 2 and logits.ndim == 3 and shifts_labels(inner):
         if logits.shape[1] < labels.shape[1]:
             raise ValueError(f"logits of shape {tuple(logits.shape)} do not cover labels {tuple(labels.shape)}")
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
@@ -266,35 +267,6 @@ def sample_categorical(logits: Tensor, generator: torch.Generator | None = None)
     cumulative = logits.softmax(1).cumsum(1)
     index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
     return index[:, 0].clamp_max(logits.shape[1] - 1)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside an adapter or data-parallel wrapper, whose forward names its arguments."""
-    inner = model
-    while True:
-        if callable(getattr(inner, "get_base_model", None)):
-            deeper = cast(Any, inner).get_base_model()
-        elif isinstance(getattr(inner, "module", None), nn.Module):
-            deeper = cast(nn.Module, inner.module)
-        else:
-            return inner
-        if deeper is inner:
-            return inner
-        inner = deeper
-
-
-def _parameters_of(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _shifts(model: nn.Module) -> bool:
-    """Whether position t's logits predict token t + 1: decoder-only language models."""
-    name = str(getattr(model, "loss_type", None) or type(model).__name__)
-    return not (_is_encoder_decoder(model) or "MaskedLM" in name or "TokenClassification" in name)
 
 
 WeightSource = str | Callable[[Any], Tensor] | None
