@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,21 +32,13 @@ FISHER_FIELDS = ("structure", "kind", "sketch_rank", "batch_size", "max_length")
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
-def _field_help() -> dict[str, str]:
-    """Help of every GuardConfig field, from its docstring, the one place where fields are described."""
-    text = inspect.cleandoc(GuardConfig.__doc__ or "").split("Attributes:")[1].split("Raises:")[0]
-    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", text, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", words).replace("%", "%%").replace("``", "") for name, words in entries}
-
-
 def _add_guard_fields(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
-    described = _field_help()
     group = parser.add_argument_group("guard")
     for field in dataclasses.fields(GuardConfig):
         if field.name == "seed" or (only is not None and field.name not in only):
             continue
         default: Any = field.default
-        options: dict[str, Any] = {"default": default, "help": f"{described[field.name]} (default: {default})"}
+        options: dict[str, Any] = {"default": default, "help": f"{field.metadata['summary']} (default: {default})"}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 STRUCTURES = ("kfac", "kfac-sketch", "gram", "sketch")
 
@@ -26,6 +26,47 @@ def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Requirement(NamedTuple):
+    """What a field's value must be.
+
+    Attributes:
+        words: what follows "must" in the error.
+        met: whether a value is so.
+    """
+
+    words: str
+    met: Callable[[Any], bool]
+
+
+def one_of(choices: tuple[str, ...]) -> Requirement:
+    """One of these words."""
+    return Requirement(f"be one of {choices}", lambda value: isinstance(value, str) and value in choices)
+
+
+def between(low: float, high: float) -> Requirement:
+    """A number in [low, high]."""
+    return Requirement(f"lie in [{low}, {high}]", lambda value: is_number(value) and low <= value <= high)
+
+
+def whole(low: int) -> Requirement:
+    """A whole number of at least ``low``."""
+    return Requirement(f"be a whole number of at least {low}", lambda value: _is_whole(value) and value >= low)
+
+
+STRENGTH = Requirement("be a finite number of at least 0", lambda value: is_number(value) and value >= 0)
+FINITE = Requirement("be a finite number", is_number)
+FLAG = Requirement("be true or false", lambda value: isinstance(value, bool))
+
+
+def _setting(default: Any, requirement: Requirement, summary: str) -> Any:
+    """A field with its check and the line that the command line shows of it; the class docstring says the whole."""
+    return dataclasses.field(default=default, metadata={"requirement": requirement, "summary": summary})
 
 
 @dataclass(frozen=True)
@@ -114,97 +155,76 @@ class GuardConfig:
         ValueError: structure must be one of ('kfac', 'kfac-sketch', 'gram', 'sketch'), not 'hessian'
     """
 
-    structure: str = "kfac-sketch"
-    kind: str = "empirical"
-    lambda_alignment: float = 1.0
-    whole_update: bool = True
-    lambda_task: float = 0.0
-    lambda_collision: float = 0.0
-    alpha: float = 0.5
-    beta: float = 4.0
-    tau: float = 0.01
-    metric: str = "input-gram"
-    energy: float = 0.8
-    max_rank: int | None = None
-    noise_edge: bool = False
-    sketch_rank: int = 64
-    refresh_every: int | None = None
-    first_refresh: int | None = 10
-    refresh_examples: int = 8
-    lambda_kl: float = 0.0
-    kl_examples: int = 2
-    kl_every: int = 1
-    kl_tokens: int | None = None
-    kl_memory: int = 0
-    batch_size: int = 8
-    max_length: int = 256
-    seed: int = 0
-    projection: str = "hard"
-    scale_free: bool = False
-    max_drift: float | None = None
-    held_back: int = 8
-    measure_every: int = 5
-    adaptive: bool = False
-    refresh_budget: float = 0.03
-    refresh_tolerance: float = 0.5
-    averaging: float = 0.0
-    kl_cache_mb: int = 512
-    exclude: tuple[str, ...] = ()
-    include_router: bool = False
+    structure: str = _setting(
+        "kfac-sketch", one_of(STRUCTURES), "Fisher of the alignment data: " + " | ".join(STRUCTURES)
+    )
+    kind: str = _setting("empirical", one_of(LABELS), "where its labels come from: " + " | ".join(LABELS))
+    lambda_alignment: float = _setting(
+        1.0, STRENGTH, "price of drift as the Fisher predicts it, per nat; 0 leaves it out"
+    )
+    whole_update: bool = _setting(True, FLAG, "charge the whole update, not its part in the leading directions alone")
+    lambda_task: float = _setting(0.0, STRENGTH, "price of the part outside the leading directions")
+    lambda_collision: float = _setting(0.0, STRENGTH, "price of the two parts' collision")
+    alpha: float = _setting(0.5, between(0.0, 1.0), "share of the coordinate-wise term in the collision")
+    beta: float = _setting(4.0, STRENGTH, "weight of large coordinates in it")
+    tau: float = _setting(0.01, FINITE, "what is large")
+    metric: str = _setting("input-gram", one_of(METRICS), "inner product of the separation: " + " | ".join(METRICS))
+    energy: float = _setting(0.8, between(1e-6, 1.0), "share of the Fisher's trace that its leading directions hold")
+    max_rank: int | None = _setting(None, whole(1), "most leading directions")
+    noise_edge: bool = _setting(False, FLAG, "leave out directions that noise of as many tokens could have")
+    sketch_rank: int = _setting(64, whole(1), "columns of a sketch")
+    refresh_every: int | None = _setting(
+        None, whole(1), "optimizer steps between two estimates; by default a fifth of the run, 25 at the most"
+    )
+    first_refresh: int | None = _setting(10, whole(1), "optimizer steps before the second estimate")
+    refresh_examples: int = _setting(8, whole(1), "alignment examples of an estimate")
+    lambda_kl: float = _setting(0.0, STRENGTH, "price of KL to the base model on alignment examples, per nat a token")
+    kl_examples: int = _setting(2, whole(1), "alignment examples of a KL evaluation")
+    kl_every: int = _setting(1, whole(1), "optimizer steps between two KL evaluations")
+    kl_tokens: int | None = _setting(None, whole(1), "most response tokens that KL reads of an example, the first ones")
+    kl_memory: int = _setting(0, whole(0), "KL evaluations that go on charging, each by its quadratic model; LoRA only")
+    batch_size: int = _setting(8, whole(1), "alignment examples in a forward pass of the estimate")
+    max_length: int = _setting(256, whole(1), "longest alignment example in tokens")
+    seed: int = _setting(
+        0,
+        Requirement("be a whole number from 0 to 2**32 - 1", lambda value: _is_whole(value) and 0 <= value < 2**32),
+        "seed",
+    )
+    projection: str = _setting(
+        "hard", one_of(PROJECTIONS), "edge of the leading directions: " + " | ".join(PROJECTIONS)
+    )
+    scale_free: bool = _setting(False, FLAG, "measure task and collision terms in units of the layer's own weights")
+    max_drift: float | None = _setting(
+        None,
+        Requirement("be a positive number of nats", lambda value: is_number(value) and value > 0),
+        "allowed drift in nats a response, in place of the strengths' scale",
+    )
+    held_back: int = _setting(8, whole(1), "alignment examples on which drift is measured")
+    measure_every: int = _setting(5, whole(1), "optimizer steps between two measurements of drift")
+    adaptive: bool = _setting(False, FLAG, "estimate anew when measured and predicted drift part, not by the clock")
+    refresh_budget: float = _setting(0.03, between(1e-6, 1.0), "share of the training's compute for that")
+    refresh_tolerance: float = _setting(0.5, STRENGTH, "share by which they may part")
+    averaging: float = _setting(0.0, between(0.0, 0.99), "weight of earlier estimates in each new one")
+    kl_cache_mb: int = _setting(512, whole(1), "most MiB of the base model's kept answers")
+    exclude: tuple[str, ...] = _setting(
+        (),
+        Requirement(
+            "be a list of names",
+            lambda value: isinstance(value, (list, tuple)) and all(isinstance(p, str) for p in value),
+        ),
+        "names of matrices left unguarded, as globs",
+    )
+    include_router: bool = _setting(False, FLAG, "guard the routers of mixtures of experts too")
 
     def __post_init__(self) -> None:
-        choices_of = {"structure": STRUCTURES, "kind": LABELS, "metric": METRICS, "projection": PROJECTIONS}
-        for field, choices in choices_of.items():
-            if not isinstance(getattr(self, field), str) or getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")
-        for field in ("lambda_alignment", "lambda_task", "lambda_collision", "lambda_kl", "beta", "refresh_tolerance"):
-            value = getattr(self, field)
-            if not (is_number(value) and value >= 0):
-                raise ValueError(f"{field} must be a finite number of at least 0, not {value!r}")
-        for field, low, high in (
-            ("alpha", 0.0, 1.0),
-            ("energy", 1e-6, 1.0),
-            ("refresh_budget", 1e-6, 1.0),
-            ("averaging", 0.0, 0.99),
-        ):
-            value = getattr(self, field)
-            if not (is_number(value) and low <= value <= high):
-                raise ValueError(f"{field} must lie in [{low}, {high}], not {value!r}")
-        if not is_number(self.tau):
-            raise ValueError(f"tau must be a finite number, not {self.tau!r}")
-        counts = (
-            "sketch_rank",
-            "refresh_examples",
-            "kl_examples",
-            "kl_every",
-            "batch_size",
-            "max_length",
-            "held_back",
-            "measure_every",
-            "kl_cache_mb",
-        )
-        optional = ("max_rank", "refresh_every", "first_refresh", "kl_tokens")
-        for field in counts + tuple(field for field in optional if getattr(self, field) is not None):
-            value = getattr(self, field)
-            if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}")
-        if isinstance(self.kl_memory, bool) or not isinstance(self.kl_memory, int) or self.kl_memory < 0:
-            raise ValueError(f"kl_memory must be a whole number of at least 0, not {self.kl_memory!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
-        for field in ("whole_update", "noise_edge", "scale_free", "adaptive", "include_router"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field} must be true or false, not {getattr(self, field)!r}")
-        names = self.exclude
-        if not isinstance(names, (list, tuple)) or not all(isinstance(pattern, str) for pattern in names):
-            raise ValueError(f"exclude must be a list of names, not {self.exclude!r}")
-        object.__setattr__(self, "exclude", tuple(names))
-        if self.max_drift is not None:
-            drift = self.max_drift
-            if not (is_number(drift) and drift > 0):
-                raise ValueError(f"max_drift must be a positive number of nats, not {drift!r}")
-            if not (self.lambda_alignment or self.lambda_kl):
-                raise ValueError("max_drift steers lambda_alignment and lambda_kl, and both are 0; give one of them")
+        for field in dataclasses.fields(self):
+            value, requirement = getattr(self, field.name), field.metadata["requirement"]
+            optional = value is None and str(field.type).endswith("| None")
+            if not (optional or requirement.met(value)):
+                raise ValueError(f"{field.name} must {requirement.words}, not {value!r}")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        if self.max_drift is not None and not (self.lambda_alignment or self.lambda_kl):
+            raise ValueError("max_drift steers lambda_alignment and lambda_kl, and both are 0; give one of them")
 
     @classmethod
     def paper(cls, **changes: Any) -> GuardConfig:
