@@ -42,26 +42,24 @@ def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> It
         layers: provable ones.
         read: called within backward, several times for a layer if its gradient comes in parts.
     """
-    readers: dict[int, list[Callable[[Tensor], None]]] = {}
-    stored: dict[int, Tensor] = {}
+    readers: dict[Tensor, list[Callable[[Tensor], None]]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(parametrize.cached())
         for name, layer in layers.items():
             for module, attribute, columns in _sources(layer):
                 tensor = cast(Tensor, _stored(module, attribute))
-                stored[id(tensor)] = tensor
-                readers.setdefault(id(tensor), []).append(_reader(name, layer, columns, read))
-        leaves: dict[int, Tensor] = {}
-        for key, tensor in stored.items():
+                readers.setdefault(tensor, []).append(_reader(name, layer, columns, read))
+        leaves: dict[Tensor, Tensor] = {}
+        for tensor, reading in readers.items():
             # What a parametrisation computed is cached, has no history, and is a leaf itself.
             leaf = nn.Parameter(tensor.detach()) if isinstance(tensor, nn.Parameter) else tensor.requires_grad_(True)
-            leaves[key] = leaf
-            stack.callback(leaf.register_post_accumulate_grad_hook(_handed_on(readers[key])).remove)
+            leaves[tensor] = leaf
+            stack.callback(leaf.register_post_accumulate_grad_hook(_handed_on(reading)).remove)
         for module in model.modules():
             for attribute, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in leaves:
+                if parameter is not None and parameter in leaves:
                     stack.callback(module._parameters.__setitem__, attribute, parameter)
-                    module._parameters[attribute] = cast(nn.Parameter, leaves[id(parameter)])
+                    module._parameters[attribute] = cast(nn.Parameter, leaves[parameter])
         yield
 
 
