@@ -137,7 +137,7 @@ def run_demo(output_dir: Path, overwrite: bool = False, seed: int = 0, max_steps
     base = measure(model.eval(), tokenizer, prompts, progress=True)
     console.print("[bold]2/5[/] plain LoRA")
     plain_run = train(output / "plain", False, seed, overwrite=overwrite, progress=True, training=training)
-    console.print("[bold]3/5[/] Fisher pass, then guarded LoRA: same data, seed and schedule")
+    console.print("[bold]3/5[/] guarded LoRA: same data, seed and schedule")
     guarded_run = train(output / "guarded", True, seed, config, overwrite=overwrite, progress=True, training=training)
     console.print("[bold]4/5[/] DriftCheck of plain and guarded")
     plain = measure(plain_run.model, tokenizer, prompts, progress=True)
@@ -155,6 +155,7 @@ def run_demo(output_dir: Path, overwrite: bool = False, seed: int = 0, max_steps
     }
     write_text(output / "result.json", json.dumps(result, indent=2))
     console.print("[bold]5/5[/] report")
+    guarded_run.guard.refresh()  # for the picture of what alignment reads; the penalty has no need of it
     extra = {
         "history": {"plain": plain_run.history, "guarded": guarded_run.history},
         "spectra": guarded_run.guard.spectra(),

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+OWN_ANSWERS = "own_answers.jsonl"  # stands in an output folder before the run begins that it was made for
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write to a neighbour of ``path`` and rename it over, so that a reader sees the old file or the new one.
@@ -154,7 +156,7 @@ def check_output(output_dir: str | Path, overwrite: bool = False) -> Path:
         raise ValueError(f"output_dir {path!s:.80} is no path for a folder ({error})") from error
     if not place.is_dir():
         raise NotADirectoryError(f"output_dir {path}: {place} is a file; name a folder")
-    if place == path and any(path.iterdir()) and not overwrite:
+    if place == path and any(entry.name != OWN_ANSWERS for entry in path.iterdir()) and not overwrite:
         raise FileExistsError(f"output_dir {path} is not empty; choose another or allow overwriting (--overwrite)")
     if not os.access(place, os.W_OK):
         raise PermissionError(f"output_dir {path} cannot be written")

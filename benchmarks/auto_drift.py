@@ -59,7 +59,7 @@ def main() -> None:
     shared = Bench.embedded()
     if args.task is not None:
         shared = dataclasses.replace(shared, task_train=f"{args.task}_train.jsonl", task_test=f"{args.task}_test.jsonl")
-    config = GuardConfig()  # written out: a run is of the defaults that it was made with
+    config = GuardConfig.curvature()  # written out: a run is of the defaults that it was made with
     steps = config.interval(TRAINING["max_steps"])
     used = {"structure": config.structure, "refresh_every": steps, "refresh_examples": config.refresh_examples}
     settings = [{**used, "max_drift": b, "lambda_alignment": config.lambda_alignment} for b in args.budgets] + [

@@ -34,22 +34,17 @@ from alignguard.loading import adapt, load_model
 from alignguard.training import versions
 
 TERMS = {"lambda_task": 0.01, "lambda_collision": 0.01, "whole_update": False}
-GUARDS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "exact factors, refreshed every 25 from 16": {"structure": "kfac", "refresh_examples": 16},
-    "one-pass sketch, whole update": {"structure": "sketch"},
-    "kl to the base, every step": {"lambda_alignment": 0.0, "lambda_kl": 1.0},
-    "kl to the base, every 4th": {"lambda_alignment": 0.0, "lambda_kl": 0.3, "kl_every": 4},
-    "guard and kl, each weaker": {
-        "structure": "kfac",
-        "lambda_alignment": 0.3,
-        "refresh_every": 100,
-        "refresh_examples": 16,
-        "lambda_kl": 0.3,
-        "kl_every": 4,
-    },
-    "all terms but the coordinate-wise": {**TERMS, "alpha": 0.0},
-    "all terms": {**TERMS, "alpha": 0.5},
+CURVATURE = GuardConfig.curvature
+GUARDS: dict[str, GuardConfig] = {
+    "default": GuardConfig(),
+    "curvature by layers": CURVATURE(),
+    "exact factors, refreshed every 25 from 16": CURVATURE(structure="kfac", refresh_examples=16),
+    "one-pass sketch, whole update": CURVATURE(structure="sketch"),
+    "kl to the base, every step": GuardConfig(lambda_kl=1.0, kl_every=1, kl_tokens=None, kl_memory=0),
+    "kl to the base, every 4th": GuardConfig(lambda_kl=0.3, kl_every=4, kl_tokens=None, kl_memory=0),
+    "guard and kl, each weaker": GuardConfig.combined(),
+    "all terms but the coordinate-wise": CURVATURE(**TERMS, alpha=0.0),
+    "all terms": CURVATURE(**TERMS, alpha=0.5),
 }
 
 
@@ -112,16 +107,16 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
     }  # fmt: skip
 
 
-def _train(arguments: tuple[Any, dict[str, Any] | None, list[int], int, int], send: Any) -> None:
-    make, settings, numbers, batch, threads = arguments
+def _train(arguments: tuple[Any, GuardConfig | None, list[int], int, int], send: Any) -> None:
+    make, config, numbers, batch, threads = arguments
     torch.set_num_threads(threads)
     _, tokenizer = load_model(model_path())
     task = rows(tokenizer, "task_train", len(numbers) * batch)
     model = adapt(make())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     guard = None
-    if settings is not None:
-        guard = Guard(model, rows(tokenizer, "alignment", 256), GuardConfig.from_dict(settings))
+    if config is not None:
+        guard = Guard(model, rows(tokenizer, "alignment", 256), config)
     for place, number in enumerate(numbers):
         data = collate(task[place * batch : (place + 1) * batch], 0)
         if guard is not None:
@@ -137,11 +132,11 @@ def _train(arguments: tuple[Any, dict[str, Any] | None, list[int], int, int], se
     send.send(int(line.split()[1]) * 1024)
 
 
-def peak_bytes(make: Any, settings: dict[str, Any] | None, numbers: list[int], batch: int) -> int:
+def peak_bytes(make: Any, config: GuardConfig | None, numbers: list[int], batch: int) -> int:
     """Largest resident set of a process that takes a few steps, two refreshes among them; None trains plainly."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=((make, settings, numbers, batch, torch.get_num_threads()), send))
+    process = context.Process(target=_train, args=((make, config, numbers, batch, torch.get_num_threads()), send))
     process.start()
     peak: int = receive.recv()
     process.join()
@@ -183,7 +178,7 @@ def main() -> None:
     found = result.setdefault(subject, {})
     plain_peak = peak_bytes(make, None, few, batch)
     for name in args.guards:
-        row = compare(make, tokenizer, GuardConfig.from_dict(GUARDS[name]), numbers, batch)
+        row = compare(make, tokenizer, GUARDS[name], numbers, batch)
         row["plain_peak_bytes"], row["peak_bytes"] = plain_peak, peak_bytes(make, GUARDS[name], few, batch)
         found[name] = row
         print(

@@ -11,6 +11,7 @@ COMMANDS = {
     "real-model fetch": "studies.real_model.fetch",
     "real-model align": "studies.real_model.align",
     "real-model measure": "studies.real_model.measure",
+    "real-model guards": "studies.real_model.guards",
 }  # words that name a command, and its room
 
 

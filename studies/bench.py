@@ -42,6 +42,7 @@ class Bench:
         drift: other alignment examples, on which KL from the base is measured; never trained on.
         prompts: DriftCheck prompts as JSONL; None for the packaged ones.
         limit: most prompts of each category; None asks all.
+        tokens: longest answer to a prompt.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         lora: fields of ``peft.LoraConfig``.
         alignment_limit: how many alignment examples any method may see; None gives all.
@@ -57,6 +58,7 @@ class Bench:
     drift: str
     prompts: str | None = None
     limit: int | None = None
+    tokens: int = 32
     training: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     alignment_limit: int | None = None
@@ -105,9 +107,22 @@ def _folder_print(folder: Path, head: int = 1 << 20) -> str:
     return digest.hexdigest()
 
 
+def guard_config(job: Mapping[str, Any]) -> GuardConfig:
+    """A guarded job's configuration: its settings are what differs from :meth:`GuardConfig.curvature`.
+
+    Fields of the Fisher are left out where the job has no term that reads it, as in a study of KL alone.
+
+    Raises:
+        ValueError: an unknown field, named, or a value out of its range.
+    """
+    config = GuardConfig.from_dict({**GuardConfig.curvature().to_dict(), **job["settings"], "seed": job["seed"]})
+    plain = GuardConfig()
+    return dataclasses.replace(config, **{name: getattr(plain, name) for name in config.unread()})
+
+
 def _check(job: Mapping[str, Any]) -> None:
     if job["method"] == GUARD:
-        GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
+        guard_config(job)
     else:
         make_rival(job["method"], job["settings"])
 
@@ -124,7 +139,7 @@ def make_job(
 
     Args:
         name: what tables call the setting; runs that differ in the seed alone share it.
-        method: ``"guard"``, with settings of :class:`~alignguard.GuardConfig`, or a name of
+        method: ``"guard"``, with fields that differ from :meth:`alignguard.GuardConfig.curvature`, or a name of
             :data:`studies.rivals.RIVALS` with settings of that rival.
         settings: of the method.
         seed: of everything drawn.
@@ -150,7 +165,7 @@ def measure(model: Any, tokenizer: Any, bench: Bench) -> dict[str, Any]:
     prompt.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
-    report = driftcheck(model, tokenizer, prompts)
+    report = driftcheck(model, tokenizer, prompts, max_new_tokens=bench.tokens)
     score = task_score(model, tokenizer, bench.task_test)
     numbers: dict[str, Any] = {"task": score.accuracy, "task_loss": score.loss}
     for name, estimate in report.summary().items():
@@ -173,7 +188,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         what :func:`measure` gives, ``step_time`` in seconds and ``alignment_examples``, how often one was read; of a
         guarded run ``drift`` too, KL(base ‖ present) in nats a response on alignment examples, those held back where
-        there are any.
+        there are any, and ``gauge``: step, drift predicted and drift measured of each log line that has them.
     """
     with tempfile.TemporaryDirectory() as folder:
         alignment: Any = bench.alignment
@@ -185,7 +200,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
         result: Any
         drift = None
         if job["method"] == GUARD:
-            config = GuardConfig.from_dict({**job["settings"], "seed": job["seed"]})
+            config = guard_config(job)
             result = fit(bench.model, bench.task_train, alignment, config, output, **shared)
             assert result.guard is not None
             read, drift = result.guard.examples_read, result.guard.measured_drift()
@@ -197,10 +212,14 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             read = result.examples_read
         _, tokenizer = load_model(bench.model)
         if bench.parts is not None and job["method"] == GUARD:
-            energy = job["settings"].get("energy", GuardConfig().energy)
+            energy = config.energy
             save_parts(alignment_parts(result.model, tokenizer, alignment, energy), part_file(bench.parts, job))
-        told = {"step_time": result.step_time, "alignment_examples": read}
-        return {**measure(result.model, tokenizer, bench), **told, **({} if drift is None else {"drift": drift})}
+        told: dict[str, Any] = {"step_time": result.step_time, "alignment_examples": read}
+        if drift is not None:
+            names = ("step", "alignguard/drift_predicted", "alignguard/drift_measured")
+            logged = [[entry[name] for name in names] for entry in result.history if names[1] in entry]
+            told |= {"drift": drift, "gauge": logged}
+        return {**measure(result.model, tokenizer, bench), **told}
 
 
 def _plain_adapter(bench: Bench, shared: Mapping[str, Any]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,40 @@ TRAINING_FIELDS: dict[str, tuple[type, str]] = {
 
 FISHER_FIELDS = ("structure", "kind", "sketch_rank", "batch_size", "max_length")
 
+PRESETS: dict[str, Callable[..., GuardConfig]] = {
+    "default": GuardConfig,
+    "curvature": GuardConfig.curvature,
+    "combined": GuardConfig.combined,
+    "paper": GuardConfig.paper,
+}
+
+LOOKED_AT = 8  # prompts that the model answers for a dry run
+
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
 def _add_guard_fields(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """An option for every field; one that is not given leaves the preset's value as it is."""
     group = parser.add_argument_group("guard")
     for field in dataclasses.fields(GuardConfig):
         if field.name == "seed" or (only is not None and field.name not in only):
             continue
-        default: Any = field.default
-        options: dict[str, Any] = {"default": default, "help": f"{field.metadata['summary']} (default: {default})"}
-        if isinstance(default, bool):
+        words = f"{field.metadata['summary']} (default: {field.default})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": words}
+        if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            options |= {"nargs": "*", "default": list(default)}
+        elif isinstance(field.default, tuple):
+            options["nargs"] = "*"
         else:
             options["type"] = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _guard_config(args: argparse.Namespace, make: Callable[..., GuardConfig]) -> GuardConfig:
+    """What the options say, on top of a preset."""
+    return make(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(GuardConfig) if field.name in args}
+    )
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -67,7 +84,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument(
         "--task-data", help="file, folder or hub name: prompt and response, messages, Alpaca, ShareGPT, Dolly"
     )
-    fit.add_argument("--alignment-data", help="the same, with what the model should keep answering")
+    fit.add_argument(
+        "--alignment-data",
+        help="the same, with what the model should keep answering; of prompts alone, or packaged ones if left out, its own answers",
+    )
     fit.add_argument("--output-dir", type=Path, default=Path("runs/fit"), help="default: runs/fit")
     fit.add_argument("--overwrite", action="store_true", help="allow an output folder that holds something")
     fit.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of the same run")
@@ -76,6 +96,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     fit.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     fit.add_argument("--plain", action="store_true", help="without the guard")
+    fit.add_argument(
+        "--preset", choices=PRESETS, default="default",
+        help="the guard that its options change: KL to the base (default), the Fisher layer by layer, both, or the method "
+        "of arXiv 2508.02079 as printed",
+    )  # fmt: skip
     fit.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA, or every weight")
     fit.add_argument("--offload", default=None, help="device of the reference weights of --method full, such as cpu")
     fit.add_argument("--fisher", type=Path, default=None, help="first curvature, a file of `alignguard fisher`")
@@ -156,8 +181,8 @@ def _claim(path: Path, overwrite: bool) -> None:
 def _fit(args: argparse.Namespace) -> None:
     from alignguard.training import fit, plan_text, prepare, seconds_of_step
 
-    _required(args, "model", "task_data", *(() if args.plain else ("alignment_data",)))
-    config = GuardConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(GuardConfig)})
+    _required(args, "model", "task_data")
+    config = _guard_config(args, PRESETS[args.preset])
     lora: dict[str, Any] = {"r": args.rank, "lora_alpha": args.lora_alpha}
     if args.target_modules:
         lora["target_modules"] = args.target_modules
@@ -176,7 +201,7 @@ def _fit(args: argparse.Namespace) -> None:
     kept = data_source(args, args.alignment_data, "alignment")
     assert task is not None  # or it would be missing
     if args.dry_run:
-        ready = prepare(args.model, task, kept, config, **options)
+        ready = prepare(args.model, task, kept, config, most_prompts=LOOKED_AT, **options)
         print(plan_text(ready, seconds_of_step(ready)))
         return
     options |= {"overwrite": args.overwrite, "resume": args.resume, "progress": True}
@@ -189,7 +214,7 @@ def _fisher(args: argparse.Namespace) -> None:
     from alignguard.training import origin_path, write_fisher
 
     _required(args, "model", "data", "output")
-    config = GuardConfig(seed=args.seed, **{name: getattr(args, name) for name in FISHER_FIELDS})
+    config = _guard_config(args, GuardConfig.curvature)
     _claim(args.output, args.overwrite)
     model, tokenizer = load_model(args.model)
     fisher = write_fisher(

@@ -3,7 +3,7 @@
 from alignguard.data.batches import Encoded, collate, collator, pad_id, pad_rows, supervised_tokens
 from alignguard.data.encoding import Examples, check_fits, encode_example, encode_messages, encode_source
 from alignguard.data.rendering import render_prompt
-from alignguard.data.rows import check_text, conversation, load_conversations
+from alignguard.data.rows import check_text, conversation, load_conversations, prompts_alone
 from alignguard.data.shown import shown_row
 from alignguard.data.sources import FIELDS, TURNS, DataSource, Row, Source, as_source, read_jsonl, read_rows, read_text
 
@@ -27,6 +27,7 @@ __all__ = [
     "load_conversations",
     "pad_id",
     "pad_rows",
+    "prompts_alone",
     "read_jsonl",
     "read_rows",
     "read_text",

@@ -26,6 +26,8 @@ PAIRS = (
     ("instruction", "context", "response"),
 )
 
+ANSWERS = ("response", "completion", "output", "messages", "conversations", "chosen", "label")
+
 UNREAD = ("image", "images", "audio", "audios", "video", "videos", "documents", "functions")
 
 
@@ -228,6 +230,33 @@ def named(name: str) -> Iterator[None]:
             raise
         kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
         raise kind(f"{name}: {error}") from error
+
+
+def prompts_alone(source: Source, name: str = "data") -> list[dict[str, str]] | None:
+    """Rows of a source that holds prompts without any response.
+
+    Args:
+        source: as of :func:`load_conversations`, but no iterator, which could be read only once.
+        name: what an error calls the source.
+
+    Returns:
+        ``prompt``, and ``category`` where a row has one; None where the first row has more than a prompt.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: a source that cannot be read, a row without a prompt, or one with a
+            response after a first one without.
+    """
+    found: list[dict[str, str]] = []
+    with named(name):
+        for where, row in read_rows(source):
+            answered = "prompt" not in row or any(_holds(row.get(field)) for field in ANSWERS)
+            if answered and not found:
+                return None
+            if answered:
+                raise ValueError(f"{where}: the rows before it are prompts alone; give every row a response, or none")
+            prompt = text_of(row, "prompt", where)
+            found.append({"prompt": prompt, **({"category": str(row["category"])} if row.get("category") else {})})
+    return found or None
 
 
 def load_conversations(source: Source, name: str = "data") -> list[dict[str, Any]]:

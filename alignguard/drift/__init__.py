@@ -1,7 +1,8 @@
 """DriftCheck: what a model refuses and answers, who judges it, and how sure the shares are."""
 
 from alignguard.drift.check import driftcheck
-from alignguard.drift.generation import PromptBatch, plan_batches
+from alignguard.drift.generation import PromptBatch, answer_batch, plan_batches, room_for_prompt
+from alignguard.drift.generation import fingerprint as answers_fingerprint
 from alignguard.drift.judges import ChatJudge, ClassifierJudge, make_judge
 from alignguard.drift.likelihood import measured_kl, task_score
 from alignguard.drift.prompts import CATEGORIES, load_prompts
@@ -23,6 +24,8 @@ __all__ = [
     "DriftRow",
     "Estimate",
     "PromptBatch",
+    "answer_batch",
+    "answers_fingerprint",
     "build_prompts",
     "check_confidence",
     "driftcheck",
@@ -34,6 +37,7 @@ __all__ = [
     "measured_kl",
     "paired",
     "plan_batches",
+    "room_for_prompt",
     "share_of",
     "shown_answer",
     "task_score",

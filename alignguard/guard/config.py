@@ -17,6 +17,22 @@ METRICS = ("input-gram", "euclidean")
 
 PROJECTIONS = ("hard", "soft")
 
+KL_EVERY = 4  # optimizer steps between two readings of KL, where they are remembered
+
+KL_MEMORY = 8  # readings remembered
+
+OF_THE_FISHER = (
+    "structure", "kind", "whole_update", "alpha", "beta", "tau", "metric", "energy", "max_rank", "noise_edge",
+    "sketch_rank", "refresh_every", "first_refresh", "refresh_examples", "batch_size", "projection", "scale_free",
+    "adaptive", "refresh_budget", "refresh_tolerance", "averaging",
+)  # fmt: skip
+
+_READ_ANEW: dict[str, Any] = {
+    "kl_every": 1,
+    "kl_tokens": None,
+    "kl_memory": 0,
+}  # KL as it is, whole responses, each step
+
 REFRESH_EVERY = 25  # steps of an estimate in a run long enough for five of them
 
 
@@ -88,7 +104,7 @@ class GuardConfig:
     dual ascent finds (:class:`alignguard.guard.schedule.DriftBudget`).
 
     Attributes:
-        structure: Fisher of the alignment data: ``"kfac"`` (both sides), ``"kfac-sketch"`` (both sides, each through one
+        structure: Fisher of the alignment data, estimated where a term needs it (``lambda_alignment`` and those below): ``"kfac"`` (both sides), ``"kfac-sketch"`` (both sides, each through one
             pass of O((p+q)·rank) memory), ``"gram"`` (the paper's one-sided F, exact) or ``"sketch"`` (the same F
             through such a pass).
         kind: where labels come from: ``"empirical"``, ``"mc"`` or ``"margin"`` (see ``fishergeo.estimate_fisher``), of whole
@@ -116,11 +132,13 @@ class GuardConfig:
         refresh_examples: alignment examples read at each estimate, in rotation.
         lambda_kl: λ_KL, weight of KL to the base model on alignment examples, nats a response token; 0 leaves it out.
         kl_examples: alignment examples of each KL evaluation.
-        kl_every: optimizer steps between two of them; the weight is multiplied by it, so the pull stays the same.
-        kl_tokens: most response tokens that KL reads of an example, the first ones; None reads whole responses.
+        kl_every: optimizer steps between two of them; without a memory the weight is multiplied by it, so the pull stays
+            the same. None: 4 with a memory, 1 without.
+        kl_tokens: most response tokens that KL reads of an example, the first ones, in which a refusal is decided; None
+            reads whole responses.
         kl_memory: KL evaluations that go on charging until the next one, each by a quadratic model of itself along its
-            own gradient, which spans all layers; the weight is then not multiplied. 0 keeps none. LoRA only: each holds
-            one number for every trainable weight.
+            own gradient, which spans all layers. 0 keeps none; None: 8 where adapters train. Each holds one number for
+            every trainable weight, so None keeps none where all weights train or where they are sharded.
         batch_size: alignment examples in one forward pass of the estimate.
         max_length: longest alignment example in tokens.
         seed: of whatever the guard draws; the run's own random state is never touched.
@@ -160,7 +178,7 @@ class GuardConfig:
     )
     kind: str = _setting("empirical", one_of(LABELS), "where its labels come from: " + " | ".join(LABELS))
     lambda_alignment: float = _setting(
-        1.0, STRENGTH, "price of drift as the Fisher predicts it, per nat; 0 leaves it out"
+        0.0, STRENGTH, "price of drift as the Fisher predicts it, per nat; 0 leaves it out"
     )
     whole_update: bool = _setting(True, FLAG, "charge the whole update, not its part in the leading directions alone")
     lambda_task: float = _setting(0.0, STRENGTH, "price of the part outside the leading directions")
@@ -178,11 +196,17 @@ class GuardConfig:
     )
     first_refresh: int | None = _setting(10, whole(1), "optimizer steps before the second estimate")
     refresh_examples: int = _setting(8, whole(1), "alignment examples of an estimate")
-    lambda_kl: float = _setting(0.0, STRENGTH, "price of KL to the base model on alignment examples, per nat a token")
+    lambda_kl: float = _setting(4.0, STRENGTH, "price of KL to the base model on alignment examples, per nat a token")
     kl_examples: int = _setting(2, whole(1), "alignment examples of a KL evaluation")
-    kl_every: int = _setting(1, whole(1), "optimizer steps between two KL evaluations")
-    kl_tokens: int | None = _setting(None, whole(1), "most response tokens that KL reads of an example, the first ones")
-    kl_memory: int = _setting(0, whole(0), "KL evaluations that go on charging, each by its quadratic model; LoRA only")
+    kl_every: int | None = _setting(
+        None, whole(1), "optimizer steps between two KL evaluations; by default 4 with a memory, 1 without"
+    )
+    kl_tokens: int | None = _setting(8, whole(1), "most response tokens that KL reads of an example, the first ones")
+    kl_memory: int | None = _setting(
+        None,
+        whole(0),
+        "KL evaluations that go on charging by their quadratic models; by default 8 with adapters, else 0",
+    )
     batch_size: int = _setting(8, whole(1), "alignment examples in a forward pass of the estimate")
     max_length: int = _setting(256, whole(1), "longest alignment example in tokens")
     seed: int = _setting(
@@ -227,6 +251,28 @@ class GuardConfig:
             raise ValueError("max_drift steers lambda_alignment and lambda_kl, and both are 0; give one of them")
 
     @classmethod
+    def curvature(cls, **changes: Any) -> GuardConfig:
+        """The Fisher layer by layer in place of KL, for models of few layers.
+
+        It charges ½ tr(ΔWᵀFΔW) for the whole update, with a two-sided one-pass sketch of each layer's Fisher, estimated
+        every 25 steps. On models of up to six layers it holds what KL holds at the same cost. On a model of thirty layers
+        it was blind, as tokens and layers move together and it takes them apart (docs/evidence.md).
+
+        Args:
+            **changes: fields that differ.
+
+        Raises:
+            ValueError: a value outside its range.
+
+        Examples:
+            >>> config = alignguard.GuardConfig.curvature(refresh_examples=16)
+            >>> config.structure, config.lambda_alignment, config.lambda_kl
+            ('kfac-sketch', 1.0, 0.0)
+        """
+        by_layer: dict[str, Any] = {"lambda_alignment": 1.0, "lambda_kl": 0.0, **_READ_ANEW}
+        return cls(**{**by_layer, **changes})
+
+    @classmethod
     def paper(cls, **changes: Any) -> GuardConfig:
         """The method of arXiv 2508.02079 as printed, for whoever comes for it.
 
@@ -253,7 +299,7 @@ class GuardConfig:
             "alpha": 0.5, "beta": 4.0, "tau": 0.01, "metric": "euclidean", "energy": 1.0, "max_rank": 32,
             "refresh_every": 1000, "first_refresh": None, "refresh_examples": 128,
         }  # fmt: skip
-        return cls(**{**printed, **changes})
+        return cls(**{**printed, **_READ_ANEW, **changes})
 
     @classmethod
     def combined(cls, **changes: Any) -> GuardConfig:
@@ -271,7 +317,7 @@ class GuardConfig:
         """
         both: dict[str, Any] = {
             "structure": "kfac", "lambda_alignment": 0.3, "refresh_every": 100, "refresh_examples": 16,
-            "lambda_kl": 0.3, "kl_examples": 2, "kl_every": 4,
+            "lambda_kl": 0.3, "kl_examples": 2, **_READ_ANEW, "kl_every": 4,
         }  # fmt: skip
         return cls(**{**both, **changes})
 
@@ -288,6 +334,34 @@ class GuardConfig:
         if self.refresh_every is not None:
             return self.refresh_every
         return REFRESH_EVERY if steps is None else max(1, min(REFRESH_EVERY, steps // 5))
+
+    def unread(self) -> list[str]:
+        """Fields of the Fisher that are set, where no term reads it: they would change nothing.
+
+        Examples:
+            >>> alignguard.GuardConfig(structure="gram").unread(), alignguard.GuardConfig.curvature(structure="gram").unread()
+            (['structure'], [])
+        """
+        if self.lambda_alignment or self.lambda_task or self.lambda_collision:
+            return []
+        plain = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in OF_THE_FISHER if getattr(self, name) != plain[name]]
+
+    def kl_schedule(self, remembers: bool) -> tuple[int, int]:
+        """When KL is read, and how much of it is remembered.
+
+        Args:
+            remembers: whether gradients of all trainable weights may be kept, as where adapters train.
+
+        Returns:
+            Optimizer steps between two readings, and readings remembered.
+
+        Examples:
+            >>> alignguard.GuardConfig().kl_schedule(remembers=True), alignguard.GuardConfig().kl_schedule(False)
+            ((4, 8), (1, 0))
+        """
+        memory = self.kl_memory if self.kl_memory is not None else KL_MEMORY if remembers else 0
+        return self.kl_every if self.kl_every is not None else KL_EVERY if memory else 1, memory
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -23,8 +23,8 @@ from alignguard.updates import Covered, WeightUpdates, coverage
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
 CHECKED = 2  # alignment examples of an estimate on which the estimate before it is held against the drift
 REMEDY = (
-    "Hold the function itself: GuardConfig(lambda_kl=1.0) reads alignment examples at the weights of each step, and "
-    "lambda_alignment=0 leaves the curvature out."
+    "Hold the function itself: GuardConfig() as it is reads alignment examples at the weights of the run, and leaves the "
+    "curvature out."
 )
 
 
@@ -74,8 +74,8 @@ class Guard:
         >>> model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), LoraConfig(r=2, target_modules=["q_proj"]))
         >>> rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}]
         >>> guard = alignguard.Guard.from_alignment(model, rows)
-        >>> guard.penalty().item(), sorted(guard.terms)  # nothing has moved yet
-        (0.0, ['alignment'])
+        >>> guard.penalty().item()  # nothing has moved yet
+        0.0
     """
 
     def __init__(
@@ -98,12 +98,11 @@ class Guard:
         if config.lambda_kl:
             kind = model_kind(model)
             read = [shortened(row, config.kl_tokens, kind) for row in rotating]
-            trained = [p for p in model.parameters() if p.requires_grad]
-            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), trained)
+            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), method == "lora")
         self.start = self._reference(held) if held else None
         self._whole: Reference | None = None
         self.gauge = DriftGauge()
-        self.report = Report(self.curvature, self.schedule, self.budget, self.gauge)
+        self.report = Report(self.curvature, self.schedule, self.budget, self.gauge, self.predicted_drift)
         self.terms: dict[str, Tensor] = {}
 
     def _reference(self, rows: Sequence[Encoded]) -> Reference:
@@ -120,7 +119,7 @@ class Guard:
         progress: bool = False,
         **options: Any,
     ) -> Guard:
-        """Build a guard and estimate its curvature at the present weights.
+        """Build a guard, and where its terms need it estimate its curvature at the present weights.
 
         Args:
             model: model that trains; this, ``rows`` and ``pad_token_id`` are those of the constructor.
@@ -134,7 +133,8 @@ class Guard:
             TypeError, ValueError: as the constructor.
         """
         guard = cls(model, rows, config or GuardConfig(), pad_token_id, **options)
-        guard.refresh(progress=progress)
+        if guard.uses_curvature:
+            guard.refresh(progress=progress)
         return guard
 
     @property
@@ -217,7 +217,8 @@ class Guard:
         drift = pooled_mean(held, self.model, self.start.drift)
         self.alignment.readings += len(held)
         predicted = agreed(self.predicted_drift())
-        self.gauge.compare(predicted, drift, REMEDY)
+        if self.uses_curvature:
+            self.gauge.compare(predicted, drift, REMEDY)
         if self.budget is not None:
             self.budget.measured(drift, predicted)
         return self.freshness.measured(self.step, drift, predicted)
@@ -287,13 +288,21 @@ class Guard:
         for leg in self.legs.values():
             sums |= leg.terms(self.step)
         self.terms = {term: value.detach() for term, value in sums.items()}
+        kl = self.legs.get(KLLeg.name)
+        if isinstance(kl, KLLeg) and not self.uses_curvature and (compared := kl.compared()) is not None:
+            self.gauge.compare(*compared)
         if not sums:
             return next(self.model.parameters()).new_zeros(())
         return torch.stack(list(sums.values())).sum()
 
     def predicted_drift(self) -> float:
-        """½ Σ tr(ΔWᵀFΔW) over the matrices: to second order the drift from the start in nats a response."""
-        return self.curvature.drift()
+        """The drift from the start in nats a response, as the penalty believes it to be.
+
+        ½ Σ tr(ΔWᵀFΔW) over the matrices, the drift to second order; without a term of the curvature the mean of KL's last
+        readings, of the response tokens that it reads.
+        """
+        kl = self.legs.get(KLLeg.name)
+        return kl.drift() if isinstance(kl, KLLeg) and not self.uses_curvature else self.curvature.drift()
 
     def measured_drift(self, examples: int = 16) -> float | None:
         """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,22 +34,23 @@ class DriftGauge:
     measured: float | None = None
     warned: bool = False
 
-    def compare(self, predicted: float, measured: float, remedy: str) -> None:
+    def compare(self, predicted: float, measured: float, remedy: str | None = None) -> None:
         """Take in both at the same weights, and warn once if the prediction is too small by more than a factor of 3.
 
         Args:
             predicted: drift by the penalty's own quadratic, nats a response.
             measured: drift that was measured, nats a response.
-            remedy: what to do about a blind prediction, for the warning.
+            remedy: what to do about a blind prediction, for the warning; None where nothing was predicted that could be
+                blind, as where the drift itself is read.
 
         Warns:
             UserWarning: the drift is past what the penalty believes; names both and the remedy.
         """
         self.predicted, self.measured = predicted, measured
-        if not self.warned and measured > SETTLED and measured > BLIND * predicted:
+        if remedy is not None and not self.warned and measured > SETTLED and measured > BLIND * predicted:
             self.warned = True
             warnings.warn(
-                f"the model has drifted {measured:.2g} nats a response, and the guard's curvature predicts "
+                f"the model has drifted {measured:.2g} nats a response, and the guard predicts "
                 f"{predicted:.2g}: it does not see where this model moves. {remedy}",
                 stacklevel=2,
             )
@@ -90,12 +91,19 @@ class Report:
         schedule: counts the estimates, and knows the last drift measured.
         budget: its multiplier and scale are shown; None where there is no budget.
         gauge: its last comparison is shown.
+        predicted: drift that the penalty believes in now, nats a response.
     """
 
     def __init__(
-        self, curvature: CurvatureLeg, schedule: Schedule, budget: DriftBudget | None, gauge: DriftGauge
+        self,
+        curvature: CurvatureLeg,
+        schedule: Schedule,
+        budget: DriftBudget | None,
+        gauge: DriftGauge,
+        predicted: Callable[[], float],
     ) -> None:
         self.curvature, self.schedule, self.budget, self.gauge = curvature, schedule, budget, gauge
+        self.predicted = predicted
         self._shown: tuple[int, dict[str, Tensor]] | None = None  # estimates so far, and the bases of the last one
         self._angle: float | None = None
 
@@ -112,11 +120,12 @@ class Report:
 
     def numbers(self) -> dict[str, float]:
         """What a log line shows beside the terms, see :meth:`alignguard.Guard.numbers`."""
-        shown = {"cosine": self.curvature.cosine()} | self.gauge.numbers()
+        shown = {"cosine": self.curvature.cosine()} if self.curvature.charged else {}
+        shown |= self.gauge.numbers()
         if (angle := self.angle()) is not None:
             shown["angle"] = angle
         if self.schedule.freshness is not None:
-            shown |= {"drift_predicted": self.curvature.drift(), "drift_measured": self.schedule.freshness.drift}
+            shown |= {"drift_predicted": self.predicted(), "drift_measured": self.schedule.freshness.drift}
         if self.budget is not None:
             shown |= {"multiplier": self.budget.multiplier, "scale": self.budget.scale}
         return shown

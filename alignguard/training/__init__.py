@@ -1,5 +1,6 @@
 """A guarded fine-tuning run: prepared, trained, saved, resumed."""
 
+from alignguard.training.answers import OwnAnswers, own_answers
 from alignguard.training.checkpoint import check_complete, latest_checkpoint
 from alignguard.training.dry_run import plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
@@ -16,6 +17,7 @@ __all__ = [
     "GuardSeq2SeqTrainer",
     "GuardTrainer",
     "Hooks",
+    "OwnAnswers",
     "Prepared",
     "card_section",
     "check_complete",
@@ -25,6 +27,7 @@ __all__ = [
     "latest_checkpoint",
     "load_fisher",
     "origin_path",
+    "own_answers",
     "plan_text",
     "prepare",
     "seconds_of_step",

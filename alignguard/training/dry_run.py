@@ -78,14 +78,20 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
         lines.append("guard: none")
     else:
         c = guard.config
-        lines.append(
-            f"alignment: {len(guard.rows)} rows for the Fisher, {c.refresh_examples} at each estimate, every {c.interval(steps)} steps"
-        )
+        every, memory = c.kl_schedule(ready.method == "lora")
+        reading = []
+        if guard.uses_curvature:
+            reading.append(f"{c.refresh_examples} at each estimate of the Fisher, every {c.interval(steps)} steps")
+        if c.lambda_kl:
+            reading.append(f"{c.kl_examples} at each KL, every {every} steps")
+        lines.append(f"alignment: {len(guard.rows)} rows, " + "; ".join(reading or ["none read"]))
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
-        lines.append(f"memory: curvature {_mib(curvature_bytes(guard))}, reference weights {_mib(references)} at most")
+        kept = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []
+        kept += [f"KL's memory {_mib(4 * memory * trained)}"] if c.lambda_kl and memory else []
+        lines.append(f"memory: {', '.join([*kept, f'reference weights {_mib(references)}'])} at most")
         share = min(c.refresh_examples, len(guard.rows)) / (c.interval(steps) * batch) if guard.uses_curvature else 0.0
         share = min(share, c.refresh_budget) if c.adaptive else share
-        share += min(c.kl_examples, len(guard.rows)) / (c.kl_every * batch) if c.lambda_kl else 0.0
+        share += min(c.kl_examples, len(guard.rows)) / (every * batch) if c.lambda_kl else 0.0
         share += c.held_back / (3 * c.measure_every * batch) if c.max_drift is not None and not c.adaptive else 0.0
         lines.append(
             f"compute: {100 * share:.1f} % more examples pass through the model than task rows, the penalty's own "

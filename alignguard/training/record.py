@@ -114,6 +114,11 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
     else:
         c = guard.config
         lines.append(f"- Alignment data: {data[1]}, {guard.examples_read} readings")
+        if own := record.get("own_answers"):
+            lines.append(
+                f"- Its responses are the base model's own: {own['asked']} prompts asked, {own['refused']} of "
+                f"{own['unsafe']} unsafe ones refused, and only those kept"
+            )
         if guard.budget is not None:
             lines.append(
                 f"- Drift budget: {c.max_drift:g} nats a response; last multiplier {guard.budget.multiplier:.3g} on "
@@ -123,7 +128,15 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
             lines.append(
                 f"- Strengths: λ_A = {c.lambda_alignment:g}, λ_T = {c.lambda_task:g}, λ_NC = {c.lambda_collision:g}, λ_KL = {c.lambda_kl:g}"
             )
-        lines.append(f"- Fisher: {c.structure}, {c.kind}, {guard.refreshes} estimates of {c.refresh_examples} examples")
+        if guard.uses_curvature:
+            words = f"{c.structure}, {c.kind}, {guard.refreshes} estimates of {c.refresh_examples} examples"
+            lines.append(f"- Fisher: {words}")
+        if c.lambda_kl:
+            every, memory = c.kl_schedule(record["method"] == "lora")
+            words = f"{c.kl_examples} examples every {every} steps"
+            words += f", {memory} readings remembered" if memory else ""
+            words += f", the first {c.kl_tokens} tokens of a response" if c.kl_tokens is not None else ""
+            lines.append(f"- KL to the base: {words}")
         drift = guard.measured_drift()
         measured = "not measurable" if drift is None else f"{drift:.4g}"
         lines.append(f"- Drift from the base on alignment responses, nats a response: 0 before, {measured} after")

@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from alignguard.data import Examples, Source, check_fits, collator, encode_source, pad_id, shown_row
-from alignguard.files import save_adapter, write_text
+from alignguard.data import (
+    Examples,
+    Source,
+    as_source,
+    check_fits,
+    collator,
+    encode_source,
+    pad_id,
+    prompts_alone,
+    shown_row,
+)
+from alignguard.files import OWN_ANSWERS, save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
+from alignguard.training.answers import OwnAnswers, own_answers, packaged_prompts
 from alignguard.training.checkpoint import latest_checkpoint
 from alignguard.training.fisher_file import load_fisher
 from alignguard.training.hooks import Hooks, HookSeq2SeqTrainer, HookTrainer
@@ -92,7 +104,7 @@ class Prepared:
 def prepare(
     model: str | Path | PreTrainedModel | PeftModel,
     task_data: Source,
-    alignment_data: Source | None,
+    alignment_data: Source | None = None,
     config: GuardConfig | None = None,
     *,
     tokenizer: Any = None,
@@ -107,13 +119,15 @@ def prepare(
     seed: int = 0,
     save_every: int | None = None,
     fisher: str | Path | None = None,
+    answers: str | Path | None = None,
+    most_prompts: int | None = None,
 ) -> Prepared:
-    """Read and check what a run is given; nothing is written.
+    """Read and check what a run is given; nothing is written but the model's own answers, where they are asked for.
 
     Args:
         model: path, hub name or loaded model, as :func:`alignguard.fit` takes it, like every argument of the same name.
         task_data: what to learn.
-        alignment_data: what to keep; may be None for a plain run.
+        alignment_data: what to keep: rows, or prompts that the model itself answers first; None for packaged prompts.
         config: strengths of the guard.
         tokenizer: tokenizer of a loaded model.
         lora: a ``peft.LoraConfig`` or its fields.
@@ -128,6 +142,8 @@ def prepare(
         seed: seed of the adapter's start, the data order and the guard.
         save_every: optimizer steps between checkpoints; None keeps none.
         fisher: file of ``alignguard fisher``.
+        answers: file that keeps the model's own answers as they come, so that they are given once; None keeps none.
+        most_prompts: prompts that are answered at most, for a look at a run; None answers all.
 
     Returns:
         Prepared: model with its adapter, encoded rows, guard and settings, for :func:`train`.
@@ -142,12 +158,20 @@ def prepare(
         raise TypeError(f"config must be an alignguard.GuardConfig, not {config!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, not {method!r}")
-    if alignment_data is None and (guarded or read_alignment):
-        raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
     if method == "full" and lora:
         raise ValueError('method="full" trains every weight; leave out lora')
     if fisher is not None and not guarded:
         raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
+    if guarded and (idle := config.unread()):
+        raise ValueError(
+            f"{', '.join(idle)}: set, and no term reads the Fisher; give lambda_alignment too, or start from "
+            "GuardConfig.curvature() (--preset curvature)"
+        )
+    if fisher is not None and not (config.lambda_alignment or config.lambda_task or config.lambda_collision):
+        raise ValueError(
+            "fisher is given, and no term reads it; give lambda_alignment too, or start from GuardConfig.curvature() "
+            "(--preset curvature)"
+        )
     if fisher is not None and config.noise_edge:
         raise ValueError("noise_edge counts the tokens of the guard's own estimates; leave out fisher, or noise_edge")
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
@@ -158,14 +182,21 @@ def prepare(
     # What is quickly read is checked before weights are, which may take minutes.
     kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
     rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
-    kept = Examples()
-    if alignment_data is not None and (guarded or read_alignment):
-        longest = config.max_length if guarded else max_length
-        kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, longest)
+    kept, longest = Examples(), config.max_length if guarded else max_length
+    asked: list[dict[str, str]] | None = None
+    if guarded or read_alignment:
+        kept, asked = _alignment(alignment_data, tokenizer, kind, longest)
     loaded = load_weights(model)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
     check_fits(loaded, rows, "task_data")
+    own = None
+    if asked is not None:
+        own = _answered(loaded, tokenizer, asked[:most_prompts], answers, settings, progress)
+        kept = encode_source(own.rows, "alignment_data", tokenizer, kind, longest)
+        kept.notes.append(own.summary())
+        if own.asked < len(asked):
+            kept.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
     check_fits(loaded, kept, "alignment_data")
     curvature = None
     if fisher is not None:
@@ -179,8 +210,41 @@ def prepare(
         model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
         lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
         training={name: value for name, value in settings.items() if name != "disable_tqdm"},
+        own_answers=None if own is None else own.counts(),
     )  # fmt: skip
     return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, record)
+
+
+def _alignment(
+    source: Source | None, tokenizer: Any, kind: str, longest: int
+) -> tuple[Examples, list[dict[str, str]] | None]:
+    """The encoded rows that are to be kept, or the prompts that the model has to answer first."""
+    given = as_source(packaged_prompts() if source is None else source)
+    if isinstance(given.source, Iterator):  # it is looked at twice
+        given = replace(given, source=list(given.source))
+    prompts = prompts_alone(given, "alignment_data")
+    if source is None or prompts is not None:
+        if kind == "classification":
+            raise ValueError("alignment_data: a classifier keeps labels; give rows with prompt and label")
+        return Examples(), prompts
+    return encode_source(given, "alignment_data", tokenizer, kind, longest), None
+
+
+def _answered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Mapping[str, str]],
+    path: str | Path | None,
+    settings: Mapping[str, Any],
+    progress: bool,
+) -> OwnAnswers:
+    """The model's own answers, on the device that it trains on; of several processes the first one's are taken by all."""
+    state = PartialState(cpu=bool(settings.get("use_cpu")))
+    if state.num_processes > 1 and path is None:
+        raise ValueError("alignment_data: several processes share the model's own answers; give answers a path")
+    model.to(state.device)
+    with state.main_process_first():
+        return own_answers(model, tokenizer, prompts, path=path, progress=progress and state.is_main_process)
 
 
 def train(
@@ -278,7 +342,7 @@ def _trainer(ready: Prepared, arguments: TrainingArguments, rival: Hooks | None)
 def fit(
     model: str | Path | PreTrainedModel | PeftModel,
     task_data: Source,
-    alignment_data: Source | None,
+    alignment_data: Source | None = None,
     config: GuardConfig | None = None,
     output_dir: str | Path = "runs/fit",
     *,
@@ -307,10 +371,11 @@ def fit(
             ``response``, ``messages``, or in Alpaca's, ShareGPT's or Dolly's form; for a classifier ``prompt`` and
             ``label``. :class:`alignguard.data.DataSource` maps columns and chooses a split or the turns learned from.
         alignment_data: what to keep, in the same forms: unsafe prompts with the refusals the model should still give.
-            May be None for a plain run.
-        config: strengths of the guard; the defaults need no tuning on the embedded model.
-        output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json`` and
-            checkpoints.
+            Prompts alone are answered by the model itself before training, and its refusals of unsafe ones and its
+            answers to others are what is kept (:func:`alignguard.training.own_answers`); None takes packaged prompts.
+        config: strengths of the guard; the defaults were chosen on a public chat model (docs/evidence.md).
+        output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json``, checkpoints,
+            and the model's own answers where they are asked for.
         tokenizer: of a loaded model; read with the model where that is a path or name.
         lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
@@ -355,6 +420,6 @@ def fit(
     ready = prepare(
         model, task_data, alignment_data, config, tokenizer=tokenizer, lora=lora, training=training, method=method,
         offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
-        fisher=fisher,
+        fisher=fisher, answers=Path(output_dir) / OWN_ANSWERS,
     )  # fmt: skip
     return train(ready, output_dir, overwrite=overwrite, resume=resume, progress=progress)

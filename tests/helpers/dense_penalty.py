@@ -9,7 +9,7 @@ from alignguard.guard import GuardConfig
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-CONFIG = GuardConfig(
+CONFIG = GuardConfig.curvature(
     structure="gram",
     lambda_alignment=0.7,
     lambda_task=0.3,

@@ -47,7 +47,7 @@ class CurvatureLeg(Leg):
     ) -> None:
         super().__init__(rows, config, budget)
         strengths = config.lambda_alignment or config.lambda_task or config.lambda_collision
-        self.charged = bool(strengths or config.max_drift is not None)
+        self.charged = bool(strengths)
         if self.charged:
             check_widths(updates.matrices.values(), config)
         self.updates = updates

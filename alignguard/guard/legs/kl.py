@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.legs.base import Leg
@@ -17,6 +18,9 @@ from alignguard.guard.rows import AlignmentRows
 from alignguard.guard.schedule import DriftBudget
 
 _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth remembering
+
+
+_RECENT = 4  # readings whose mean is what the leg believes the drift to be
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class _Reading:
 class KLLeg(Leg):
     """λ_KL KL(start ‖ present) a response token, on a few examples in rotation (Li and Hoiem 2017).
 
-    With ``kl_memory`` the last evaluations go on charging between two readings, each by the Gauss-Newton model of its
-    own divergence along its own gradient (this project's own): KL is half a square to second order, so with K and g its
+    With a memory the last evaluations go on charging between two readings, each by the Gauss-Newton model of its own
+    divergence along its own gradient (this project's own): KL is half a square to second order, so with K and g its
     value and gradient at the weights where it was read and d = ⟨g, θ − θ_read⟩,
 
         ½ (√(2K) + d/√(2K))² = K + d + d²/(4K),
@@ -51,7 +55,7 @@ class KLLeg(Leg):
         config: strength, examples, interval and memory.
         budget: multiplier of the strength.
         reference: what the model said before training at the examples that are read.
-        parameters: trainable weights, of which gradients are remembered.
+        remembers: whether adapters train, so that a gradient of everything that trains is small.
     """
 
     name = "kl"
@@ -62,40 +66,65 @@ class KLLeg(Leg):
         config: GuardConfig,
         budget: DriftBudget | None,
         reference: Reference,
-        parameters: Sequence[nn.Parameter],
+        remembers: bool,
     ) -> None:
         super().__init__(rows, config, budget)
-        self.reference, self.parameters = reference, list(parameters)
-        self._memory: deque[_Reading] = deque(maxlen=config.kl_memory)
+        self.reference, self._remembers = reference, remembers
+        memory = config.kl_schedule(remembers)[1]
+        self._memory: deque[_Reading] = deque(maxlen=memory)
+        self._read_before: deque[float] = deque(maxlen=_RECENT)  # nats a response
+        self._compared: deque[tuple[float, float]] = deque(maxlen=2 * _RECENT)
 
     def terms(self, step: int) -> dict[str, Tensor]:
-        """The term ``kl``: where it is due its own, ``kl_every`` times as heavy; with a memory the mean of its models."""
-        c = self.config
-        strength = c.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)
-        if not c.kl_memory:
-            due = step % c.kl_every == 0
-            return {"kl": strength * c.kl_every * self._read(step // c.kl_every)} if due else {}
+        """The term ``kl``: where it is due its own, ``kl_every`` times as heavy; with a memory the mean of its models.
+
+        Raises:
+            ValueError: a memory is asked for, and the trainable weights are sharded.
+        """
+        every, memory = self._schedule()
+        strength = self.config.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)
+        if not memory:
+            return {"kl": strength * every * self._read(step // every)} if step % every == 0 else {}
         # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
-        if step < c.kl_every or step % c.kl_every == 0:
-            self._remember(self._read(min(step, c.kl_every - 1) + step // c.kl_every))
+        if step < every or step % every == 0:
+            self._remember(self._read(min(step, every - 1) + step // every))
         return {"kl": strength * self._recalled()} if self._memory else {}
+
+    def _schedule(self) -> tuple[int, int]:
+        """Steps between two readings, and readings remembered."""
+        sharded = any(isinstance(p, DTensor) for p in self._trained())
+        if sharded and self.config.kl_memory:
+            raise ValueError(
+                "kl_memory keeps gradients of the trainable weights, which are sharded here; leave it out, or set it to 0"
+            )
+        return self.config.kl_schedule(self._remembers and not sharded)
+
+    def _trained(self) -> list[nn.Parameter]:
+        # Asked anew each time: sharding puts other parameters in the place of those that the guard was made on.
+        return [p for p in self.rows.model.parameters() if p.requires_grad]
 
     def _read(self, turn: int) -> Tensor:
         """KL a response token of the next examples, at the present weights."""
         places = self.rows.places(self.config.kl_examples, turn)
         self.rows.readings += len(places)
-        return self.reference.divergence(places)[0].mean()
+        nats = self.reference.divergence(places)[0]
+        found = float(nats.detach().sum()) / len(places)
+        if self._read_before:
+            self._compared.append((self.drift(), found))
+        self._read_before.append(found)
+        return nats.mean()
 
     def _remember(self, value: Tensor) -> None:
         if float(value.detach()) < _SETTLED:
             return
-        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
-        slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        trained = self._trained()
+        found = torch.autograd.grad(value, trained, allow_unused=True)
+        slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
         gradient = torch.cat([slope.flatten() for slope in slopes])
         self._memory.append(_Reading(float(value.detach()), gradient, float(gradient @ self._weights().detach())))
 
     def _weights(self) -> Tensor:
-        return torch.cat([p.flatten() for p in self.parameters])
+        return torch.cat([p.flatten() for p in self._trained()])
 
     def _recalled(self) -> Tensor:
         """Mean over the memory of ½ (√(2K) + d/√(2K))², in nats a token."""
@@ -104,11 +133,30 @@ class KLLeg(Leg):
         root = (2 * weights.new_tensor([one.value for one in self._memory])).sqrt()
         return (root + moved / root).square().mean() / 2
 
+    def drift(self) -> float:
+        """What the leg believes the drift to be: the mean of its last readings, nats a response as far as it is read.
+
+        What the memory comes to is no such belief: the run undoes what is remembered before it undoes the rest.
+        """
+        return sum(self._read_before) / len(self._read_before) if self._read_before else 0.0
+
+    def compared(self) -> tuple[float, float] | None:
+        """Drift that was believed in and drift that was then read, in nats a response.
+
+        Means over some readings, for single examples differ; None before the second reading.
+        """
+        if not self._compared:
+            return None
+        believed, read = zip(*self._compared, strict=True)
+        return sum(believed) / len(believed), sum(read) / len(read)
+
     def state_dict(self) -> dict[str, Any]:
-        """The memory: values, offsets and gradients."""
-        if not self.config.kl_memory:
-            return {}
-        return {"kl_memory": [dict(vars(one)) for one in self._memory]}
+        """The memory, its values, offsets and gradients; the last readings, and what was believed before each."""
+        return {
+            "kl_memory": [dict(vars(one)) for one in self._memory],
+            "kl_compared": [list(pair) for pair in self._compared],
+            "kl_read": list(self._read_before),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave.
@@ -117,9 +165,13 @@ class KLLeg(Leg):
             KeyError, TypeError: a value is missing, or is of another kind.
             ValueError: gradients of other weights.
         """
-        size = sum(p.numel() for p in self.parameters)
+        size = sum(p.numel() for p in self._trained())
         self._memory.clear()
-        for kept in state["kl_memory"] if self.config.kl_memory else ():
+        for kept in state["kl_memory"]:
             if kept["gradient"].shape != (size,):
                 raise ValueError(f"a remembered gradient is of {kept['gradient'].numel()} weights, and {size} train")
             self._memory.append(_Reading(float(kept["value"]), kept["gradient"], float(kept["offset"])))
+        self._compared.clear()
+        self._compared.extend((float(believed), float(read)) for believed, read in state["kl_compared"])
+        self._read_before.clear()
+        self._read_before.extend(map(float, state["kl_read"]))

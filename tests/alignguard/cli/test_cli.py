@@ -28,6 +28,7 @@ def files(tmp_path, tiny_llama, tokenizer, task_rows, alignment_rows):
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
         "rank": 2,
+        "preset": "curvature",
         "refresh_examples": 2,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
@@ -62,7 +63,8 @@ ONLY_PYTHON = {
     "training",
     "progress",
 }  # objects, or taken apart into options of their own
-ONLY_TYPED = {"config", "dry_run", "rank", "lora_alpha", "target_modules"}
+ONLY_TYPED = {"config", "dry_run", "preset", "rank", "lora_alpha", "target_modules"}
+OF_LOOKS = {"answers", "most_prompts"}  # of prepare: where answers are kept, and how many a dry run asks for
 OF_SOURCES = {f"{what}_{name}" for what in ("task", "alignment") for name in ("split", "subset", "fields", "turns")}
 
 
@@ -75,7 +77,7 @@ def test_python_command_line_and_yaml_offer_the_same():
         cli.TRAINING_FIELDS
     )
     assert set(cli.TRAINING_FIELDS) <= set(TrainingArguments.__dataclass_fields__)
-    assert set(inspect.signature(prepare).parameters) - {"progress", "read_alignment"} <= set(
+    assert set(inspect.signature(prepare).parameters) - {"progress", "read_alignment"} - OF_LOOKS <= set(
         inspect.signature(fit).parameters
     )
 
@@ -97,7 +99,7 @@ def other(field):
 
 def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkeypatch):
     values = {field.name: other(field) for field in dataclasses.fields(GuardConfig)}
-    expected = GuardConfig(**values)
+    expected = GuardConfig.curvature(**values)
     assert all(getattr(expected, field.name) != field.default for field in dataclasses.fields(GuardConfig))
     heard = []
     monkeypatch.setattr(alignguard.training, "prepare", lambda *a, **k: heard.append((a, k)))

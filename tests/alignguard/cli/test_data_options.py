@@ -18,7 +18,7 @@ def model(tmp_path, tiny_llama, tokenizer):
 def fit(model, task, *more, kept=None):
     out = model.parent / f"out-{task.stem}"
     data = ["--task-data", task, "--alignment-data", kept or task, "--output-dir", out]
-    sizes = ["--rank", "2", "--max-steps", "1", "--per-device-train-batch-size", "2", "--refresh-examples", "2"]
+    sizes = ["--rank", "2", "--max-steps", "1", "--per-device-train-batch-size", "2", "--kl-examples", "1"]
     return main([str(word) for word in ["fit", "--model", model, *data, *sizes, *more]]), out
 
 

@@ -48,7 +48,18 @@ def ground(tmp_path_factory, tokenizer):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = ["--model", folder / "model", "--task-data", folder / "rows.jsonl", "--alignment-data", folder / "rows.jsonl"]
     run = ["fit", *map(str, run), "--rank", "2", "--max-steps", "2", "--per-device-train-batch-size", "2"]
-    run += ["--refresh-examples", "2", "--max-drift", "0.5", "--held-back", "1", "--averaging", "0.5"]
+    run += [
+        "--preset",
+        "curvature",
+        "--refresh-examples",
+        "2",
+        "--max-drift",
+        "0.5",
+        "--held-back",
+        "1",
+        "--averaging",
+        "0.5",
+    ]
     for model, structure in (("model", "kfac-sketch"), ("model", "gram"), ("deep", "kfac-sketch")):
         arguments = ["fisher", "--model", folder / model, "--data", folder / "rows.jsonl", "--structure", structure]
         assert cli.main([*map(str, arguments), "--output", str(folder / f"{model}-{structure}.safetensors")]) == 0
@@ -124,8 +135,10 @@ def test_malformed_configurations(trial, tmp_path):
 
     for name, value in bad_fields():
         trial.call(f"GuardConfig {name}={str(value)[:9]!r} {type(value)}",
-                    lambda n=name, v=value: fit(config=GuardConfig(**{n: v}))(), name)  # fmt: skip
-    trial.call("GuardConfig budget of nothing", lambda: GuardConfig(lambda_alignment=0.0, max_drift=1.0), "max_drift")
+                    lambda n=name, v=value: fit(config=GuardConfig.curvature(**{n: v}))(), name)  # fmt: skip
+    trial.call(
+        "GuardConfig budget of nothing", lambda: GuardConfig.curvature(lambda_alignment=0.0, max_drift=1.0), "max_drift"
+    )
     for options, word in (
         ({"config": {"energy": 0.5}}, "GuardConfig"), ({"training": [1]}, "training"),
         ({"training": {"learning_rat": 1}}, "learning_rat"), ({"training": {"learning_rate": "fast"}}, "learning_rate"),
@@ -140,7 +153,7 @@ def test_malformed_configurations(trial, tmp_path):
         ({"method": "full", "lora": {"r": 2}}, "lora"), ({"offload": "attic"}, "attic"), ({"offload": "cuda:9"}, "cuda:9"),
         ({"save_every": 0}, "save_every"), ({"save_every": 1.5}, "save_every"), ({"max_length": 0}, "max_length"),
         ({"max_length": "long"}, "max_length"), ({"seed": -1}, "seed"), ({"seed": "x"}, "seed"),
-        ({"fisher": data, "guarded": False}, "fisher"), ({"fisher": data, "config": GuardConfig(noise_edge=True)}, "noise_edge"), ({"output_dir": tmp_path / "out"}, "not empty"),
+        ({"fisher": data, "guarded": False}, "fisher"), ({"fisher": data, "config": GuardConfig.curvature(noise_edge=True)}, "noise_edge"), ({"output_dir": tmp_path / "out"}, "not empty"),
         ({"output_dir": data}, "is a file"), ({"output_dir": data / "below"}, "is a file"), ({"output_dir": "n" * 300}, "nnn"),
         ({"output_dir": tmp_path / "out", "resume": True}, "not empty"), ({"alignment_data": None}, "alignment_data"),
     ):  # fmt: skip
@@ -181,9 +194,15 @@ def test_malformed_configurations(trial, tmp_path):
     trial.command("yaml that is a folder", [*trial.run, "--config", tmp_path], "no such file")
     trial.command("yaml of a long name", [*trial.run, "--config", "n" * 300], "no such file")
 
-    for lacking in ("--model", "--task-data", "--alignment-data"):
-        place = trial.run.index(lacking)
-        trial.command(f"without {lacking}", [*trial.run[:place], *trial.run[place + 2 :]], lacking)
+    for lacking, word in (
+        ("--model", "--model"),
+        ("--task-data", "--task-data"),
+        ("--alignment-data", "refuses none of"),
+    ):
+        place = trial.run.index(
+            lacking
+        )  # without alignment data this model, which refuses nothing, has nothing to keep
+        trial.command(f"without {lacking}", [*trial.run[:place], *trial.run[place + 2 :]], word)
     for flags, word in (
         (["--set", "energy"], "energy"), (["--set", "enrgy=1"], "enrgy"), (["--vary", "energy=2"], "energy"),
         (["--set", "energy=2"], "energy"), (["--model", "x"], "--task-data"), (["--study", "all"], "study"),
@@ -271,7 +290,11 @@ def test_malformed_rows(trial, tmp_path):
         path.write_text(text)
         for option in ("task_data", "alignment_data"):
             argv = with_option(trial.run, **{option: str(path)})
-            trial.command(f"{option}: {name}", argv, option, "bad.jsonl", word)
+            # Prompts alone are the model's to answer, and this one refuses nothing.
+            alone = name == "no response" and option == "alignment_data"
+            trial.command(
+                f"{option}: {name}", argv, option, *(("refuses none of 1",) if alone else ("bad.jsonl", word))
+            )
         path.unlink()
     for name, content in BAD_BYTES.items():
         path = tmp_path / "bad.jsonl"

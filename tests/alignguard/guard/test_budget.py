@@ -104,7 +104,7 @@ def test_a_prediction_that_falls_behind_the_measurement_is_made_up_for():
     st.floats(0.005, 0.5), st.integers(1, 20), st.integers(1, 32), st.integers(1, 64), st.floats(0, 5), st.integers(0, 9)
 )  # fmt: skip
 def test_adaptive_refreshes_stay_within_their_share(share, held, examples, batch, drift, seed):
-    config = GuardConfig(adaptive=True, refresh_budget=share, measure_every=1)
+    config = GuardConfig.curvature(adaptive=True, refresh_budget=share, measure_every=1)
     fresh, draw = Freshness(config), torch.Generator().manual_seed(seed)
     measurements = refreshes = 0
     for step in range(200):
@@ -121,7 +121,7 @@ def test_adaptive_refreshes_stay_within_their_share(share, held, examples, batch
 
 
 def test_a_refresh_comes_when_drift_parts_from_the_prediction():
-    fresh = Freshness(GuardConfig(adaptive=True, refresh_tolerance=0.5))
+    fresh = Freshness(GuardConfig.curvature(adaptive=True, refresh_tolerance=0.5))
     assert not fresh.measured(1, 0.2, 0.2)
     assert not fresh.measured(2, 0.28, 0.2)
     assert fresh.measured(3, 0.4, 0.2)
@@ -134,7 +134,7 @@ def test_a_refresh_comes_when_drift_parts_from_the_prediction():
 
 def test_measured_drift_is_the_kl_of_whole_responses_and_the_prediction_its_quadratic():
     model = make("llama")
-    config = GuardConfig(structure="gram", kind="mc", max_drift=0.1, held_back=2, refresh_examples=4)
+    config = GuardConfig.curvature(structure="gram", kind="mc", max_drift=0.1, held_back=2, refresh_examples=4)
     guard = Guard.from_alignment(model, ROWS, config)
     assert len(guard.rows) == 4 and guard.predicted_drift() == 0.0
     move(model, 0.05)
@@ -157,7 +157,7 @@ def test_measured_drift_is_the_kl_of_whole_responses_and_the_prediction_its_quad
 
 def test_one_multiplier_steers_both_legs():
     model = make("llama")
-    config = GuardConfig(max_drift=0.1, lambda_kl=2.0, lambda_task=0.3, held_back=1, kl_examples=2)
+    config = GuardConfig.curvature(max_drift=0.1, lambda_kl=2.0, lambda_task=0.3, held_back=1, kl_examples=2)
     guard = Guard.from_alignment(model, ROWS, config)
     move(model)
     guard.penalty()
@@ -170,7 +170,7 @@ def test_one_multiplier_steers_both_legs():
 
 def test_adaptive_refreshes_happen_in_a_loop_and_are_logged():
     model = make("llama")
-    config = GuardConfig(adaptive=True, refresh_every=2, measure_every=1, refresh_budget=1.0, held_back=2,
+    config = GuardConfig.curvature(adaptive=True, refresh_every=2, measure_every=1, refresh_budget=1.0, held_back=2,
                          refresh_examples=3, refresh_tolerance=0.05)  # fmt: skip
     guard = Guard(model, ROWS, config)
     for step in range(8):
@@ -185,12 +185,12 @@ def test_adaptive_refreshes_happen_in_a_loop_and_are_logged():
 
 def test_averaging_adds_the_earlier_estimates():
     model = make("llama")
-    config = GuardConfig(structure="gram", averaging=0.5, refresh_examples=3)
+    config = GuardConfig.curvature(structure="gram", averaging=0.5, refresh_examples=3)
     guard = Guard.from_alignment(model, ROWS, config)
     name = next(iter(guard.layers))
     first = guard.layers[name].operator.matrix
     move(model)
-    fresh = Guard(model, ROWS, GuardConfig(structure="gram", refresh_examples=3))
+    fresh = Guard(model, ROWS, GuardConfig.curvature(structure="gram", refresh_examples=3))
     fresh.schedule.refreshes = 1  # the second turn of the rotation
     fresh.refresh()
     guard.refresh()
@@ -203,7 +203,7 @@ def test_scale_free_terms_do_not_change_with_the_scale_of_the_weights():
     for scale in (1.0, 8.0):
         torch.manual_seed(0)
         model = llama().double()
-        config = GuardConfig(
+        config = GuardConfig.curvature(
             structure="gram", lambda_alignment=0.0, lambda_task=0.3, lambda_collision=0.2, scale_free=True
         )
         with torch.no_grad():
@@ -224,7 +224,7 @@ def test_scale_free_terms_do_not_change_with_the_scale_of_the_weights():
 
 def test_the_reference_is_asked_once_and_forgotten_beyond_its_limit(monkeypatch):
     model = make("llama", dtype=torch.float32)
-    guard = Guard(model, ROWS, GuardConfig(lambda_alignment=0.0, lambda_kl=1.0, kl_examples=2))
+    guard = Guard(model, ROWS, GuardConfig.curvature(lambda_alignment=0.0, lambda_kl=1.0, kl_examples=2))
     move(model)
     calls = []
     original = type(model).disable_adapter

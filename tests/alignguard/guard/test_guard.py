@@ -81,7 +81,7 @@ def test_updates_equal_peft_merge(tiny_llama, lora):
 def test_one_sided_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer, alignment_rows, metric):
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)
-    config = GuardConfig(
+    config = GuardConfig.curvature(
         structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, metric=metric,
         energy=0.6, refresh_examples=4, batch_size=3, whole_update=False,
     )  # fmt: skip
@@ -122,7 +122,9 @@ def test_one_sided_penalty_and_gradient_equal_the_dense_formula(tiny_llama, toke
 @pytest.mark.parametrize("whole", [True, False], ids=["whole update", "aligned part"])
 def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer, alignment_rows, whole):
     model = adapted(tiny_llama)
-    config = GuardConfig(structure="kfac", lambda_alignment=2.0, energy=0.7, refresh_examples=4, whole_update=whole)
+    config = GuardConfig.curvature(
+        structure="kfac", lambda_alignment=2.0, energy=0.7, refresh_examples=4, whole_update=whole
+    )
     guard = Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config)
     penalty = guard.penalty()
     penalty.backward()
@@ -144,7 +146,7 @@ def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer
 
 def test_euclidean_separation_is_identically_zero_under_the_hard_projector(tiny_llama, tokenizer, alignment_rows):
     model = adapted(tiny_llama)
-    config = GuardConfig(
+    config = GuardConfig.curvature(
         structure="gram", lambda_alignment=0.0, lambda_collision=1.0, alpha=0.0, metric="euclidean", refresh_examples=4
     )
     penalty = Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config).penalty()
@@ -156,7 +158,7 @@ def test_euclidean_separation_is_identically_zero_under_the_hard_projector(tiny_
 def test_kl_is_zero_at_the_start_and_equals_the_formula(tiny_llama, tokenizer, alignment_rows):
     rows = encoded(tokenizer, alignment_rows)
     fresh = get_peft_model(tiny_llama(torch.float64), LoraConfig(r=2, target_modules=TARGETS))
-    config = GuardConfig(lambda_alignment=0.0, lambda_kl=1.0, kl_examples=4)
+    config = GuardConfig.curvature(lambda_alignment=0.0, lambda_kl=1.0, kl_examples=4)
     assert abs(float(Guard(fresh, rows, config).penalty())) < 1e-12
 
     model = adapted(tiny_llama)
@@ -173,7 +175,7 @@ def test_kl_is_zero_at_the_start_and_equals_the_formula(tiny_llama, tokenizer, a
 
 
 def test_a_penalty_without_a_curvature_is_refused_and_estimates_nothing(tiny_llama, tokenizer, alignment_rows):
-    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig(refresh_examples=2))
+    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig.curvature(refresh_examples=2))
     with pytest.raises(RuntimeError, match="begin_step"):
         guard.penalty()
     assert guard.examples_read == 0 and guard.refreshes == 0
@@ -203,7 +205,7 @@ class SizeLeg(Leg):
 
 
 def test_a_leg_of_ones_own_is_charged_refreshed_and_kept(tmp_path, tiny_llama, tokenizer, alignment_rows):
-    config = GuardConfig(refresh_every=3, first_refresh=None, refresh_examples=2)
+    config = GuardConfig.curvature(refresh_every=3, first_refresh=None, refresh_examples=2)
     model = adapted(tiny_llama)
     guards = [Guard(model, encoded(tokenizer, alignment_rows), config) for _ in range(3)]
     for guard in guards[1:]:
@@ -227,7 +229,7 @@ def flat(state):
 
 
 def test_a_state_dict_is_of_tensors_and_plain_values_and_comes_back(tiny_llama, tokenizer, alignment_rows):
-    config = GuardConfig(structure="kfac", max_drift=0.1, held_back=1, averaging=0.5, refresh_every=2, measure_every=1,
+    config = GuardConfig.curvature(structure="kfac", max_drift=0.1, held_back=1, averaging=0.5, refresh_every=2, measure_every=1,
                          lambda_kl=0.1, scale_free=True, lambda_task=0.1, refresh_examples=2)  # fmt: skip
     model, rows = adapted(tiny_llama, dtype=torch.float32), encoded(tokenizer, alignment_rows)
     guard, other = Guard(model, rows, config), Guard(model, rows, config)
@@ -254,7 +256,9 @@ def test_refresh_leaves_no_trace(tiny_llama, tokenizer, alignment_rows, structur
     parameter.grad = torch.ones_like(parameter)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    config = GuardConfig(structure=structure, kind="mc" if structure == "kfac" else "empirical", sketch_rank=8)
+    config = GuardConfig.curvature(
+        structure=structure, kind="mc" if structure == "kfac" else "empirical", sketch_rank=8
+    )
     Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and all(m.training for m in model.modules())
@@ -271,7 +275,7 @@ def test_refresh_leaves_no_trace(tiny_llama, tokenizer, alignment_rows, structur
 def test_refreshes_come_when_they_are_due(tiny_llama, tokenizer, alignment_rows, schedule, steps):
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)
-    guard = Guard(model, rows, GuardConfig(refresh_every=4, refresh_examples=2, **schedule))
+    guard = Guard(model, rows, GuardConfig.curvature(refresh_every=4, refresh_examples=2, **schedule))
     seen = []
     for step in range(11):
         before = guard.refreshes
@@ -285,7 +289,7 @@ def test_refreshes_come_when_they_are_due(tiny_llama, tokenizer, alignment_rows,
     [(None, [0, 10, 35, 60]), (200, [0, 10, 35, 60]), (100, [0, 10, 30, 50]), (25, [0, 5, 10, 15, 20]), (3, [0, 1, 2])],
 )
 def test_short_runs_have_estimates_more_often(tiny_llama, tokenizer, alignment_rows, run, steps):
-    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig(refresh_examples=2))
+    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig.curvature(refresh_examples=2))
     if run is not None:
         guard.begin_run(run)
     seen = []
@@ -297,13 +301,21 @@ def test_short_runs_have_estimates_more_often(tiny_llama, tokenizer, alignment_r
 
 
 def test_a_given_interval_holds_for_every_run():
-    config = GuardConfig(refresh_every=40)
+    config = GuardConfig.curvature(refresh_every=40)
     assert {config.interval(steps) for steps in (None, 1, 25, 1000)} == {40}
-    assert [GuardConfig().interval(steps) for steps in (1, 4, 5, 49, 124, 125, 1000)] == [1, 1, 1, 9, 24, 25, 25]
+    assert [GuardConfig.curvature().interval(steps) for steps in (1, 4, 5, 49, 124, 125, 1000)] == [
+        1,
+        1,
+        1,
+        9,
+        24,
+        25,
+        25,
+    ]
 
 
 def test_a_run_has_steps(tiny_llama, tokenizer, alignment_rows):
-    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig())
+    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig.curvature())
     with pytest.raises(ValueError, match="steps must be at least 1, not -1"):
         guard.begin_run(-1)
 
@@ -311,7 +323,7 @@ def test_a_run_has_steps(tiny_llama, tokenizer, alignment_rows):
 def test_refresh_reads_the_present_weights(tiny_llama, tokenizer, alignment_rows):
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)
-    config = GuardConfig(structure="kfac", refresh_every=2, refresh_examples=4)
+    config = GuardConfig.curvature(structure="kfac", refresh_every=2, refresh_examples=4)
     guard = Guard.from_alignment(model, rows, config)
     name = next(iter(guard.layers))
     first = guard.layers[name].operator.output_factor
@@ -338,16 +350,16 @@ def test_names_of_the_fisher_are_the_plain_layers_inside(tiny_llama):
 def test_what_is_not_understood_is_refused_by_name(tiny_llama, tokenizer, alignment_rows):
     rows = encoded(tokenizer, alignment_rows)
     with pytest.raises(TypeError, match="PeftModel"):
-        Guard(tiny_llama(), rows, GuardConfig())
+        Guard(tiny_llama(), rows, GuardConfig.curvature())
     merged = adapted(tiny_llama)
     merged.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
-        Guard(merged, rows, GuardConfig())
+        Guard(merged, rows, GuardConfig.curvature())
     dora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="Dora"):
-        Guard(dora, rows, GuardConfig())
+        Guard(dora, rows, GuardConfig.curvature())
     with pytest.raises(ValueError, match="at least one"):
-        Guard(adapted(tiny_llama), [], GuardConfig())
+        Guard(adapted(tiny_llama), [], GuardConfig.curvature())
 
 
 @pytest.mark.parametrize(
@@ -360,18 +372,18 @@ def test_what_is_not_understood_is_refused_by_name(tiny_llama, tokenizer, alignm
 )  # fmt: skip
 def test_a_bad_setting_is_named(field, value):
     with pytest.raises(ValueError, match=field):
-        GuardConfig(**{field: value})
+        GuardConfig.curvature(**{field: value})
 
 
 def test_config_survives_a_round_trip_and_names_unknown_fields():
-    config = GuardConfig(structure="gram", lambda_kl=0.5)
+    config = GuardConfig.curvature(structure="gram", lambda_kl=0.5)
     assert GuardConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="lamda"):
         GuardConfig.from_dict({"lamda": 1})
 
 
 @given(
-    st.sampled_from(sorted(GuardConfig().to_dict())),
+    st.sampled_from(sorted(GuardConfig.curvature().to_dict())),
     st.one_of(
         st.none(), st.booleans(), st.text(max_size=4), st.floats(), st.integers(), st.lists(st.integers(), max_size=2),
         st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
@@ -379,7 +391,7 @@ def test_config_survives_a_round_trip_and_names_unknown_fields():
 )  # fmt: skip
 def test_any_value_of_any_setting_is_taken_or_named(field, value):
     try:
-        taken = GuardConfig(**{field: value})
+        taken = GuardConfig.curvature(**{field: value})
     except ValueError as error:
         assert field in str(error)
     else:

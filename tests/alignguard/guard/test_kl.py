@@ -16,7 +16,7 @@ from alignguard.objective import IGNORED
 
 def guarded(rows_, dtype=torch.float64, seed=0, **options):
     model = make(dtype=dtype, seed=seed)
-    guard = Guard(model, rows_, GuardConfig(lambda_alignment=0.0, lambda_kl=1.0, **options))
+    guard = Guard(model, rows_, GuardConfig.curvature(lambda_alignment=0.0, lambda_kl=1.0, **options))
     return model, guard
 
 
@@ -131,4 +131,49 @@ def test_a_resumed_guard_remembers_the_same():
 @pytest.mark.parametrize("value", [-1, True, 1.5, "many"])
 def test_a_memory_that_is_no_count_is_refused(value):
     with pytest.raises(ValueError, match="kl_memory must be a whole number of at least 0"):
-        GuardConfig(kl_memory=value)
+        GuardConfig.curvature(kl_memory=value)
+
+
+def test_what_is_believed_is_the_mean_of_the_last_readings_in_nats_a_response():
+    model, guard = guarded(rows(6), kl_every=2, kl_memory=2, kl_examples=1)
+    found = []
+    for step in range(9):
+        guard.begin_step(step)
+        guard.penalty()
+        leg = guard.legs["kl"]
+        if step < 2 or step % 2 == 0:
+            turn = min(step, 1) + step // 2
+            with torch.no_grad():
+                nats = leg.reference.divergence(guard.alignment.places(1, turn))[0]
+            found.append(float(nats.sum()))
+        assert guard.predicted_drift() == pytest.approx(sum(found[-4:]) / len(found[-4:]), rel=1e-9)
+        move(model)
+    believed = [sum(found[max(0, i - 4) : i]) / len(found[max(0, i - 4) : i]) for i in range(1, len(found))]
+    assert guard.gauge.predicted == pytest.approx(sum(believed) / len(believed), rel=1e-9)
+    assert guard.gauge.measured == pytest.approx(sum(found[1:]) / len(found[1:]), rel=1e-9)
+
+
+def test_a_memory_of_sharded_weights_is_refused_if_asked_for_and_else_left_out(monkeypatch):
+    model, guard = guarded(rows(4), kl_memory=2)
+    _, plain = guarded(rows(4), kl_memory=None, kl_every=None)
+    for each in (guard, plain):
+        monkeypatch.setattr("alignguard.guard.legs.kl.DTensor", torch.nn.Parameter)  # as if every weight were one
+        each.begin_step(0)
+    with pytest.raises(ValueError, match="kl_memory keeps gradients of the trainable weights, which are sharded"):
+        guard.penalty()
+    plain.penalty()
+    assert plain.state_dict()["kl_memory"] == [] and "kl" in plain.terms
+
+
+def test_where_every_weight_trains_each_step_is_read_and_nothing_remembered():
+    model = make(dtype=torch.float64).unload().requires_grad_(True)
+    guard = Guard(model, rows(4), GuardConfig(kl_examples=1), method="full")
+    for step in range(3):
+        guard.begin_step(step)
+        before = guard.examples_read
+        guard.penalty()
+        assert guard.examples_read == before + 1
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 1e-3)
+    assert guard.state_dict()["kl_memory"] == []

@@ -46,7 +46,7 @@ def test_curvature_is_estimated_for_every_kind_of_model_and_read_right(name):
 
 
 def test_kfac_and_the_soft_projector_on_dense_and_factored_updates():
-    config = GuardConfig(
+    config = GuardConfig.curvature(
         lambda_alignment=0.7,
         lambda_task=0.3,
         lambda_collision=0.2,
@@ -91,7 +91,7 @@ def test_full_fine_tuning_charges_the_dense_update(name):
 
 def test_the_dense_penalty_keeps_no_update_in_the_graph():
     model = llama(tie_word_embeddings=False)
-    guard = Guard(model, ROWS[None], GuardConfig(structure="gram"), method="full")
+    guard = Guard(model, ROWS[None], GuardConfig.curvature(structure="gram"), method="full")
     move(model)
     guard.use_fisher(random_fisher(guard, torch.float32))
     held = []
@@ -109,7 +109,7 @@ def llama_start():
 def test_start_snapshots_measure_from_the_model_before_training():
     for kind in ("pissa", "olora"):
         model = make("llama", kind, torch.float32)
-        guard = Guard(model, ROWS[None], GuardConfig(lambda_alignment=0.0, lambda_kl=1.0))
+        guard = Guard(model, ROWS[None], GuardConfig.curvature(lambda_alignment=0.0, lambda_kl=1.0))
         assert not guard.updates.base_is_reference
         assert all(float(matrix.read().norm()) < 1e-5 for matrix in guard.updates.matrices.values())
         assert abs(float(guard.penalty())) < 1e-5, "KL to the start, not to the residual base"
@@ -146,7 +146,7 @@ def test_quantised_bases_need_no_weight_of_the_base():
 
 def test_the_table_names_every_matrix_and_what_is_left_out():
     model = make("classifier")
-    guard = Guard(model, ROWS["classifier"], GuardConfig(exclude=("*.k_proj",)))
+    guard = Guard(model, ROWS["classifier"], GuardConfig.curvature(exclude=("*.k_proj",)))
     lines = guard.coverage()
     table = coverage_table(lines)
     assert "model.layers.0.self_attn.q_proj" in table and "score" in table and "base_layer" not in table

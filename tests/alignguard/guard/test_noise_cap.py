@@ -37,9 +37,9 @@ def forms(matrix):
 def test_directions_within_noise_are_left_out(structure, samples):
     matrix = noisy(samples)
     operator = forms(matrix)[structure]
-    config = GuardConfig(structure=structure, energy=0.97, noise_edge=True)
+    config = GuardConfig.curvature(structure=structure, energy=0.97, noise_edge=True)
     capped = LayerCurvature(operator, config, samples)
-    free = LayerCurvature(operator, GuardConfig(structure=structure, energy=0.97), samples)
+    free = LayerCurvature(operator, GuardConfig.curvature(structure=structure, energy=0.97), samples)
     assert len(capped.values) == 3 < len(free.values)
     torch.testing.assert_close(capped.projector.basis, free.projector.basis[:, :3])
     # the edge itself, from the noise's true variance
@@ -49,7 +49,7 @@ def test_directions_within_noise_are_left_out(structure, samples):
 
 def test_pure_noise_holds_nothing_and_the_penalty_is_still_finite():
     matrix = noisy(200, signals=1, strength=0.0)
-    layer = LayerCurvature(fg.DenseOperator(matrix), GuardConfig(noise_edge=True, lambda_task=0.1, lambda_collision=0.1,
+    layer = LayerCurvature(fg.DenseOperator(matrix), GuardConfig.curvature(noise_edge=True, lambda_task=0.1, lambda_collision=0.1,
                                                                  whole_update=False), 200)  # fmt: skip
     assert len(layer.values) <= 1
     delta = fg.LowRank(torch.ones(1, 24, 2, dtype=torch.float64), torch.ones(1, 2, 7, dtype=torch.float64))
@@ -59,12 +59,12 @@ def test_pure_noise_holds_nothing_and_the_penalty_is_still_finite():
 def test_the_guard_counts_the_tokens_of_its_estimate():
     model = make()
     move(model)
-    config = GuardConfig(noise_edge=True, refresh_examples=6, averaging=0.5)
+    config = GuardConfig.curvature(noise_edge=True, refresh_examples=6, averaging=0.5)
     guard = Guard(model, rows(6), config)
     guard.refresh()
     tokens = sum(len(row["input_ids"]) - 2 for row in guard.rows)
     assert {layer.samples for layer in guard.layers.values()} == {tokens}
-    free = Guard(model, rows(6), GuardConfig(refresh_examples=6))
+    free = Guard(model, rows(6), GuardConfig.curvature(refresh_examples=6))
     free.refresh()
     ranks = [[len(layer.values) for layer in one.layers.values()] for one in (guard, free)]
     assert all(a <= b for a, b in zip(*ranks, strict=True)) and sum(ranks[0]) < sum(ranks[1])

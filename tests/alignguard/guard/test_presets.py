@@ -38,3 +38,18 @@ def test_a_preset_can_be_changed_field_by_field(preset):
     assert dataclasses.replace(changed, seed=preset().seed) == preset()
     with pytest.raises(ValueError, match="alpha"):
         preset(alpha=2.0)
+
+
+def test_fields_of_the_fisher_are_told_where_no_term_reads_it():
+    assert GuardConfig(refresh_every=3, energy=0.5).unread() == ["energy", "refresh_every"]
+    assert GuardConfig().unread() == [] and GuardConfig(lambda_kl=1.0, exclude=("x",)).unread() == []
+    assert GuardConfig.curvature(refresh_every=3).unread() == []
+    assert GuardConfig(lambda_collision=0.1, refresh_every=3).unread() == []
+
+
+def test_the_default_reads_kl_and_remembers_it_where_adapters_train():
+    config = GuardConfig()
+    assert (config.lambda_alignment, config.lambda_task, config.lambda_collision) == (0, 0, 0) and config.lambda_kl > 0
+    assert config.kl_schedule(remembers=True) == (4, 8) and config.kl_schedule(remembers=False) == (1, 0)
+    assert GuardConfig(kl_memory=3).kl_schedule(False) == (4, 3)
+    assert GuardConfig(kl_every=2).kl_schedule(True) == (2, 8) and GuardConfig(kl_memory=0).kl_schedule(True) == (1, 0)

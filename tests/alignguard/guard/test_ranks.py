@@ -30,7 +30,9 @@ STRUCTURES = {"kfac": {}, "kfac-sketch": {"sketch_rank": 64}, "gram": {}, "sketc
 
 def curvature(structure, count, dtype=torch.float32, **options):
     """Dense curvatures of ``count`` examples; a sketch that has to drop nothing."""
-    config = GuardConfig(structure=structure, refresh_examples=count, batch_size=2, **STRUCTURES[structure], **options)
+    config = GuardConfig.curvature(
+        structure=structure, refresh_examples=count, batch_size=2, **STRUCTURES[structure], **options
+    )
     guard = Guard(moved(dtype), rows(8), config)
     seen = []
     estimate = guard.curvature.estimate
@@ -74,7 +76,7 @@ def test_a_refresh_is_shared_out_and_equals_that_of_one_process(tmp_path):
     assert told[0]["drawn"] == told[1]["drawn"]
 
 
-CONFIG = GuardConfig(
+CONFIG = GuardConfig.curvature(
     structure="gram", adaptive=True, max_drift=0.05, refresh_every=2, measure_every=1, refresh_budget=1.0, held_back=3,
     refresh_examples=4, refresh_tolerance=0.02,
 )  # fmt: skip
@@ -120,7 +122,7 @@ def _sharded(folder):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        config = GuardConfig(refresh_examples=count, batch_size=1, held_back=3, max_drift=1.0)
+        config = GuardConfig.curvature(refresh_examples=count, batch_size=1, held_back=3, max_drift=1.0)
         guard = Guard(model, rows(10), config, method="full")
         guard.refresh()
         guard._measure()
@@ -154,7 +156,7 @@ def _fit(folder, base, task, kept, world_size):
                 "max_grad_norm": 0.0}  # fmt: skip
     if world_size > 1:
         training["ddp_backend"] = "gloo"
-    config = GuardConfig(adaptive=True, max_drift=0.05, refresh_every=1, measure_every=1, refresh_budget=1.0,
+    config = GuardConfig.curvature(adaptive=True, max_drift=0.05, refresh_every=1, measure_every=1, refresh_budget=1.0,
                          held_back=2, refresh_examples=2, refresh_tolerance=0.01, lambda_alignment=0.1)  # fmt: skip
     result = fit(base, task, kept, config, folder, lora={"r": 2}, training=training)
     assert world()[1] == world_size

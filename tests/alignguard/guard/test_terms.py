@@ -88,7 +88,7 @@ def formula(operator, config, delta, scale, share):
 def test_a_group_is_the_sum_of_the_dense_formulas(structure, projection, whole, scale_free, dense):
     count = 1 if dense else 4
     operators, left, right = stack(structure, count)
-    config = GuardConfig(
+    config = GuardConfig.curvature(
         structure=structure, projection=projection, whole_update=whole, scale_free=scale_free, energy=0.75, **STRENGTHS
     )
     scales, share = ([0.5, 2.0, 1.5, 0.1][:count], 0.125) if scale_free else ([1.0] * count, 1.0)
@@ -107,7 +107,7 @@ def test_a_group_is_the_sum_of_the_dense_formulas(structure, projection, whole, 
 @pytest.mark.parametrize("switches", [{"alpha": 0.0}, {"alpha": 1.0}, {"lambda_task": 0.0}, {"lambda_collision": 0.0}])
 def test_terms_without_strength_are_left_out(switches):
     operators, left, right = stack("kfac", 3)
-    config = GuardConfig(whole_update=False, **(STRENGTHS | switches))
+    config = GuardConfig.curvature(whole_update=False, **(STRENGTHS | switches))
     found = set(TermGroup([LayerCurvature(o, config) for o in operators], config).terms(fg.LowRank(left, right)))
     gone = {"alpha": "overlap" if switches.get("alpha") == 0 else "separation", "lambda_task": "task"}
     expected = {"alignment", "task", "overlap", "separation"} - {gone.get(next(iter(switches)))}
@@ -117,7 +117,7 @@ def test_terms_without_strength_are_left_out(switches):
 def test_matrices_in_groups_of_several_ranks_and_shapes_are_charged_like_each_alone():
     model = make("llama", "patterns")
     move(model)
-    config = GuardConfig(refresh_examples=4, whole_update=False, **STRENGTHS)
+    config = GuardConfig.curvature(refresh_examples=4, whole_update=False, **STRENGTHS)
     guard = Guard.from_alignment(model, rows(4), config)
     assert len({(m.shape, m.rank) for m in guard.updates.matrices.values()}) > 1
     deltas = {name: matrix.read().to_dense().detach() for name, matrix in guard.updates.matrices.items()}

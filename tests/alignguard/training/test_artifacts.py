@@ -43,7 +43,7 @@ def test_a_fisher_file_serves_the_model_it_came_from_and_no_other(folder, capsys
 
 
 def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, tokenizer, alignment_rows):
-    model, config = tiny_llama(layers=1), GuardConfig(structure="gram")
+    model, config = tiny_llama(layers=1), GuardConfig.curvature(structure="gram")
     write_fisher(tmp_path / "f", model, tokenizer, alignment_rows, config, name="x")
     assert isinstance(load_fisher(tmp_path / "f", model, config), fg.Fisher)
     with pytest.raises(ValueError, match="another model"):
@@ -58,7 +58,7 @@ def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, to
 
 def test_the_model_card_tells_data_strengths_drift_and_versions(folder, task_rows, alignment_rows):
     for name, config, words in (
-        ("a", GuardConfig(), "λ_A = 1"), ("b", GuardConfig(max_drift=0.5, held_back=1), "Drift budget: 0.5 nats"),
+        ("a", GuardConfig.curvature(), "λ_A = 1"), ("b", GuardConfig.curvature(max_drift=0.5, held_back=1), "Drift budget: 0.5 nats"),
     ):  # fmt: skip
         fit(folder / "model", task_rows, alignment_rows, config, folder / name, training=TRAINING, lora={"r": 2})
         card = (folder / name / "adapter" / "README.md").read_text()
@@ -138,7 +138,7 @@ def test_fit_takes_other_kinds_of_models(name, tmp_path, tokenizer, task_rows, a
     task, kept = task_rows, alignment_rows
     if name == "classifier":
         task, kept = ([{"prompt": r["prompt"], "label": i % 3} for i, r in enumerate(rows)] for rows in (task, kept))
-    config = GuardConfig(refresh_every=1, refresh_examples=2, lambda_kl=0.5, lambda_task=0.1)
+    config = GuardConfig.curvature(refresh_every=1, refresh_examples=2, lambda_kl=0.5, lambda_task=0.1)
     result = fit(model, task, kept, config, tmp_path / "out", tokenizer=tokenizer, training=TRAINING, lora=lora)
     assert len(result.history) == 2 and result.guard.examples_read >= 6
     assert all(p.is_floating_point() and bool(torch.isfinite(p).all()) for p in result.model.parameters())

@@ -15,7 +15,9 @@ from alignguard.guard import Guard
 from alignguard.training import GuardTrainer, fit
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
-CONFIG = GuardConfig(refresh_every=2, refresh_examples=4, lambda_task=0.1, lambda_collision=0.1, lambda_kl=0.5)
+CONFIG = GuardConfig.curvature(
+    refresh_every=2, refresh_examples=4, lambda_task=0.1, lambda_collision=0.1, lambda_kl=0.5
+)
 
 
 def train(
@@ -68,7 +70,7 @@ def test_accumulation_over_uneven_lengths_when_the_loss_is_normalised(
 
 def test_one_guarded_step_equals_a_loop_by_hand(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
     rows = [{"prompt": "write", "response": "Here it is."}] * 4
-    config = GuardConfig(refresh_every=1, refresh_examples=4, lambda_task=0.2, lambda_kl=0.3)
+    config = GuardConfig.curvature(refresh_every=1, refresh_examples=4, lambda_task=0.2, lambda_kl=0.3)
     ours, _ = train(tiny_llama, tokenizer, rows, alignment_rows, tmp_path, 1, config=config)
 
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
@@ -124,7 +126,7 @@ def test_fit_writes_an_adapter_that_peft_loads_alone(tiny_llama, tokenizer, task
 def test_the_plain_run_starts_from_the_same_adapter_and_sees_the_same_data(
     tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
 ):
-    off = GuardConfig(lambda_alignment=1e-30, refresh_examples=2)
+    off = GuardConfig.curvature(lambda_alignment=1e-30, refresh_examples=2)
     runs = [
         fit(tiny_llama(), task_rows, alignment_rows, off, tmp_path / name, tokenizer=tokenizer, training=TRAINING, guarded=guarded)
         for name, guarded in (("plain", False), ("guarded", True))

@@ -21,7 +21,7 @@ from alignguard.guard import Guard, load_guard, save_guard
 from alignguard.training import fit
 from alignguard.training.checkpoint import MARKER, check_complete, latest_checkpoint
 
-CONFIG = GuardConfig(
+CONFIG = GuardConfig.curvature(
     refresh_every=2, refresh_examples=2, lambda_alignment=5.0, lambda_kl=0.5, max_drift=0.05, held_back=1,
     measure_every=1, averaging=0.5,
 )  # fmt: skip
@@ -116,7 +116,7 @@ def test_another_run_is_never_resumed(tmp_path, data):
     folder = tmp_path / "run"
     assert run(go, folder, data) == 0
     for change, words in (
-        ({"config": GuardConfig(lambda_alignment=1.0)}, "config"), ({"seed": 3}, "seed"), ({"method": "full"}, "method")
+        ({"config": GuardConfig.curvature(lambda_alignment=1.0)}, "config"), ({"seed": 3}, "seed"), ({"method": "full"}, "method")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"resume.*{words}"):
             fit(data["model"], data["task"], data["alignment"], **{"config": CONFIG, **change}, output_dir=folder,
@@ -142,7 +142,7 @@ def test_a_foreign_folder_is_not_resumed_into(tmp_path, data):
 @pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "gram", "sketch"])
 @pytest.mark.parametrize(("projection", "edge"), [("hard", False), ("soft", False), ("hard", True)])
 def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection, edge):
-    config = GuardConfig(structure=structure, projection=projection, sketch_rank=4, lambda_task=0.1, scale_free=True,
+    config = GuardConfig.curvature(structure=structure, projection=projection, sketch_rank=4, lambda_task=0.1, scale_free=True,
                          max_drift=0.1, held_back=1, averaging=0.5, noise_edge=edge)  # fmt: skip
     model = make("llama", "pissa", torch.float32)
     guard = Guard(model, ROWS, config)
@@ -166,11 +166,11 @@ def test_a_guard_comes_back_bit_by_bit(tmp_path, structure, projection, edge):
 
 
 def test_damaged_or_foreign_guard_files_are_named(tmp_path):
-    config = GuardConfig(structure="gram")
+    config = GuardConfig.curvature(structure="gram")
     guard = Guard.from_alignment(make("llama", dtype=torch.float32), ROWS, config)
     save_guard(tmp_path, guard, {})
     with pytest.raises(ValueError, match=r"other settings.*energy"):
-        load_guard(tmp_path, Guard(make("llama"), ROWS, GuardConfig(structure="gram", energy=0.5)))
+        load_guard(tmp_path, Guard(make("llama"), ROWS, GuardConfig.curvature(structure="gram", energy=0.5)))
     with pytest.raises(ValueError, match="another model"):
         load_guard(tmp_path, Guard(make("gpt2"), ROWS, config))
     with pytest.raises(ValueError, match="with a guard"):
@@ -211,7 +211,7 @@ def test_a_spoilt_counter_file_is_one_named_error(saved_guard, data):
 @pytest.fixture(scope="module")
 def saved_guard(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
-    config = GuardConfig(structure="gram", max_drift=0.1, held_back=1)
+    config = GuardConfig.curvature(structure="gram", max_drift=0.1, held_back=1)
     guard = Guard.from_alignment(make("llama", dtype=torch.float32), ROWS, config)
     save_guard(folder, guard, {})
     return folder, guard, (folder / "alignguard_guard.json").read_text()

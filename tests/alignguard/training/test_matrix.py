@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from alignguard import GuardConfig
 from alignguard.training import fit
 
-CONFIG = GuardConfig(
+CONFIG = GuardConfig.curvature(
     structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, energy=0.6,
     whole_update=False, refresh_every=2, refresh_examples=4,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from alignguard.guard import Guard, GuardConfig
 from alignguard.training import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
 from alignguard.training.trainer import honours_item_count
 
-CONFIG = GuardConfig(
+CONFIG = GuardConfig.curvature(
     refresh_every=1, refresh_examples=2, lambda_alignment=5.0, lambda_task=0.5, lambda_collision=0.5, lambda_kl=0.5
 )
 SETTINGS = {

@@ -25,7 +25,7 @@ from alignguard.guard import Guard, GuardConfig
 from alignguard.training import GuardTrainer
 from alignguard.updates import check_plugins
 
-CONFIG = GuardConfig(
+CONFIG = GuardConfig.curvature(
     structure="gram", refresh_examples=4, batch_size=2, lambda_alignment=2.0, lambda_task=0.3, lambda_collision=0.2,
     whole_update=False,
 )  # fmt: skip

@@ -178,7 +178,7 @@ def test_mirroring_makes_one_tensor_of_that_size(size):
 
 def test_a_guard_holds_one_factor_before_and_after_its_checkpoint(tmp_path):
     rows = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in EXAMPLES]
-    config = GuardConfig(structure="kfac", refresh_examples=4)
+    config = GuardConfig.curvature(structure="kfac", refresh_examples=4)
     guards = [Guard(tiny_llama(), rows, config, method="full") for _ in range(2)]
     guards[0].refresh()
     save_guard(tmp_path, guards[0], {})

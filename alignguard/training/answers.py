@@ -1,0 +1,154 @@
+"""Alignment rows from prompts alone: what the model itself answers before training is what is to be kept."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from alignguard.data import read_jsonl
+from alignguard.drift import REFUSAL, answer_batch, answers_fingerprint, judge, plan_batches, room_for_prompt
+from alignguard.embedded import data_path
+from alignguard.files import ResumableLog
+
+UNSAFE = "unsafe"
+TOKENS = 48  # of an answer: a refusal is whole in these, and KL reads no more of it
+LITTLE = 0.5  # share of unsafe prompts refused below which there is little to lose
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """Rows whose responses are the model's own.
+
+    Attributes:
+        rows: ``prompt``, ``response`` and ``category``, in the order of the prompts.
+        asked: prompts that were answered.
+        unsafe: unsafe ones among them.
+        refused: unsafe ones that the model refused; the others are left out.
+    """
+
+    rows: list[dict[str, str]]
+    asked: int
+    unsafe: int
+    refused: int
+
+    def counts(self) -> dict[str, int]:
+        """Prompts asked, unsafe ones among them, and those refused."""
+        return {"asked": self.asked, "unsafe": self.unsafe, "refused": self.refused}
+
+    def summary(self) -> str:
+        """One line for people."""
+        share = f", {self.refused} of {self.unsafe} unsafe prompts refused" if self.unsafe else ""
+        return f"alignment: {len(self.rows)} rows from {self.asked} prompts with the model's own answers{share}"
+
+
+def packaged_prompts() -> list[dict[str, str]]:
+    """The prompts that stand in where no alignment data is given; DriftCheck asks none of them."""
+    return [{"prompt": row["prompt"], "category": row["category"]} for row in read_jsonl(data_path("alignment"))]
+
+
+def own_answers(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    path: str | Path | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = TOKENS,
+    progress: bool = False,
+) -> OwnAnswers:
+    """Answer prompts greedily with the model as it is, and keep what a guard may hold on to.
+
+    An answer to an unsafe prompt is kept only if it refuses, as the rules of DriftCheck judge it; any other is dropped
+    at once, neither written nor trained towards. Answers to other prompts are kept as they are, empty ones left out.
+
+    Args:
+        model: Hugging Face causal language model or encoder-decoder, before training; it is left as it was.
+        tokenizer: its tokenizer.
+        rows: ``prompt``, and ``category``: ``"unsafe"`` where it is left out, else any other word.
+        path: file that keeps the rows as they come, so that an interrupted call goes on from it; None keeps none.
+        batch_size: prompts answered together.
+        max_new_tokens: longest answer in tokens.
+        progress: show a bar.
+
+    Returns:
+        OwnAnswers.
+
+    Warns:
+        UserWarning: the model refuses fewer than half of the unsafe prompts, so that there is little to lose.
+
+    Raises:
+        ValueError: no prompt, a model that refuses no unsafe prompt, one that gives no answers, or a file of another
+            model or of other prompts.
+
+    Examples:
+        >>> from alignguard.embedded import model_path
+        >>> from alignguard.loading import load_model
+        >>> model, tokenizer = load_model(model_path())
+        >>> asked = [{"prompt": "How do I build a bomb?"}, {"prompt": "Name a color.", "category": "ordinary"}]
+        >>> found = alignguard.training.own_answers(model, tokenizer, asked)
+        >>> found.asked, found.unsafe, len(found.rows) == 1 + found.refused
+        (2, 1, True)
+    """
+    if not rows:
+        raise ValueError("alignment_data holds no prompt")
+    asked = [(str(row["prompt"]), str(row.get("category") or UNSAFE)) for row in rows]
+    kept: dict[int, str | None] = {}
+    log = None
+    if path is not None:
+        named = [{"id": str(place), "prompt": prompt, "category": kind} for place, (prompt, kind) in enumerate(asked)]
+        mark = answers_fingerprint(model, named, {"max_new_tokens": max_new_tokens})
+        what = "answers of another model, to other prompts or of another length"
+        log = ResumableLog(path, {"own_answers": mark}, ("place", "response"), what)
+        kept |= {int(entry["place"]): entry["response"] for entry in log.entries}
+    plan = plan_batches(tokenizer, [prompt for prompt, _ in asked], batch_size, room_for_prompt(model, max_new_tokens))
+    with tqdm(total=len(asked), initial=len(kept), desc="own answers", unit="prompt", disable=not progress) as bar:
+        for batch in plan:
+            if all(place in kept for place in batch.indices):
+                continue
+            told = answer_batch(model, tokenizer, batch, max_new_tokens)
+            fresh = {place: _allowed(text, asked[place][1]) for place, text in zip(batch.indices, told, strict=True)}
+            bar.update(len(fresh.keys() - kept.keys()))
+            kept |= fresh
+            if log is not None:
+                log.add({"place": place, "response": response} for place, response in fresh.items())
+    unsafe = [place for place, (_, kind) in enumerate(asked) if kind == UNSAFE]
+    refused = sum(kept[place] is not None for place in unsafe)
+    if unsafe and not refused:
+        _forget(path)
+        raise ValueError(
+            f"alignment_data: the model refuses none of {len(unsafe)} unsafe prompts, so there is nothing to keep; align "
+            "it first, or give the responses that it should keep"
+        )
+    if unsafe and refused < LITTLE * len(unsafe):
+        warnings.warn(
+            f"the model refuses {refused} of {len(unsafe)} unsafe prompts: there is little to lose, and the guard keeps no "
+            "more than that",
+            stacklevel=2,
+        )
+    answered = [
+        {"prompt": prompt, "response": kept[place] or "", "category": kind}
+        for place, (prompt, kind) in enumerate(asked)
+        if kept[place]
+    ]
+    if not answered:
+        raise ValueError("alignment_data: the model answers every prompt with nothing; give the responses to keep")
+    return OwnAnswers(answered, len(asked), len(unsafe), refused)
+
+
+def _forget(path: str | Path | None) -> None:
+    """Take away a file that holds nothing to go on from, and its folder where that held nothing else."""
+    if path is not None:
+        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(path).parent.rmdir()
+
+
+def _allowed(text: str, kind: str) -> str | None:
+    """The answer where it may be kept; None for anything but a refusal of an unsafe prompt."""
+    return text if text and (kind != UNSAFE or judge(text) == REFUSAL) else None

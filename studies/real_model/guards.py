@@ -1,0 +1,179 @@
+"""Guards on the aligned model: what each keeps of refusals from sources that nothing was trained on, and at what price."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from alignguard.data import read_jsonl
+from alignguard.drift import share_of
+from alignguard.embedded import data_path
+from alignguard.files import write_text
+from alignguard.guard import GuardConfig
+from alignguard.loading import load_model
+from alignguard.training import own_answers
+from studies.bench import GUARD, Bench, make_job, run_job
+from studies.ledger import Ledger, run_jobs
+from studies.real_model import borderline, rows
+from studies.real_model.measure import prompt_groups
+
+# What the guard may read: prompts of the sources that aligned the model, answered by the model itself.
+ALIGNMENT = {"unsafe": 176, "borderline": 48, "ordinary": 32}
+DRIFT = 48  # unsafe prompts of the same sources, of their test split, on whose refusals KL is measured
+TASK_TEST = 100  # rows of the held-out task
+TOKENS = 24  # of an answer that is judged: refusals of this model are told by their first words
+CHOOSING = ("tdc2023", "safetytuned_eval")  # foreign sources that settings are chosen by; the others are reported
+REPORTED = tuple(name for name in rows.FOREIGN if name not in CHOOSING)
+
+HARMLESS = {  # groups asked beside them, by the openings of their names
+    "borderline": ("OR-Bench hard", *(f"contrast, held out: {kind}" for kind in borderline.HELD_OUT)),
+    "ordinary": ("alpaca", "gsm8k", "packaged"),
+}
+
+TRAINING = {"max_steps": 120, "per_device_train_batch_size": 8, "learning_rate": 5e-4}
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+_ANEW = {"lambda_alignment": 0.0, "kl_tokens": 8, "kl_memory": 0}  # KL as it is read, nothing remembered
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("plain", {}),
+    "default": (GUARD, GuardConfig().to_dict()),
+    "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
+    "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
+    "curvature": (GUARD, {}),
+}
+
+
+def files(model: str | Path, data: str | Path, folder: str | Path, choosing: bool, limit: int) -> dict[str, str]:
+    """Write what the runs read: alignment rows, rows for KL, prompts, and the task's held-out rows.
+
+    Args:
+        model: the aligned model, whose own answers are to be kept; of unsafe prompts its refusals alone are written.
+        data: folder of the prompt sets.
+        folder: receives the files; those that are there are taken as they are.
+        choosing: ask the foreign sources that settings are chosen by, not those that are reported.
+        limit: most prompts of each group.
+
+    Returns:
+        Paths by the names of :class:`studies.bench.Bench`'s fields.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in ("alignment", "drift", "task_test")}
+    paths["prompts"] = folder / f"prompts-{'choosing' if choosing else 'reported'}-{limit}.jsonl"
+    sources = CHOOSING if choosing else REPORTED
+    asked = [row for row in prompt_groups(data, "test", limit) if _asked(row, sources, limit)]
+    _write(paths["prompts"], asked)
+    _write(paths["task_test"], list(read_jsonl(data_path("task_test")))[:TASK_TEST])
+    if not (paths["alignment"].exists() and paths["drift"].exists()):
+        loaded, tokenizer = load_model(model)
+        for name, wanted in (("alignment", _alignment(data)), ("drift", _home(data, "test", DRIFT))):
+            found = own_answers(loaded, tokenizer, wanted, path=folder / f"{name}.log", progress=True)
+            _write(paths[name], found.rows)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _asked(row: Mapping[str, Any], sources: Sequence[str], limit: int) -> bool:
+    """Whether a prompt is asked after each run: foreign unsafe ones, and as many harmless ones of each category in all."""
+    group, _, number = row["id"].rpartition("/")
+    if row["category"] == "unsafe":
+        return group in {f"foreign {name}" for name in sources}
+    same = HARMLESS[row["category"]]
+    return any(group.startswith(name) for name in same) and int(number) < limit // len(same)
+
+
+def _write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+
+
+def _home(data: str | Path, split: str, count: int) -> list[dict[str, str]]:
+    """Unsafe prompts of the home sources, as many of each."""
+    each = -(-count // len(rows.HOME))
+    found = [row for name in rows.HOME for row in rows.hashed(rows.unsafe(data, name, [split]), 0)[:each]]
+    return [{"prompt": row["prompt"], "category": "unsafe"} for row in found[:count]]
+
+
+def _alignment(data: str | Path) -> list[dict[str, str]]:
+    found = _home(data, "train", ALIGNMENT["unsafe"])
+    contrast = borderline.drawn(borderline.KINDS, "train", ALIGNMENT["borderline"] // 2, 0)
+    hard = [row["prompt"] for row in rows.hashed(rows.hard(data, "train"), 0)[: ALIGNMENT["borderline"] // 2]]
+    found += [{"prompt": prompt, "category": "borderline"} for prompt in (*contrast, *hard)]
+    everyday = rows.hashed(rows.ordinary(data, 0), 0)[: ALIGNMENT["ordinary"]]
+    return found + [{"prompt": row["prompt"], "category": "ordinary"} for row in everyday]
+
+
+def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dict[str, Any]]:
+    """Of each run its shares, source by source, its task loss, drift and seconds a step."""
+    groups = [row["id"].rpartition("/")[0] for row in read_jsonl(prompts) if row["category"] == "unsafe"]
+    told = []
+    for row in found:
+        result = dict(row["result"])
+        verdicts = result.pop("refused", "")
+        by_source: dict[str, list[bool]] = {}
+        for group, verdict in zip(groups, verdicts, strict=True):
+            by_source.setdefault(group, []).append(verdict == "1")
+        shares = {group: asdict(share_of(hits)) for group, hits in by_source.items()}
+        job = row["job"]
+        told.append(
+            {"name": job["name"], "seed": job["seed"], "training": job.get("training", {}), "sources": shares, **result}
+        )
+    return told
+
+
+def main(argv: Sequence[str]) -> None:
+    """``python -m studies real-model guards``."""
+    cli = argparse.ArgumentParser(prog="python -m studies real-model guards", description=__doc__)
+    cli.add_argument("--model", required=True, help="the aligned model")
+    cli.add_argument("--data", required=True, help="folder of the prompt sets")
+    cli.add_argument("--folder", type=Path, required=True, help="receives rows, prompts and the ledger of runs")
+    cli.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    cli.add_argument("--seeds", nargs="+", type=int, default=[0])
+    cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
+    cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
+    cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
+    cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
+    cli.add_argument("--out", type=Path, help="summary as JSON")
+    args = cli.parse_args(argv)
+    made = files(args.model, args.data, args.folder, args.choosing, args.limit)
+    bench = Bench(
+        str(args.model), str(data_path("task_train")), made["task_test"], made["alignment"], made["drift"],
+        made["prompts"], training=dict(TRAINING), lora=dict(LORA), tokens=TOKENS,
+    )  # fmt: skip
+    changed = {"max_steps": args.steps, "learning_rate": args.learning_rate}
+    changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
+    jobs = [make_job(name, *METHODS[name], seed, "real model", changed) for seed in args.seeds for name in args.methods]
+    ledger = Ledger(args.folder / f"runs-{Path(made['prompts']).stem}.jsonl", bench.describe())
+    found = run_jobs(jobs, _Work(bench), ledger, progress=True)
+    told = summary(found, made["prompts"])
+    for row in told:
+        unsafe = {group: f"{100 * share['value']:.0f}" for group, share in row["sources"].items()}
+        print(f"{row['name']:<22} seed {row['seed']}  refused {unsafe}  task loss {row['task_loss']:.3f}")
+    if args.out is not None:
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        }
+        where = {str(args.model): "MODEL", str(args.data): "DATA", str(args.folder): "FOLDER", str(args.out): "OUT"}
+        command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
+        settings = {"training": TRAINING, "lora": LORA, "alignment": ALIGNMENT, "tokens": TOKENS, "limit": args.limit}
+        write_text(args.out, json.dumps({"command": command, "versions": versions, **settings, "runs": told}, indent=1))
+
+
+class _Work:
+    """A job's run on one bench."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def __call__(self, job: Mapping[str, Any]) -> Mapping[str, Any]:
+        return run_job(self.bench, job)
