@@ -23,7 +23,7 @@ from alignguard.guard import COUNTERS, TERMS, Guard, load_guard, save_guard
 from alignguard.loading import check_weights
 from alignguard.objective import evaluation_mode
 from alignguard.training.checkpoint import MARKER, STAGING, check_complete, seal
-from alignguard.updates import check_plugins
+from alignguard.updates import check_plugins, check_trained
 
 
 def honours_item_count(model: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
@@ -67,6 +67,7 @@ class _GuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.guard is not None:
+            self.trainer.check_guard()  # once more: model_init has made a new model since
             self.trainer.guard.begin_run(state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -96,7 +97,8 @@ class GuardMixin:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
 
     Raises:
-        ValueError: an engine under accelerate that shards parameters so that the guard cannot read them (FSDP1, ZeRO-3).
+        ValueError: an engine under accelerate that shards parameters so that the guard cannot read them (FSDP1, ZeRO-3),
+            or a guard on another model object than the trainer's.
 
     Examples:
         >>> from transformers import Trainer
@@ -120,7 +122,17 @@ class GuardMixin:
         self._term_counts = 0
         self._probed = False
         self._staging: Path | None = None
+        self.check_guard()
         self.add_callback(_GuardCallback(self))  # type: ignore[attr-defined]
+
+    def check_guard(self) -> None:
+        """Refuse a guard that charges other weights than those that train.
+
+        Raises:
+            ValueError: the guard was made on another model object, or on frozen weights.
+        """
+        if self.guard is not None:
+            check_trained(self.guard.updates.matrices.values(), self.model)  # type: ignore[attr-defined]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
