@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import fishergeo as fg
-from alignguard.loading import ROUTER
+from alignguard.loading import ROUTER, moves_base
 from alignguard.updates.checks import check_parameters
 from alignguard.updates.lora import (
     active_adapters,
@@ -21,7 +22,6 @@ from alignguard.updates.lora import (
     layer_key,
     lora_factors,
     lora_layers,
-    moves_base,
 )
 from alignguard.updates.matrices import (
     METHODS,
@@ -35,6 +35,8 @@ from alignguard.updates.matrices import (
     turned,
     whole,
 )
+
+OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 
 
 class WeightUpdates:
@@ -146,7 +148,9 @@ class WeightUpdates:
             if kind != "LORA":
                 raise ValueError(f"adapter {adapter!r} is of kind {kind}: its ΔW is not scaling·B·A; use plain LoRA")
         moving = [adapter for adapter in self._adapters if moves_base(model, adapter)]
-        self.base_is_reference = not moving
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        # A weight of the base that trains beside the adapter, a bias say, stays moved with the adapter off.
+        self.base_is_reference = not moving and all(OF_ADAPTER.search(name) for name in trained)
         for name, layer in lora_layers(model):
             holds = (layer.lora_A, layer.lora_embedding_A)
             adapters = [a for a in self._adapters if any(a in held for held in holds)]
