@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignguard.files import check_output, claim_output, write_text
+from alignguard.training.checkpoint import STAGING
 
 if TYPE_CHECKING:
     from alignguard.guard import Guard
@@ -57,14 +58,28 @@ def read_record(path: Path) -> dict[str, Any]:
     return there
 
 
+def never_began(output_dir: Path) -> bool:
+    """Whether a run claimed the folder and left no work there: neither weights nor a checkpoint.
+
+    Raises:
+        NotADirectoryError, PermissionError, ValueError: as :func:`alignguard.files.check_output`.
+    """
+    check_output(output_dir, overwrite=True)
+    if not (output_dir / RECORD).is_file():
+        return False
+    left = {path.name for path in output_dir.iterdir()} | {path.name for path in output_dir.glob("checkpoints/*")}
+    return left <= {RECORD, "checkpoints", STAGING}
+
+
 def check_run(output_dir: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """What can be known of :func:`claim_run` before anything is loaded; nothing is touched.
 
     Raises:
         FileExistsError, NotADirectoryError, PermissionError, ValueError: as :func:`claim_run`.
     """
+    began = not never_began(output_dir)
     there = resume and (output_dir / RECORD).is_file()
-    check_output(output_dir, overwrite or there)
+    check_output(output_dir, overwrite or there or not began)
     if there:
         read_record(output_dir / RECORD)
 
@@ -84,7 +99,7 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
         if differ:
             raise ValueError(f"resume: {output_dir} holds a run with other {', '.join(differ)}; resume it as it was")
         return claim_output(output_dir, overwrite=True)
-    output = claim_output(output_dir, overwrite)
+    output = claim_output(output_dir, overwrite or never_began(Path(output_dir)))
     shutil.rmtree(output / "checkpoints", ignore_errors=True)  # of the run that is overwritten
     write_text(output / RECORD, json.dumps(record, indent=1))
     return output

@@ -1,4 +1,4 @@
-"""From data to a fine-tuned model in two steps: read and check everything, then train and save atomically."""
+"""From what was prepared to a fine-tuned model: trained, saved atomically, resumed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from alignguard.data import Examples, Source, check_fits, collator, encode_source, pad_id, shown_row
+from alignguard.data import Source, collator, pad_id, shown_row
 from alignguard.files import save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
-from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
 from alignguard.training.checkpoint import latest_checkpoint
-from alignguard.training.fisher_file import load_fisher
 from alignguard.training.hooks import Hooks, HookSeq2SeqTrainer, HookTrainer
-from alignguard.training.record import add_card_section, card_section, check_run, claim_run, record_of
-from alignguard.training.settings import run_settings, training_arguments
+from alignguard.training.preparation import Prepared, prepare
+from alignguard.training.record import add_card_section, card_section, check_run, claim_run
+from alignguard.training.rehearsal import warmup_steps
+from alignguard.training.settings import training_arguments
 from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
-from alignguard.updates import METHODS, coverage_table
+from alignguard.updates import coverage_table
 
 logger = logging.getLogger(__name__)
 
@@ -58,129 +58,6 @@ class FitResult:
         """Mean seconds an optimizer step took, refreshes included; the first two (warm-up) left out; NaN for none."""
         times = self.step_seconds[2:] or self.step_seconds
         return sum(times) / len(times) if times else math.nan
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run needs, read and checked, with nothing written yet.
-
-    Attributes:
-        model: with its adapter, or whose weights train.
-        tokenizer: its tokenizer.
-        kind: ``"causal"``, ``"seq2seq"`` or ``"classification"``.
-        rows: encoded task examples.
-        alignment: encoded alignment examples; empty for a plain run that reads none.
-        guard: on the model at its start, without curvature yet; None for a plain run.
-        settings: fields of TrainingArguments.
-        method: ``"lora"`` or ``"full"``.
-        seed: seed of the adapter's start, the data order and the guard.
-        record: what the run is, for resuming.
-    """
-
-    model: Any
-    tokenizer: Any
-    kind: str
-    rows: Examples
-    alignment: Examples
-    guard: Guard | None
-    settings: dict[str, Any]
-    method: str
-    seed: int
-    record: dict[str, Any]
-
-
-def prepare(
-    model: str | Path | PreTrainedModel | PeftModel,
-    task_data: Source,
-    alignment_data: Source | None,
-    config: GuardConfig | None = None,
-    *,
-    tokenizer: Any = None,
-    lora: LoraConfig | Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
-    method: str = "lora",
-    offload: str | None = None,
-    guarded: bool = True,
-    read_alignment: bool = False,
-    progress: bool = False,
-    max_length: int = 256,
-    seed: int = 0,
-    save_every: int | None = None,
-    fisher: str | Path | None = None,
-) -> Prepared:
-    """Read and check what a run is given; nothing is written.
-
-    Args:
-        model: path, hub name or loaded model, as :func:`alignguard.fit` takes it, like every argument of the same name.
-        task_data: what to learn.
-        alignment_data: what to keep; may be None for a plain run.
-        config: strengths of the guard.
-        tokenizer: tokenizer of a loaded model.
-        lora: a ``peft.LoraConfig`` or its fields.
-        training: fields of ``transformers.TrainingArguments``.
-        method: ``"lora"`` or ``"full"``.
-        offload: device of the reference weights.
-        guarded: False prepares a plain run.
-        read_alignment: read ``alignment_data`` without a guard too, for a method that :func:`train` is given in its
-            place; up to ``max_length`` tokens each.
-        progress: show progress bars.
-        max_length: longest example in tokens.
-        seed: seed of the adapter's start, the data order and the guard.
-        save_every: optimizer steps between checkpoints; None keeps none.
-        fisher: file of ``alignguard fisher``.
-
-    Returns:
-        Prepared: model with its adapter, encoded rows, guard and settings, for :func:`train`.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: bad input, named.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}")
-    config = config or GuardConfig(seed=seed)
-    if not isinstance(config, GuardConfig):
-        raise TypeError(f"config must be an alignguard.GuardConfig, not {config!r}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
-    if alignment_data is None and (guarded or read_alignment):
-        raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
-    if method == "full" and lora:
-        raise ValueError('method="full" trains every weight; leave out lora')
-    if fisher is not None and not guarded:
-        raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
-    if fisher is not None and config.noise_edge:
-        raise ValueError("noise_edge counts the tokens of the guard's own estimates; leave out fisher, or noise_edge")
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
-    if offload is not None:
-        check_device("offload", offload)
-    settings = run_settings(method, training, save_every, progress)
-    # What is quickly read is checked before weights are, which may take minutes.
-    kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
-    rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
-    kept = Examples()
-    if alignment_data is not None and (guarded or read_alignment):
-        longest = config.max_length if guarded else max_length
-        kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, longest)
-    loaded = load_weights(model)
-    if method == "full" and isinstance(loaded, PeftModel):
-        raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
-    check_fits(loaded, rows, "task_data")
-    check_fits(loaded, kept, "alignment_data")
-    curvature = None
-    if fisher is not None:
-        curvature = load_fisher(fisher, loaded, config)
-    set_seed(seed)
-    trained = loaded if method == "full" else adapt(loaded, lora)
-    guard = Guard(trained, kept, config, pad_id(tokenizer), method, offload) if guarded else None
-    if guard is not None and curvature is not None:
-        guard.use_fisher(curvature)
-    record = record_of(
-        model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
-        lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
-        training={name: value for name, value in settings.items() if name != "disable_tqdm"},
-    )  # fmt: skip
-    return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, record)
 
 
 def train(
@@ -229,6 +106,7 @@ def train(
             print(coverage_table(guard.coverage()))
     record = ready.record | ({} if rival is None else {"rival": rival.describe()})
     arguments = training_arguments(ready.kind, output / "checkpoints", ready.seed, ready.settings)
+    arguments.warmup_steps = warmup_steps(arguments, ready.steps)
     with arguments.main_process_first(desc="output folder"):
         if arguments.process_index == 0:
             claim_run(output, record, overwrite=overwrite, resume=resume)
@@ -243,7 +121,13 @@ def train(
             guard.model.to(arguments.device)
             guard.refresh(progress=progress)
         set_seed(ready.seed)  # dropout and data order are the plain run's, whatever the guard or a rival drew
+        before = _sizes(ready.model)
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        if trainer.state.global_step and _sizes(ready.model) == before:
+            logger.warning(
+                "after %d steps every weight is what it was, so nothing was learned; look at the learning rate, and at "
+                "the precision of what trains", trainer.state.global_step,
+            )  # fmt: skip
         history, seconds = [entry for entry in trainer.state.log_history if "loss" in entry], trainer.step_seconds
     if rival is not None:
         rival.finish()
@@ -255,6 +139,13 @@ def train(
         save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
         write_text(output / "history.json", json.dumps(history, indent=1))
     return FitResult(ready.model, guard, target, history, seconds)
+
+
+def _sizes(model: Any) -> list[float]:
+    """Sums that tell whether any weight has moved, without a copy of them."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in trained)
+    return [float(tensor.double().abs().sum()) for tensor in whole]
 
 
 def _trainer(ready: Prepared, arguments: TrainingArguments, rival: Hooks | None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -16,7 +17,7 @@ DEFAULT_TRAINING: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 10,
+    "warmup_steps": 0.05,  # of the run
     "logging_steps": 5,
     "weight_decay": 0.0,
     "save_strategy": "no",
@@ -103,6 +104,8 @@ def training_arguments(kind: str, output_dir: Path, seed: int, settings: Mapping
         ValueError: what transformers finds wrong with them.
     """
     arguments = Seq2SeqTrainingArguments if kind == "seq2seq" else TrainingArguments
+    if not torch.accelerator.is_available():  # or transformers asks for it, of bf16 alone
+        settings = {"use_cpu": True, **settings}
     try:
         made = arguments(output_dir=str(output_dir), seed=seed, remove_unused_columns=False, **settings)
         for integration in get_reporting_integration_callbacks(made.report_to):

@@ -1,0 +1,151 @@
+"""Everything that a run needs, read, made and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, set_seed
+
+from alignguard.data import Examples, Source, check_fits, encode_source, pad_id
+from alignguard.guard import Guard, GuardConfig
+from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
+from alignguard.training.fisher_file import load_fisher
+from alignguard.training.record import record_of
+from alignguard.training.rehearsal import rehearse
+from alignguard.training.settings import run_settings
+from alignguard.updates import METHODS
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, read and checked, with nothing written yet.
+
+    Attributes:
+        model: with its adapter, or whose weights train.
+        tokenizer: its tokenizer.
+        kind: ``"causal"``, ``"seq2seq"`` or ``"classification"``.
+        rows: encoded task examples.
+        alignment: encoded alignment examples; empty for a plain run that reads none.
+        guard: on the model at its start, without curvature yet; None for a plain run.
+        settings: fields of TrainingArguments.
+        method: ``"lora"`` or ``"full"``.
+        seed: seed of the adapter's start, the data order and the guard.
+        steps: optimizer steps of the whole run.
+        record: what the run is, for resuming.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    rows: Examples
+    alignment: Examples
+    guard: Guard | None
+    settings: dict[str, Any]
+    method: str
+    seed: int
+    steps: int
+    record: dict[str, Any]
+
+
+def prepare(
+    model: str | Path | PreTrainedModel | PeftModel,
+    task_data: Source,
+    alignment_data: Source | None,
+    config: GuardConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    lora: LoraConfig | Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    method: str = "lora",
+    offload: str | None = None,
+    guarded: bool = True,
+    read_alignment: bool = False,
+    progress: bool = False,
+    max_length: int = 256,
+    seed: int = 0,
+    save_every: int | None = None,
+    fisher: str | Path | None = None,
+) -> Prepared:
+    """Read and check what a run is given; nothing is written.
+
+    Args:
+        model: path, hub name or loaded model, as :func:`alignguard.fit` takes it, like every argument of the same name.
+        task_data: what to learn.
+        alignment_data: what to keep; may be None for a plain run.
+        config: strengths of the guard.
+        tokenizer: tokenizer of a loaded model.
+        lora: a ``peft.LoraConfig`` or its fields.
+        training: fields of ``transformers.TrainingArguments``.
+        method: ``"lora"`` or ``"full"``.
+        offload: device of the reference weights.
+        guarded: False prepares a plain run.
+        read_alignment: read ``alignment_data`` without a guard too, for a method that :func:`train` is given in its
+            place; up to ``max_length`` tokens each.
+        progress: show progress bars.
+        max_length: longest example in tokens.
+        seed: seed of the adapter's start, the data order and the guard.
+        save_every: optimizer steps between checkpoints; None keeps none.
+        fisher: file of ``alignguard fisher``.
+
+    Returns:
+        Prepared: model with its adapter, encoded rows, guard and settings, for :func:`train`.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad input, named.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}")
+    config = config or GuardConfig(seed=seed)
+    if not isinstance(config, GuardConfig):
+        raise TypeError(f"config must be an alignguard.GuardConfig, not {config!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
+    if alignment_data is None and (guarded or read_alignment):
+        raise ValueError("alignment_data is missing; give prompts with the answers to keep, or guarded=False")
+    if method == "full" and lora:
+        raise ValueError('method="full" trains every weight; leave out lora')
+    if fisher is not None and not guarded:
+        raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
+    if fisher is not None and config.noise_edge:
+        raise ValueError("noise_edge counts the tokens of the guard's own estimates; leave out fisher, or noise_edge")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+        raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
+    if offload is not None:
+        check_device("offload", offload)
+    settings = run_settings(method, training, save_every, progress)
+    # What is quickly read is checked before weights are, which may take minutes.
+    kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
+    rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
+    kept = Examples()
+    if alignment_data is not None and (guarded or read_alignment):
+        longest = config.max_length if guarded else max_length
+        kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, longest)
+    loaded = load_weights(model)
+    if method == "full" and isinstance(loaded, PeftModel):
+        raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
+    check_fits(loaded, rows, "task_data")
+    check_fits(loaded, kept, "alignment_data")
+    curvature = None
+    if fisher is not None:
+        curvature = load_fisher(fisher, loaded, config)
+    set_seed(seed)
+    trained = loaded if method == "full" else adapt(loaded, lora)
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise ValueError(
+            "model: nothing trains, every weight is frozen; load an adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True), or call requires_grad_(True) on what should train"
+        )
+    guard = Guard(trained, kept, config, pad_id(tokenizer), method, offload) if guarded else None
+    if guard is not None and curvature is not None:
+        guard.use_fisher(curvature)
+    steps = rehearse(trained, tokenizer, kind, rows, guard, settings, seed)
+    record = record_of(
+        model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
+        lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
+        training={name: value for name, value in settings.items() if name != "disable_tqdm"},
+    )  # fmt: skip
+    return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, steps, record)
