@@ -118,6 +118,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
         FileNotFoundError: no adapter there.
         ValueError: damaged files, an adapter of another model, or one whose weights are not those of its configuration.
     """
+    folder = folder.expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"adapter: no adapter_config.json in {folder}; give the folder that save_pretrained wrote"

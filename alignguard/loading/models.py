@@ -96,12 +96,15 @@ def _place(model: str | Path) -> str:
     path = str(model)
     if not path.strip() or "\0" in path:
         raise ValueError(f"model: {path!r} names nothing; give a folder or a hub name")
-    local = Path(path).expanduser()
+    try:
+        local = Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"model: no such folder: {path} ({error})") from error
     if local.is_file():
         raise NotADirectoryError(f"model: {path} is a file; give the folder that it stands in")
     if (path.startswith((".", "/", "~")) or isinstance(model, Path)) and not local.is_dir():
         raise FileNotFoundError(f"model: no such folder: {path}")
-    return path
+    return str(local) if path.startswith("~") else path
 
 
 LOADERS = {

@@ -77,6 +77,7 @@ def check_run(output_dir: Path, *, overwrite: bool = False, resume: bool = False
     Raises:
         FileExistsError, NotADirectoryError, PermissionError, ValueError: as :func:`claim_run`.
     """
+    output_dir = check_output(output_dir, overwrite=True)
     began = not never_began(output_dir)
     there = resume and (output_dir / RECORD).is_file()
     check_output(output_dir, overwrite or there or not began)

@@ -92,7 +92,7 @@ def train(
         FloatingPointError: NaN or infinity in the loss.
         OSError: saving failed; nothing half-written stays.
     """
-    output, guard = Path(output_dir), ready.guard
+    output, guard = Path(output_dir).expanduser(), ready.guard
     if rival is not None and guard is not None:
         raise ValueError("a rival trains in the guard's place; prepare the run with guarded=False")
     if rival is not None and resume:
