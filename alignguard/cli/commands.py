@@ -91,8 +91,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument("--fisher", type=place, default=None, help="first curvature, a file of `alignguard fisher`")
     fit.add_argument("--seed", type=int, default=0, help="of adapter, data order and guard (default: 0)")
     fit.add_argument("--task-max-length", type=int, default=256, help="longest task example in tokens")
-    fit.add_argument("--rank", type=int, default=8, help="LoRA rank")
-    fit.add_argument("--lora-alpha", type=float, default=16, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
+    fit.add_argument("--rank", type=int, default=None, help="LoRA rank (default: 8)")
+    fit.add_argument("--lora-alpha", type=float, default=None, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
     fit.add_argument("--target-modules", nargs="+", default=None, help="default: every Linear, and experts")
     for what in ("task", "alignment"):
         add_data_options(fit, what)
@@ -168,11 +168,15 @@ def _fit(args: argparse.Namespace) -> None:
 
     _required(args, "model", "task_data", *(() if args.plain else ("alignment_data",)))
     config = GuardConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(GuardConfig)})
-    lora: dict[str, Any] = {"r": args.rank, "lora_alpha": args.lora_alpha}
-    if args.target_modules:
-        lora["target_modules"] = args.target_modules
+    targets = args.target_modules
+    given = {
+        "r": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "target_modules": targets[0] if targets == ["all-linear"] else targets or None,  # peft's own word is no list
+    }
+    lora = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = {
-        "lora": lora if args.method == "lora" else None,
+        "lora": lora,
         "training": {name: getattr(args, name) for name in TRAINING_FIELDS if getattr(args, name) is not None},
         "method": args.method,
         "offload": args.offload,

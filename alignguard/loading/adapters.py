@@ -67,10 +67,15 @@ def adapt(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> Pef
     """The model with a fresh LoRA adapter, or as it is when it has one.
 
     Raises:
-        TypeError, ValueError: fields that are no LoraConfig's, values out of range, or target modules that match
+        TypeError, ValueError: fields for a model that has its adapter, fields that are no LoraConfig's, values out of range, or target modules that match
             nothing.
     """
     if isinstance(model, PeftModel):
+        if lora:
+            raise ValueError(
+                f"lora: the model carries its adapter ({', '.join(model.peft_config)}) already; leave lora out, or pass the "
+                "model below it"
+            )
         return model
     if not isinstance(lora, LoraConfig):
         if lora is not None and not isinstance(lora, Mapping):

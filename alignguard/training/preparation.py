@@ -146,6 +146,6 @@ def prepare(
     record = record_of(
         model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
         lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
-        training={name: value for name, value in settings.items() if name != "disable_tqdm"},
+        training={name: value for name, value in settings.items() if name != "disable_tqdm"}, steps=steps,
     )  # fmt: skip
     return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, steps, record)

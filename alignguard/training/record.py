@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 
 
+LENGTH = {"steps", "training.max_steps", "training.num_train_epochs"}  # what a longer run has otherwise
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its whole name, ``training.max_steps`` say."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def record_of(*, model: Any, task: Sequence[Any], alignment: Sequence[Any], **rest: Any) -> dict[str, Any]:
     """A run as JSON: the model's name, digests of the encoded data, and settings as they are.
 
@@ -90,15 +104,26 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
 
     Raises:
         FileExistsError: the folder holds something else, and ``overwrite`` is false.
-        ValueError: ``resume``, and the folder holds another run; the settings that differ are named.
+        ValueError: ``resume``, and the folder holds another run; the settings that differ are named one by one with both
+            values. More steps than before are no difference: they extend the run.
         NotADirectoryError, PermissionError: as :func:`alignguard.files.claim_output`.
     """
     path = Path(output_dir) / RECORD
     if resume and path.is_file():
         there = read_record(path)
-        differ = sorted(name for name in record.keys() | there.keys() if record.get(name) != there.get(name))
+        before, now = _flat(there), _flat(record)
+        differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if set(differ) <= LENGTH and now["steps"] >= before.get("steps", 0):
+            output = claim_output(output_dir, overwrite=True)
+            write_text(output / RECORD, json.dumps(record, indent=1))
+            return output
         if differ:
-            raise ValueError(f"resume: {output_dir} holds a run with other {', '.join(differ)}; resume it as it was")
+            shown = ", ".join(
+                f"{name} ({before.get(name, 'none')} there, {now.get(name, 'none')} now)" for name in differ
+            )
+            raise ValueError(
+                f"resume: {output_dir} holds a run with other settings: {shown}; resume it as it was, or with more steps"
+            )
         return claim_output(output_dir, overwrite=True)
     output = claim_output(output_dir, overwrite or never_began(Path(output_dir)))
     shutil.rmtree(output / "checkpoints", ignore_errors=True)  # of the run that is overwritten

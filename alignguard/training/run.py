@@ -88,7 +88,8 @@ def train(
 
     Raises:
         FileExistsError, NotADirectoryError, PermissionError: the output folder cannot be had.
-        ValueError: a rival beside a guard, a rival that is to be resumed, or settings that transformers refuses.
+        ValueError: a rival beside a guard, a rival or a run without a checkpoint that is to be resumed, or settings that
+            transformers refuses.
         FloatingPointError: NaN or infinity in the loss.
         OSError: saving failed; nothing half-written stays.
     """
@@ -97,7 +98,13 @@ def train(
         raise ValueError("a rival trains in the guard's place; prepare the run with guarded=False")
     if rival is not None and resume:
         raise ValueError("checkpoints hold no state of a rival; leave out resume")
+    target = output / ("model" if ready.method == "full" else "adapter")
     found = latest_checkpoint(output / "checkpoints") if resume else None
+    if resume and found is None and target.exists():
+        raise ValueError(
+            f"resume: {output} holds a finished run that kept no checkpoint to go on from (save_every); take another "
+            "folder, or start anew with overwrite"
+        )
     for note in (*ready.rows.notes, *ready.alignment.notes):
         logger.warning("%s", note)
     if progress:
@@ -134,7 +141,6 @@ def train(
     ready.model.eval()
     files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
     card = card_section(record, guard)  # it measures drift, which sharded models only can all together
-    target = output / ("model" if ready.method == "full" else "adapter")
     if arguments.process_index == 0:
         save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
         write_text(output / "history.json", json.dumps(history, indent=1))
@@ -203,14 +209,15 @@ def fit(
         output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json`` and
             checkpoints.
         tokenizer: of a loaded model; read with the model where that is a path or name.
-        lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out.
+        lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out. Not for a PeftModel.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         method: ``"lora"``, or ``"full"``: every weight trains, and every Linear but the output embedding is guarded
             by its dense ΔW = W − W0.
         offload: with ``"full"``, the device of the reference weights W0, ``"cpu"`` say; their weight's own if None.
         guarded: False trains plainly on the same data, seed and schedule.
         overwrite: allow an output folder that holds something; its checkpoints are removed.
-        resume: go on from the last complete checkpoint of the same run in ``output_dir``, or start if there is none.
+        resume: go on from the last complete checkpoint of the same run in ``output_dir``, or start if there is none; with
+            more steps than it had, a run is extended, finished or not.
         save_every: optimizer steps between checkpoints; the two latest are kept. None keeps none.
         fisher: file of ``alignguard fisher``, taken as the first curvature in place of an estimate.
         progress: show progress bars and the table of what is guarded.

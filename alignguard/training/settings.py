@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,19 @@ DEFAULT_TRAINING: dict[str, Any] = {
 
 FULL_RATE = 2e-5  # learning rate where every weight trains
 
-OWN = {"output_dir": "output_dir", "seed": "seed", "remove_unused_columns": None}  # set by fit, and its name for them
+OWN = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "resume_from_checkpoint": "resume",
+    "remove_unused_columns": None,
+}  # set by fit, and its name for them
+
+
+# Of evaluation during training, which fit does not do, and of scripts that parse these arguments: given, they would not act.
+IDLE = re.compile(
+    r"eval_\w+|do_\w+|\w+_eval|(bf16|fp16)_full_eval|per_device_eval_batch_size|load_best_model_at_end|"
+    r"metric_for_best_model|greater_is_better|batch_eval_metrics|prediction_loss_only"
+)
 
 
 def _whole(value: Any) -> bool:
@@ -91,6 +104,11 @@ def run_settings(
             f"training: {taken[0]} is set by fit; " + (f"give {instead}= to it" if instead else "leave it out")
         )
     for name, value in given.items():
+        if IDLE.fullmatch(name):
+            raise ValueError(
+                f"training: {name} does not act here, where nothing is evaluated during training (no eval_dataset); leave "
+                "it out, and measure with alignguard driftcheck"
+            )
         holds, words = CHECKS.get(name, (lambda v: True, ""))
         if not holds(value):
             raise ValueError(f"training: {name} must be {words}, not {value!r}")

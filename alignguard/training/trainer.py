@@ -255,7 +255,8 @@ class GuardMixin:
         self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it.
+        """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it, unless the
+        arguments now ask for more steps.
 
         ``resume_from_checkpoint`` is a checkpoint's folder, True for the latest, or None. transformers 5.23 would take
         one more step from there.
@@ -270,7 +271,11 @@ class GuardMixin:
                     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
                     if not isinstance(state.log_history, list) or not isinstance(state.train_batch_size, int):
                         raise ValueError("log_history or train_batch_size is missing")
-                    done = 0 < operator.index(state.max_steps) <= operator.index(state.global_step)
+                    reached = operator.index(state.global_step)
+                    done = 0 < operator.index(state.max_steps) <= reached
+                if done:
+                    loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+                    done = self.set_initial_training_values(self.args, loader)[-1] <= reached  # type: ignore[attr-defined]
                 if done:
                     self._load_from_checkpoint(str(folder))
                     self.state = state

@@ -42,6 +42,8 @@ def go(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
     ("training", "words"),
     [
         ({"eval_strategy": "steps"}, "eval_dataset"),
+        ({"do_eval": True}, "do_eval does not act"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end does not act"),
         ({"save_strategy": "best"}, "metric_for_best_model"),
         ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
         ({"optim": "schedule_free_adamw"}, "schedulefree"),
