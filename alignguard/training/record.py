@@ -23,14 +23,15 @@ RECORD = "run.json"
 LENGTH = {"steps", "training.max_steps", "training.num_train_epochs"}  # what a longer run has otherwise
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every setting by its whole name, ``training.max_steps`` say."""
-    found: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs by its whole name, ``training.max_steps`` say, with both values; None where there is none."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(there.keys() | now.keys()):
+        before, after = there.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found[prefix + name] = before, after
     return found
 
 
@@ -111,16 +112,11 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
     path = Path(output_dir) / RECORD
     if resume and path.is_file():
         there = read_record(path)
-        before, now = _flat(there), _flat(record)
-        differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        if set(differ) <= LENGTH and now["steps"] >= before.get("steps", 0):
-            output = claim_output(output_dir, overwrite=True)
-            write_text(output / RECORD, json.dumps(record, indent=1))
-            return output
-        if differ:
-            shown = ", ".join(
-                f"{name} ({before.get(name, 'none')} there, {now.get(name, 'none')} now)" for name in differ
-            )
+        differ = _differences(there, record)
+        if differ and set(differ) <= LENGTH and record["steps"] >= there.get("steps", 0):
+            write_text(claim_output(output_dir, overwrite=True) / RECORD, json.dumps(record, indent=1))
+        elif differ:
+            shown = ", ".join(f"{name} ({old!s:.60} there, {new!s:.60} now)" for name, (old, new) in differ.items())
             raise ValueError(
                 f"resume: {output_dir} holds a run with other settings: {shown}; resume it as it was, or with more steps"
             )
