@@ -26,7 +26,7 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OSError: the folder is missing or full; the message names the file, and nothing half-written stays behind.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -56,7 +56,7 @@ class ResumableLog:
     """
 
     def __init__(self, path: str | Path, head: Mapping[str, Any], fields: Iterable[str], what: str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.entries: list[dict[str, Any]] = []
         wanted = set(fields)
         kept = [json.dumps(head, sort_keys=True)]
@@ -93,7 +93,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: the folder is missing or full; the message names the file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, draft)
@@ -151,8 +151,9 @@ def check_output(output_dir: str | Path, overwrite: bool = False) -> Path:
     """
     path = Path(output_dir)
     try:
+        path = path.expanduser()
         place = next(one for one in (path, *path.absolute().parents) if one.exists())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody here
         raise ValueError(f"output_dir {path!s:.80} is no path for a folder ({error})") from error
     if not place.is_dir():
         raise NotADirectoryError(f"output_dir {path}: {place} is a file; name a folder")

@@ -95,12 +95,17 @@ def divergence(base: Tensor, present: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode without gradients, and each back as it was."""
+def evaluation_mode(model: torch.nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back as it was.
+
+    Args:
+        model: whose dropout and noise are switched off.
+        gradients: leave recording as it is; else nothing is recorded.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             yield
     finally:
         for module in training:

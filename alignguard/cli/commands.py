@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from alignguard.cli.drift import add_drift
-from alignguard.cli.yaml_config import apply_yaml
+from alignguard.cli.yaml_config import apply_yaml, place
 from alignguard.data import TURNS, DataSource
 from alignguard.guard import GuardConfig
 
@@ -73,13 +73,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="fine-tune the embedded aligned model, plain and guarded, and compare")
-    demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--output-dir", type=place, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the output folder")
     demo.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
     demo.add_argument("--max-steps", type=int, default=None, help="optimizer steps of each run")
 
     fit = commands.add_parser("fit", help="fine-tune a model under the guard")
-    fit.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
+    fit.add_argument("--config", type=place, help="YAML file with any of these options; the command line wins")
     fit.add_argument("--model", help="folder or hub name")
     fit.add_argument(
         "--task-data", help="file, folder or hub name: prompt and response, messages, Alpaca, ShareGPT, Dolly"
@@ -88,7 +88,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         "--alignment-data",
         help="the same, with what the model should keep answering; of prompts alone, or packaged ones if left out, its own answers",
     )
-    fit.add_argument("--output-dir", type=Path, default=Path("runs/fit"), help="default: runs/fit")
+    fit.add_argument("--output-dir", type=place, default=Path("runs/fit"), help="default: runs/fit")
     fit.add_argument("--overwrite", action="store_true", help="allow an output folder that holds something")
     fit.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of the same run")
     fit.add_argument(
@@ -103,11 +103,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )  # fmt: skip
     fit.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA, or every weight")
     fit.add_argument("--offload", default=None, help="device of the reference weights of --method full, such as cpu")
-    fit.add_argument("--fisher", type=Path, default=None, help="first curvature, a file of `alignguard fisher`")
+    fit.add_argument("--fisher", type=place, default=None, help="first curvature, a file of `alignguard fisher`")
     fit.add_argument("--seed", type=int, default=0, help="of adapter, data order and guard (default: 0)")
     fit.add_argument("--task-max-length", type=int, default=256, help="longest task example in tokens")
-    fit.add_argument("--rank", type=int, default=8, help="LoRA rank")
-    fit.add_argument("--lora-alpha", type=float, default=16, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
+    fit.add_argument("--rank", type=int, default=None, help="LoRA rank (default: 8)")
+    fit.add_argument("--lora-alpha", type=float, default=None, help="LoRA's α; ΔW = α/rank·BA (default: 16)")
     fit.add_argument("--target-modules", nargs="+", default=None, help="default: every Linear, and experts")
     for what in ("task", "alignment"):
         add_data_options(fit, what)
@@ -117,10 +117,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _add_guard_fields(fit)
 
     fisher = commands.add_parser("fisher", help="estimate the Fisher of alignment data and write it to a file")
-    fisher.add_argument("--config", type=Path, help="YAML file with any of these options; the command line wins")
+    fisher.add_argument("--config", type=place, help="YAML file with any of these options; the command line wins")
     fisher.add_argument("--model", help="folder or hub name")
     fisher.add_argument("--data", help="file, folder or hub name, as --alignment-data of fit")
-    fisher.add_argument("--output", type=Path, help="the file, .safetensors; model and data are named in OUTPUT.json")
+    fisher.add_argument("--output", type=place, help="the file, .safetensors; model and data are named in OUTPUT.json")
     fisher.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     fisher.add_argument("--seed", type=int, default=0, help="of sampled labels and sketches (default: 0)")
     add_data_options(fisher)
@@ -183,11 +183,15 @@ def _fit(args: argparse.Namespace) -> None:
 
     _required(args, "model", "task_data")
     config = _guard_config(args, PRESETS[args.preset])
-    lora: dict[str, Any] = {"r": args.rank, "lora_alpha": args.lora_alpha}
-    if args.target_modules:
-        lora["target_modules"] = args.target_modules
+    targets = args.target_modules
+    given = {
+        "r": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "target_modules": targets[0] if targets == ["all-linear"] else targets or None,  # peft's own word is no list
+    }
+    lora = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = {
-        "lora": lora if args.method == "lora" else None,
+        "lora": lora,
         "training": {name: getattr(args, name) for name in TRAINING_FIELDS if getattr(args, name) is not None},
         "method": args.method,
         "offload": args.offload,

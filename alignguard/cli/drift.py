@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from alignguard.cli.yaml_config import place
+
 
 def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     """Add the three commands' options; the parsed arguments carry ``run``."""
@@ -13,7 +15,7 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
         "driftcheck", help="measure refusals, over-refusal, capability and coherence of a chat model"
     )
     drift.add_argument("--model", required=True, help="folder or hub name")
-    drift.add_argument("--adapter", type=Path, default=None, help="a peft adapter on top of it")
+    drift.add_argument("--adapter", type=place, default=None, help="a peft adapter on top of it")
     drift.add_argument("--base", default=None, help="the model before fine-tuning, for --alignment-data, --likelihoods")
     drift.add_argument(
         "--prompts",
@@ -29,9 +31,9 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--judge", choices=["rules", "classifier", "chat"], default="rules", help="who gives verdicts")
     drift.add_argument("--judge-model", default=None, help="folder or hub name of the classifier or chat model")
     drift.add_argument("--judge-labels", nargs="+", default=None, help="labels of the classifier that mean a refusal")
-    drift.add_argument("--before", type=Path, default=None, help="an earlier report to compare with")
-    drift.add_argument("--output", type=Path, default=None, help="the report as JSON; interrupted runs go on from it")
-    drift.add_argument("--html", type=Path, default=None, help="the report as a page")
+    drift.add_argument("--before", type=place, default=None, help="an earlier report to compare with")
+    drift.add_argument("--output", type=place, default=None, help="the report as JSON; interrupted runs go on from it")
+    drift.add_argument("--html", type=place, default=None, help="the report as a page")
     drift.add_argument("--overwrite", action="store_true", help="replace files that are there")
     drift.add_argument("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
     drift.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: 32)")
@@ -42,7 +44,7 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     prompts.add_argument(
         "--recipe", choices=["paper", "capability"], default="paper", help="which set (default: paper)"
     )
-    prompts.add_argument("--output", type=Path, required=True, help="JSONL file to write")
+    prompts.add_argument("--output", type=place, required=True, help="JSONL file to write")
     prompts.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     prompts.add_argument(
         "--source", nargs="+", default=[], metavar="NAME=FILE", help="read a source from a local file, not the hub"
@@ -56,9 +58,9 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     compare: argparse.ArgumentParser = commands.add_parser(
         "compare", help="compare two saved DriftCheck reports prompt by prompt, or show one"
     )
-    compare.add_argument("before", type=Path, help="a JSON report")
-    compare.add_argument("after", type=Path, nargs="?", default=None, help="another, on the same prompts")
-    compare.add_argument("--html", type=Path, default=None, help="write a page")
+    compare.add_argument("before", type=place, help="a JSON report")
+    compare.add_argument("after", type=place, nargs="?", default=None, help="another, on the same prompts")
+    compare.add_argument("--html", type=place, default=None, help="write a page")
     compare.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
     compare.set_defaults(run=run_compare)
     return {"driftcheck": drift, "prompts": prompts, "compare": compare}

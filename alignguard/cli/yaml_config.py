@@ -11,6 +11,14 @@ import yaml
 from alignguard.data import read_text
 
 
+def place(text: str) -> Path:
+    """A path as options and files give it, with ``~`` read here, since a shell reads it only where a word begins."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
 def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Make the values of a YAML file the defaults of a command.
 
@@ -60,7 +68,7 @@ def _value_of(action: argparse.Action, value: Any, where: str) -> Any:
         raise ValueError(f"{where} must be a whole number, not {value!r}")
     try:
         read = kind(value) if callable(kind) else str(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{where} cannot be {value!r}") from error
     if action.choices is not None and read not in action.choices:
         raise ValueError(f"{where} must be one of {sorted(action.choices)}, not {value!r}")

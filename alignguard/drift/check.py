@@ -19,7 +19,6 @@ from alignguard.drift.generation import (
 )
 from alignguard.drift.judges import Judge, RuleJudge
 from alignguard.drift.likelihood import (
-    adapter_off,
     measured_kl,
     refusal_margins,
     response_likelihoods,
@@ -28,6 +27,7 @@ from alignguard.drift.likelihood import (
 from alignguard.drift.prompts import Prompts, load_prompts
 from alignguard.drift.report import DriftReport, DriftRow
 from alignguard.drift.rules import INCOHERENT, is_right
+from alignguard.loading import adapter_off
 
 
 def _base_nll(
@@ -121,7 +121,7 @@ def driftcheck(
             raise ValueError(f"{name} must be at least 1, found {value}")
     rows = load_prompts(prompts, limit)
     alignment, task = _read(alignment, "alignment"), _read(task, "task")
-    if alignment is not None and base is None:
+    if base is None and (alignment is not None or (likelihoods and hasattr(model, "disable_adapter"))):
         with adapter_off(model):
             pass
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignguard.data import Row, Source, encode_source, pad_id, pad_rows
+from alignguard.loading import adapter_off
 from alignguard.objective import divergence, evaluation_mode, model_kind, supervised
 
 REFUSING = "I'm sorry, but I can't help with that."
@@ -42,19 +43,6 @@ def _read(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]
     return supervised(model, {key: value.to(device) for key, value in batch.items()})
 
 
-def adapter_off(model: Any) -> Any:
-    """The context in which a peft model computes as its base does.
-
-    Raises:
-        ValueError: a model without an adapter, or one whose adapter is merged, so that its base is no longer there.
-    """
-    if not hasattr(model, "disable_adapter"):
-        raise ValueError("base is needed: this model carries no peft adapter that could be switched off")
-    if any(getattr(module, "merged", False) is True for module in model.modules()):
-        raise ValueError("the model's adapter is merged into its weights; unmerge it, or pass the base model as base")
-    return model.disable_adapter()
-
-
 def measured_kl(model: Any, base: Any, tokenizer: Any, examples: Source, *, batch_size: int = 16) -> float:
     """KL(p_base ‖ p_model) in nats, the mean over the supervised response tokens of all examples.
 
@@ -69,7 +57,7 @@ def measured_kl(model: Any, base: Any, tokenizer: Any, examples: Source, *, batc
         batch_size: examples in a batch; the result does not depend on it.
 
     Raises:
-        ValueError: no base and no adapter, a merged adapter, two vocabularies, or bad rows.
+        ValueError: no base, and no adapter that gives it back when switched off; two vocabularies; or bad rows.
     """
     total, count = 0.0, 0
     with evaluation_mode(model), evaluation_mode(base) if base is not None else nullcontext():

@@ -63,6 +63,9 @@ class Reference:
     def divergence(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """KL(before ‖ present) at the supervised tokens of some examples, differentiable in the present weights.
 
+        Both are read in evaluation mode: with dropout or NEFTune's noise in one of them, a model that has not moved
+        would be charged for the noise.
+
         Args:
             places: which examples, by their place among the rows.
 
@@ -70,7 +73,8 @@ class Reference:
             nats (tokens,) in float32 or wider, and the row of each token among ``places`` (tokens,), int64.
         """
         batch = self.collate([self.rows[place] for place in places])
-        present, _, rows = supervised(self.model, batch)
+        with evaluation_mode(self.model, gradients=True):
+            present, _, rows = supervised(self.model, batch)
         base = torch.cat([self._read(place).to(present.device) for place in places])
         return divergence(base, present), rows
 

@@ -200,6 +200,6 @@ def write_report(result: Mapping[str, Any], path: str | Path, **options: Any) ->
         TypeError, ValueError: ``result`` cannot be reported.
         OSError: the folder is missing or full.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     write_text(path, render_report(result, **options))
     return path

@@ -155,7 +155,7 @@ def write_drift(path: str | Path, report: DriftReport, after: DriftReport | None
         OSError: the folder is missing or full.
     """
     write_text(path, render_drift(report, after, **options))
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def compare_text(before: DriftReport, after: DriftReport) -> str:

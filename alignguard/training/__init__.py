@@ -5,8 +5,9 @@ from alignguard.training.checkpoint import check_complete, latest_checkpoint
 from alignguard.training.dry_run import plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
 from alignguard.training.hooks import Hooks
+from alignguard.training.preparation import Prepared, prepare
 from alignguard.training.record import card_section, check_run, versions
-from alignguard.training.run import FitResult, Prepared, fit, prepare, train
+from alignguard.training.run import FitResult, fit, train
 from alignguard.training.settings import DEFAULT_TRAINING
 from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, honours_item_count
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import torch
 
 from alignguard.data import collator, pad_id, shown_row
-from alignguard.training.run import Prepared
+from alignguard.training.preparation import Prepared
 from alignguard.updates import coverage_table
 
 
@@ -65,9 +64,7 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
     """
     settings, guard = ready.settings, ready.guard
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
-    steps = settings.get("max_steps", -1)
-    if steps <= 0:
-        steps = math.ceil(settings["num_train_epochs"] * math.ceil(len(ready.rows) / batch))
+    steps = ready.steps
     trained = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in ready.model.parameters())
     lines = [

@@ -19,7 +19,7 @@ from alignguard.objective import model_kind
 
 def origin_path(path: str | Path) -> Path:
     """The JSON beside a Fisher file that says what it is of."""
-    return Path(f"{path}.json")
+    return Path(f"{path}.json").expanduser()
 
 
 def write_fisher(
@@ -68,7 +68,7 @@ def write_fisher(
         "kind": config.kind,
         "versions": {n: importlib.metadata.version(n) for n in ("fishergeo", "torch", "transformers")},
     }
-    fisher.save(path)
+    fisher.save(Path(path).expanduser())
     write_text(origin_path(path), json.dumps(origin, indent=1))
     return fisher
 
@@ -88,7 +88,8 @@ def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
         FileNotFoundError: no such file.
         ValueError: damaged, of another structure, or of a model with other layers, shapes or weights.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"fisher: no such file: {path}")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     whole = fg.Fisher.load(path, device=next(base.parameters()).device, lazy=False)

@@ -12,11 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignguard.files import check_output, claim_output, write_text
+from alignguard.training.checkpoint import STAGING
 
 if TYPE_CHECKING:
     from alignguard.guard import Guard
 
 RECORD = "run.json"
+
+
+LENGTH = {"steps", "training.max_steps", "training.num_train_epochs"}  # what a longer run has otherwise
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs by its whole name, ``training.max_steps`` say, with both values; None where there is none."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(there.keys() | now.keys()):
+        before, after = there.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found[prefix + name] = before, after
+    return found
 
 
 def record_of(*, model: Any, task: Sequence[Any], alignment: Sequence[Any], **rest: Any) -> dict[str, Any]:
@@ -57,14 +73,29 @@ def read_record(path: Path) -> dict[str, Any]:
     return there
 
 
+def never_began(output_dir: Path) -> bool:
+    """Whether a run claimed the folder and left no work there: neither weights nor a checkpoint.
+
+    Raises:
+        NotADirectoryError, PermissionError, ValueError: as :func:`alignguard.files.check_output`.
+    """
+    check_output(output_dir, overwrite=True)
+    if not (output_dir / RECORD).is_file():
+        return False
+    left = {path.name for path in output_dir.iterdir()} | {path.name for path in output_dir.glob("checkpoints/*")}
+    return left <= {RECORD, "checkpoints", STAGING}
+
+
 def check_run(output_dir: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """What can be known of :func:`claim_run` before anything is loaded; nothing is touched.
 
     Raises:
         FileExistsError, NotADirectoryError, PermissionError, ValueError: as :func:`claim_run`.
     """
+    output_dir = check_output(output_dir, overwrite=True)
+    began = not never_began(output_dir)
     there = resume and (output_dir / RECORD).is_file()
-    check_output(output_dir, overwrite or there)
+    check_output(output_dir, overwrite or there or not began)
     if there:
         read_record(output_dir / RECORD)
 
@@ -74,17 +105,23 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
 
     Raises:
         FileExistsError: the folder holds something else, and ``overwrite`` is false.
-        ValueError: ``resume``, and the folder holds another run; the settings that differ are named.
+        ValueError: ``resume``, and the folder holds another run; the settings that differ are named one by one with both
+            values. More steps than before are no difference: they extend the run.
         NotADirectoryError, PermissionError: as :func:`alignguard.files.claim_output`.
     """
     path = Path(output_dir) / RECORD
     if resume and path.is_file():
         there = read_record(path)
-        differ = sorted(name for name in record.keys() | there.keys() if record.get(name) != there.get(name))
-        if differ:
-            raise ValueError(f"resume: {output_dir} holds a run with other {', '.join(differ)}; resume it as it was")
+        differ = _differences(there, record)
+        if differ and set(differ) <= LENGTH and record["steps"] >= there.get("steps", 0):
+            write_text(claim_output(output_dir, overwrite=True) / RECORD, json.dumps(record, indent=1))
+        elif differ:
+            shown = ", ".join(f"{name} ({old!s:.60} there, {new!s:.60} now)" for name, (old, new) in differ.items())
+            raise ValueError(
+                f"resume: {output_dir} holds a run with other settings: {shown}; resume it as it was, or with more steps"
+            )
         return claim_output(output_dir, overwrite=True)
-    output = claim_output(output_dir, overwrite)
+    output = claim_output(output_dir, overwrite or never_began(Path(output_dir)))
     shutil.rmtree(output / "checkpoints", ignore_errors=True)  # of the run that is overwritten
     write_text(output / RECORD, json.dumps(record, indent=1))
     return output

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -16,7 +18,7 @@ DEFAULT_TRAINING: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 10,
+    "warmup_steps": 0.05,  # of the run
     "logging_steps": 5,
     "weight_decay": 0.0,
     "save_strategy": "no",
@@ -27,7 +29,19 @@ DEFAULT_TRAINING: dict[str, Any] = {
 
 FULL_RATE = 2e-5  # learning rate where every weight trains
 
-OWN = {"output_dir": "output_dir", "seed": "seed", "remove_unused_columns": None}  # set by fit, and its name for them
+OWN = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "resume_from_checkpoint": "resume",
+    "remove_unused_columns": None,
+}  # set by fit, and its name for them
+
+
+# Of evaluation during training, which fit does not do, and of scripts that parse these arguments: given, they would not act.
+IDLE = re.compile(
+    r"eval_\w+|do_\w+|\w+_eval|(bf16|fp16)_full_eval|per_device_eval_batch_size|load_best_model_at_end|"
+    r"metric_for_best_model|greater_is_better|batch_eval_metrics|prediction_loss_only"
+)
 
 
 def _whole(value: Any) -> bool:
@@ -90,6 +104,11 @@ def run_settings(
             f"training: {taken[0]} is set by fit; " + (f"give {instead}= to it" if instead else "leave it out")
         )
     for name, value in given.items():
+        if IDLE.fullmatch(name):
+            raise ValueError(
+                f"training: {name} does not act here, where nothing is evaluated during training (no eval_dataset); leave "
+                "it out, and measure with alignguard driftcheck"
+            )
         holds, words = CHECKS.get(name, (lambda v: True, ""))
         if not holds(value):
             raise ValueError(f"training: {name} must be {words}, not {value!r}")
@@ -103,6 +122,8 @@ def training_arguments(kind: str, output_dir: Path, seed: int, settings: Mapping
         ValueError: what transformers finds wrong with them.
     """
     arguments = Seq2SeqTrainingArguments if kind == "seq2seq" else TrainingArguments
+    if not torch.accelerator.is_available():  # or transformers asks for it, of bf16 alone
+        settings = {"use_cpu": True, **settings}
     try:
         made = arguments(output_dir=str(output_dir), seed=seed, remove_unused_columns=False, **settings)
         for integration in get_reporting_integration_callbacks(made.report_to):

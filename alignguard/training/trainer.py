@@ -23,7 +23,7 @@ from alignguard.guard import COUNTERS, TERMS, Guard, load_guard, save_guard
 from alignguard.loading import check_weights
 from alignguard.objective import evaluation_mode
 from alignguard.training.checkpoint import MARKER, STAGING, check_complete, seal
-from alignguard.updates import check_plugins
+from alignguard.updates import check_plugins, check_trained
 
 
 def honours_item_count(model: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
@@ -67,6 +67,7 @@ class _GuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.guard is not None:
+            self.trainer.check_guard()  # once more: model_init has made a new model since
             self.trainer.guard.begin_run(state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -96,7 +97,8 @@ class GuardMixin:
         guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
 
     Raises:
-        ValueError: an engine under accelerate that shards parameters so that the guard cannot read them (FSDP1, ZeRO-3).
+        ValueError: an engine under accelerate that shards parameters so that the guard cannot read them (FSDP1, ZeRO-3),
+            or a guard on another model object than the trainer's.
 
     Examples:
         >>> from transformers import Trainer
@@ -120,7 +122,17 @@ class GuardMixin:
         self._term_counts = 0
         self._probed = False
         self._staging: Path | None = None
+        self.check_guard()
         self.add_callback(_GuardCallback(self))  # type: ignore[attr-defined]
+
+    def check_guard(self) -> None:
+        """Refuse a guard that charges other weights than those that train.
+
+        Raises:
+            ValueError: the guard was made on another model object, or on frozen weights.
+        """
+        if self.guard is not None:
+            check_trained(self.guard.updates.matrices.values(), self.model)  # type: ignore[attr-defined]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -243,7 +255,8 @@ class GuardMixin:
         self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it.
+        """The trainer's own loop; from the checkpoint of the last step nothing is left to do but to load it, unless the
+        arguments now ask for more steps.
 
         ``resume_from_checkpoint`` is a checkpoint's folder, True for the latest, or None. transformers 5.23 would take
         one more step from there.
@@ -258,7 +271,11 @@ class GuardMixin:
                     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
                     if not isinstance(state.log_history, list) or not isinstance(state.train_batch_size, int):
                         raise ValueError("log_history or train_batch_size is missing")
-                    done = 0 < operator.index(state.max_steps) <= operator.index(state.global_step)
+                    reached = operator.index(state.global_step)
+                    done = 0 < operator.index(state.max_steps) <= reached
+                if done:
+                    loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+                    done = self.set_initial_training_values(self.args, loader)[-1] <= reached  # type: ignore[attr-defined]
                 if done:
                     self._load_from_checkpoint(str(folder))
                     self.state = state

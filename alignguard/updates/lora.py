@@ -13,10 +13,6 @@ from torch import nn
 import fishergeo as fg
 from alignguard.updates.matrices import check_untied, is_conv1d, plain_name, whole
 
-STILL_INITS = {"gaussian", "orthogonal", "eva"}  # starts that leave the base weights where they were
-
-MOVING_INITS = {"olora", "corda", "loftq", "lora_ga"}  # and those that move them; pissa comes with a suffix
-
 
 def base_name(name: str) -> str:
     """Name of the plain layer inside an adapted module: its inputs and output gradients are the effective weight's."""
@@ -79,20 +75,6 @@ def layer_key(name: str, layer: Any) -> str:
         outermost = re.sub(r"(\.base_layer)+$", "", name)
         return f"{outermost}.{layer.parameter_name}"
     return name
-
-
-def moves_base(model: PeftModel, adapter: str) -> bool:
-    """Whether an adapter's start took something out of the base weights.
-
-    Raises:
-        ValueError: a start that is not known here.
-    """
-    init = getattr(model.peft_config[adapter], "init_lora_weights", True)
-    if not isinstance(init, str) or init in STILL_INITS:
-        return False
-    if init.lower() in MOVING_INITS or init.startswith("pissa"):
-        return True
-    raise ValueError(f"init_lora_weights={init!r}: it is not known here whether that start moves the base weights")
 
 
 def check_layer(name: str, layer: Any, adapters: list[str], holders: dict[int, list[nn.Module]]) -> None:

@@ -1,4 +1,4 @@
-"""."""
+"""One guarded weight matrix: its names, its orientation, and how its ΔW is read."""
 
 from __future__ import annotations
 

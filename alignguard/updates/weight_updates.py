@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 import fishergeo as fg
-from alignguard.loading import ROUTER
-from alignguard.tables import text_table
+from alignguard.loading import ROUTER, moves_base
+from alignguard.updates.checks import check_parameters
 from alignguard.updates.lora import (
     active_adapters,
     base_name,
@@ -22,7 +22,6 @@ from alignguard.updates.lora import (
     layer_key,
     lora_factors,
     lora_layers,
-    moves_base,
 )
 from alignguard.updates.matrices import (
     METHODS,
@@ -37,61 +36,7 @@ from alignguard.updates.matrices import (
     whole,
 )
 
-if TYPE_CHECKING:
-    pass
-
-ADVICE = "take data parallel (DDP, ZeRO-2), or shard with FSDP2 (fsdp_version: 2)"
-
-
-def check_parameters(model: nn.Module) -> None:
-    """Refuse a model whose parameters are placeholders outside its forward pass.
-
-    Raises:
-        ValueError: FSDP1, whose flat parameters hold no matrices, or ZeRO-3, whose gather has no gradient.
-    """
-    for name, module in model.named_modules():
-        if _is_fsdp1(module):
-            raise ValueError(
-                f"{name or 'the model'} is wrapped by FSDP1: outside its forward pass its weights are pieces of a flat "
-                f"tensor, from which no ΔW can be read with a gradient; {ADVICE}"
-            )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3: outside the forward pass it is empty, and gathering it has "
-                f"no gradient, so the penalty cannot be charged; {ADVICE}"
-            )
-
-
-def _is_fsdp1(module: nn.Module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return isinstance(module, FullyShardedDataParallel)
-
-
-def check_plugins(state: Any) -> None:
-    """Refuse an accelerate configuration that would spread the parameters so, before the model is wrapped.
-
-    Args:
-        state: ``accelerator.state``.
-
-    Raises:
-        ValueError: as :func:`check_parameters`.
-    """
-    sharded = getattr(state, "fsdp_plugin", None)
-    if sharded is not None and sharded.fsdp_version == 1:
-        raise ValueError(
-            "the guard does not run under FSDP1 (fsdp_version: 1): outside the forward pass weights are pieces of a flat "
-            f"tensor, from which no ΔW can be read with a gradient; {ADVICE}"
-        )
-    zero = getattr(state, "deepspeed_plugin", None)
-    if zero is not None and int(zero.zero_stage) == 3:
-        raise ValueError(
-            "the guard does not run under DeepSpeed ZeRO-3: outside the forward pass parameters are empty, and gathering "
-            f"them has no gradient, so the penalty cannot be charged; {ADVICE}"
-        )
+OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 
 
 class WeightUpdates:
@@ -203,7 +148,9 @@ class WeightUpdates:
             if kind != "LORA":
                 raise ValueError(f"adapter {adapter!r} is of kind {kind}: its ΔW is not scaling·B·A; use plain LoRA")
         moving = [adapter for adapter in self._adapters if moves_base(model, adapter)]
-        self.base_is_reference = not moving
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        # A weight of the base that trains beside the adapter, a bias say, stays moved with the adapter off.
+        self.base_is_reference = not moving and all(OF_ADAPTER.search(name) for name in trained)
         for name, layer in lora_layers(model):
             holds = (layer.lora_A, layer.lora_embedding_A)
             adapters = [a for a in self._adapters if any(a in held for held in holds)]
@@ -347,47 +294,3 @@ class WeightUpdates:
         kept = weight.detach().to(self.offload or weight.device, copy=True)
         self._references[f"{name}|weight"] = kept
         return kept
-
-
-@dataclass(frozen=True)
-class Covered:
-    """One line of the table.
-
-    Attributes:
-        name: the matrix's or parameter's name in the model.
-        guarded: whether the guard charges it.
-        how: how ΔW is read, or why it is not.
-        shape: (p, q) where it is guarded.
-        rank: columns of the factors of ΔW, None for a dense one.
-    """
-
-    name: str
-    guarded: bool
-    how: str
-    shape: tuple[int, int] | None = None
-    rank: int | None = None
-
-
-def coverage(updates: WeightUpdates) -> list[Covered]:
-    """Every trained matrix and parameter: the guarded ones first."""
-    lines = [Covered(m.plain, True, m.kind, m.shape, m.rank) for m in updates.matrices.values()]
-    return lines + [Covered(plain_name(name), False, why) for name, why in sorted(updates.skipped.items())]
-
-
-def coverage_table(lines: list[Covered]) -> str:
-    """The lines as aligned text.
-
-    Args:
-        lines: what :meth:`alignguard.Guard.coverage` gives.
-
-    Returns:
-        A head, a line for each matrix or parameter, and a line of counts.
-    """
-    rows = []
-    for line in lines:
-        shape = "" if line.shape is None else "{}×{}".format(*line.shape)
-        rank = "" if not line.guarded else "dense" if line.rank is None else str(line.rank)
-        rows.append((line.name, shape, rank, line.how if line.guarded else f"NOT GUARDED: {line.how}"))
-    shown = text_table({"matrix": "left", "shape": "right", "rank": "right", "ΔW": "left"}, rows)
-    guarded = sum(line.guarded for line in lines)
-    return f"{shown}\n{guarded} matrices guarded, {len(lines) - guarded} trained parameters not"

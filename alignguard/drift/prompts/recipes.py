@@ -89,7 +89,7 @@ def read_source(name: str, local: str | Path | None = None) -> Iterable[Mapping[
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}; there are {', '.join(SOURCES)}")
     if local is not None:
-        path = Path(local)
+        path = Path(local).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"source {name}: no such file: {path}")
         kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

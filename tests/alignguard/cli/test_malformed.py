@@ -581,6 +581,7 @@ def test_an_unfinished_checkpoint_is_passed_over_and_the_run_starts(trial, tmp_p
     copied(trial.ground / "run", tmp_path / "new")
     for path in (tmp_path / "new" / "checkpoints").iterdir():
         (path / MARKER).unlink()
+    shutil.rmtree(tmp_path / "new" / "adapter")  # which a finished run alone has
     assert cli.main([*trial.run, "--save-every", "1", "--resume"]) == 0
 
 

@@ -8,6 +8,9 @@ from alignment_rows import rows
 from architectures import make, move
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.integrations.neftune import activate_neftune
 
 from alignguard.guard import Guard, GuardConfig
 from alignguard.guard.rows import shortened
@@ -177,3 +180,47 @@ def test_where_every_weight_trains_each_step_is_read_and_nothing_remembered():
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 1e-3)
     assert guard.state_dict()["kl_memory"] == []
+
+
+def noisy(kind):
+    """A model that has not moved, in training mode, with noise of one kind on."""
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.2,
+                            embd_pdrop=0.2, attn_pdrop=0.2)  # fmt: skip
+        model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(r=2, target_modules="all-linear"))
+    else:
+        drop = 0.5 if kind == "lora_dropout" else 0.0
+        model = get_peft_model(make().unload(), LoraConfig(r=2, target_modules=["down_proj"], lora_dropout=drop))
+    if kind == "neftune":
+        activate_neftune(model, 5.0, None)
+    return model.double().train()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lora_dropout", "neftune"])
+@pytest.mark.parametrize("memory", [0, 2])
+def test_what_has_not_moved_has_no_kl_whatever_noise_training_makes(kind, memory):
+    model = noisy(kind)
+    guard = Guard(
+        model, rows(2), GuardConfig.curvature(lambda_alignment=0.0, lambda_kl=1.0, kl_examples=2, kl_memory=memory)
+    )
+    guard.begin_step(0)
+    state = torch.random.get_rng_state()
+    assert abs(float(guard.penalty())) < 1e-12
+    assert all(module.training for module in model.modules()) and torch.equal(state, torch.random.get_rng_state())
+    move(model, 1.0)
+    guard.begin_step(1)
+    charged = guard.penalty()
+    assert charged.requires_grad and float(charged.detach()) > 0
+
+
+def test_a_bias_that_trains_with_the_adapter_does_not_move_the_start():
+    config = GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(r=2, target_modules=["c_attn"], bias="all")).double()
+    assert any(name.endswith("bias") and p.requires_grad for name, p in model.named_parameters())
+    guard = Guard(model, rows(2), GuardConfig.curvature(lambda_alignment=0.0, lambda_kl=1.0, kl_examples=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and parameter.requires_grad:
+                parameter.add_(0.3)
+    guard.begin_step(0)
+    assert float(guard.penalty().detach()) > 1e-3  # read with the adapter off it would be zero

@@ -1,4 +1,4 @@
-"""Models as people name them, and the adapter put on them."""
+"""LoRA adapters on a model: put there, loaded, checked, switched off."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
 
 from alignguard.files import readable
 from alignguard.objective import model_kind
@@ -28,118 +20,9 @@ DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 
+STILL_INITS = {"gaussian", "orthogonal", "eva"}  # starts that leave the base weights where they were
 
-def load_model(model: str | Path | PreTrainedModel | PeftModel, tokenizer: Any = None) -> tuple[Any, Any]:
-    """A model in float32 or its own precision on an accelerator, and its tokenizer.
-
-    The checkpoint's own configuration decides between a causal LM, an encoder-decoder and a sequence classifier.
-
-    Raises:
-        FileNotFoundError: a local path that is not there.
-        ValueError: a model object without a tokenizer, or files that are damaged, incomplete or of something else.
-    """
-    words = load_tokenizer(model, tokenizer)
-    return load_weights(model), words
-
-
-def load_tokenizer(model: Any, tokenizer: Any = None) -> Any:
-    """The tokenizer given, or that of a model's folder or hub name.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_model`.
-    """
-    if tokenizer is not None:
-        return tokenizer
-    if not isinstance(model, (str, Path)):
-        raise ValueError("give a tokenizer along with a model object")
-    path = _place(model)
-    with readable(f"the tokenizer of model {path}", "save the tokenizer there, as tokenizer.save_pretrained does"):
-        found = AutoTokenizer.from_pretrained(path)
-        found("a")  # an empty vocabulary only shows when it is used
-    return found
-
-
-def kind_of(model: Any) -> str:
-    """:func:`alignguard.objective.model_kind`, from the configuration alone where the model is a path or a name.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as :func:`load_model`.
-    """
-    if isinstance(model, (str, Path)):
-        return next(kind for kind, loader in LOADERS.items() if loader is _model_class(_place(model)))
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a path, a hub name or a loaded model, not {model!r:.80}")
-    return model_kind(model)
-
-
-def load_weights(model: Any) -> Any:
-    """The model itself, or read from its folder or hub name.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_model`.
-    """
-    if not isinstance(model, (str, Path)):
-        return model
-    path = _place(model)
-    # half precision on a processor is slow and coarse; on an accelerator the checkpoint's own dtype stays
-    dtype = "auto" if torch.cuda.is_available() else torch.float32
-    loader = _model_class(path)
-    with readable(f"model {path}", "give a folder that save_pretrained wrote, or a hub name"):
-        loaded, found = loader.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    if lacking := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"model {path} lacks the weights {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}, which would "
-            f"start at random; give a whole checkpoint of a {type(loaded).__name__}"
-        )
-    return loaded
-
-
-def _place(model: str | Path) -> str:
-    """A model's name as the libraries take it.
-
-    Raises:
-        FileNotFoundError: a local path that is not there.
-        NotADirectoryError: it is a file.
-        ValueError: no name at all.
-    """
-    path = str(model)
-    if not path.strip() or "\0" in path:
-        raise ValueError(f"model: {path!r} names nothing; give a folder or a hub name")
-    local = Path(path).expanduser()
-    if local.is_file():
-        raise NotADirectoryError(f"model: {path} is a file; give the folder that it stands in")
-    if (path.startswith((".", "/", "~")) or isinstance(model, Path)) and not local.is_dir():
-        raise FileNotFoundError(f"model: no such folder: {path}")
-    return path
-
-
-LOADERS = {
-    "causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM,
-    "classification": AutoModelForSequenceClassification,
-}  # fmt: skip
-
-
-def _model_class(path: str) -> Any:
-    with readable(f"model {path}", "give a folder with the config.json that save_pretrained wrote, or a hub name"):
-        config = AutoConfig.from_pretrained(path)
-        names = [str(name) for name in config.architectures or ()]
-        both = bool(getattr(config, "is_encoder_decoder", False))
-    if any(name.endswith("ForSequenceClassification") for name in names):
-        return LOADERS["classification"]
-    return LOADERS["seq2seq" if both else "causal"]
-
-
-def check_device(name: str, device: Any) -> None:
-    """Refuse a device that torch does not have here.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        words = str(error).splitlines()[0]
-        raise ValueError(f'{name}={device!r} is no device of this machine ({words}); "cpu" is one') from error
+MOVING_INITS = {"olora", "corda", "loftq", "lora_ga"}  # and those that move them; pissa comes with a suffix
 
 
 def default_lora(model: Any) -> dict[str, Any]:
@@ -184,10 +67,15 @@ def adapt(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> Pef
     """The model with a fresh LoRA adapter, or as it is when it has one.
 
     Raises:
-        TypeError, ValueError: fields that are no LoraConfig's, values out of range, or target modules that match
+        TypeError, ValueError: fields for a model that has its adapter, fields that are no LoraConfig's, values out of range, or target modules that match
             nothing.
     """
     if isinstance(model, PeftModel):
+        if lora:
+            raise ValueError(
+                f"lora: the model carries its adapter ({', '.join(model.peft_config)}) already; leave lora out, or pass the "
+                "model below it"
+            )
         return model
     if not isinstance(lora, LoraConfig):
         if lora is not None and not isinstance(lora, Mapping):
@@ -235,6 +123,7 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
         FileNotFoundError: no adapter there.
         ValueError: damaged files, an adapter of another model, or one whose weights are not those of its configuration.
     """
+    folder = folder.expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"adapter: no adapter_config.json in {folder}; give the folder that save_pretrained wrote"
@@ -261,3 +150,43 @@ def check_weights(folder: Path, stored: set[str], adapted: PeftModel) -> None:
             f"adapter {folder}: its weights are not those of its configuration on this model ({differ[0]} stands in only "
             "one); give an adapter that was trained on this model"
         )
+
+
+def moves_base(model: PeftModel, adapter: str) -> bool:
+    """Whether an adapter's start took something out of the base weights.
+
+    Raises:
+        ValueError: a start that is not known here.
+    """
+    init = getattr(model.peft_config[adapter], "init_lora_weights", True)
+    if not isinstance(init, str) or init in STILL_INITS:
+        return False
+    if init.lower() in MOVING_INITS or init.startswith("pissa"):
+        return True
+    raise ValueError(f"init_lora_weights={init!r}: it is not known here whether that start moves the base weights")
+
+
+def adapter_off(model: Any) -> Any:
+    """The context in which a peft model computes as it did before its adapter was put on.
+
+    Raises:
+        ValueError: a model without an adapter, or one below which the model before training is no longer there: merged,
+            begun by taking something out of the base weights (PiSSA and the like), or trained with the base's biases.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError("base is needed: this model carries no peft adapter that could be switched off")
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise ValueError("the model's adapter is merged into its weights; unmerge it, or pass the base model as base")
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        why = None
+        if moves_base(model, name):
+            why = f"it began by moving the base weights (init_lora_weights={config.init_lora_weights!r})"
+        elif getattr(config, "bias", "none") != "none":
+            why = f"the base's biases were trained with it (bias={config.bias!r})"
+        if why is not None:
+            raise ValueError(
+                f"base is needed: adapter {name!r} cannot be switched off to read the model before training, as {why}; "
+                "give that model as base (--base)"
+            )
+    return model.disable_adapter()

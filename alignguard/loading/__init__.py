@@ -1,0 +1,27 @@
+"""Models as people name them, and the adapters put on them."""
+
+from alignguard.loading.adapters import (
+    ROUTER,
+    adapt,
+    adapter_off,
+    check_weights,
+    default_lora,
+    load_adapter,
+    moves_base,
+)
+from alignguard.loading.models import check_device, kind_of, load_model, load_tokenizer, load_weights
+
+__all__ = [
+    "ROUTER",
+    "adapt",
+    "adapter_off",
+    "check_device",
+    "check_weights",
+    "default_lora",
+    "kind_of",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "load_weights",
+    "moves_base",
+]

@@ -1,0 +1,205 @@
+"""Everything that a run needs, read, made and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, set_seed
+
+from alignguard.data import Examples, Source, as_source, check_fits, encode_source, pad_id, prompts_alone
+from alignguard.guard import Guard, GuardConfig
+from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
+from alignguard.training.answers import OwnAnswers, own_answers, packaged_prompts
+from alignguard.training.fisher_file import load_fisher
+from alignguard.training.record import record_of
+from alignguard.training.rehearsal import rehearse
+from alignguard.training.settings import run_settings
+from alignguard.updates import METHODS
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, read and checked, with nothing written yet.
+
+    Attributes:
+        model: with its adapter, or whose weights train.
+        tokenizer: its tokenizer.
+        kind: ``"causal"``, ``"seq2seq"`` or ``"classification"``.
+        rows: encoded task examples.
+        alignment: encoded alignment examples; empty for a plain run that reads none.
+        guard: on the model at its start, without curvature yet; None for a plain run.
+        settings: fields of TrainingArguments.
+        method: ``"lora"`` or ``"full"``.
+        seed: seed of the adapter's start, the data order and the guard.
+        steps: optimizer steps of the whole run.
+        record: what the run is, for resuming.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    rows: Examples
+    alignment: Examples
+    guard: Guard | None
+    settings: dict[str, Any]
+    method: str
+    seed: int
+    steps: int
+    record: dict[str, Any]
+
+
+def prepare(
+    model: str | Path | PreTrainedModel | PeftModel,
+    task_data: Source,
+    alignment_data: Source | None = None,
+    config: GuardConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    lora: LoraConfig | Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    method: str = "lora",
+    offload: str | None = None,
+    guarded: bool = True,
+    read_alignment: bool = False,
+    progress: bool = False,
+    max_length: int = 256,
+    seed: int = 0,
+    save_every: int | None = None,
+    fisher: str | Path | None = None,
+    answers: str | Path | None = None,
+    most_prompts: int | None = None,
+) -> Prepared:
+    """Read and check what a run is given; nothing is written but the model's own answers, where they are asked for.
+
+    Args:
+        model: path, hub name or loaded model, as :func:`alignguard.fit` takes it, like every argument of the same name.
+        task_data: what to learn.
+        alignment_data: what to keep: rows, or prompts that the model itself answers first; None for packaged prompts.
+        config: strengths of the guard.
+        tokenizer: tokenizer of a loaded model.
+        lora: a ``peft.LoraConfig`` or its fields.
+        training: fields of ``transformers.TrainingArguments``.
+        method: ``"lora"`` or ``"full"``.
+        offload: device of the reference weights.
+        guarded: False prepares a plain run.
+        read_alignment: read ``alignment_data`` without a guard too, for a method that :func:`train` is given in its
+            place; up to ``max_length`` tokens each.
+        progress: show progress bars.
+        max_length: longest example in tokens.
+        seed: seed of the adapter's start, the data order and the guard.
+        save_every: optimizer steps between checkpoints; None keeps none.
+        fisher: file of ``alignguard fisher``.
+        answers: file that keeps the model's own answers as they come, so that they are given once; None keeps none.
+        most_prompts: prompts that are answered at most, for a look at a run; None answers all.
+
+    Returns:
+        Prepared: model with its adapter, encoded rows, guard and settings, for :func:`train`.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad input, named.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}")
+    config = config or GuardConfig(seed=seed)
+    if not isinstance(config, GuardConfig):
+        raise TypeError(f"config must be an alignguard.GuardConfig, not {config!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, not {method!r}")
+    if method == "full" and lora:
+        raise ValueError('method="full" trains every weight; leave out lora')
+    if fisher is not None and not guarded:
+        raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
+    if guarded and (idle := config.unread()):
+        raise ValueError(
+            f"{', '.join(idle)}: set, and no term reads the Fisher; give lambda_alignment too, or start from "
+            "GuardConfig.curvature() (--preset curvature)"
+        )
+    if fisher is not None and not (config.lambda_alignment or config.lambda_task or config.lambda_collision):
+        raise ValueError(
+            "fisher is given, and no term reads it; give lambda_alignment too, or start from GuardConfig.curvature() "
+            "(--preset curvature)"
+        )
+    if fisher is not None and config.noise_edge:
+        raise ValueError("noise_edge counts the tokens of the guard's own estimates; leave out fisher, or noise_edge")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+        raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
+    if offload is not None:
+        check_device("offload", offload)
+    settings = run_settings(method, training, save_every, progress)
+    # What is quickly read is checked before weights are, which may take minutes.
+    kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
+    rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
+    kept, longest = Examples(), config.max_length if guarded else max_length
+    asked: list[dict[str, str]] | None = None
+    if guarded or read_alignment:
+        kept, asked = _alignment(alignment_data, tokenizer, kind, longest)
+    loaded = load_weights(model)
+    if method == "full" and isinstance(loaded, PeftModel):
+        raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
+    check_fits(loaded, rows, "task_data")
+    own = None
+    if asked is not None:
+        own = _answered(loaded, tokenizer, asked[:most_prompts], answers, settings, progress)
+        kept = encode_source(own.rows, "alignment_data", tokenizer, kind, longest)
+        kept.notes.append(own.summary())
+        if own.asked < len(asked):
+            kept.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
+    check_fits(loaded, kept, "alignment_data")
+    curvature = None
+    if fisher is not None:
+        curvature = load_fisher(fisher, loaded, config)
+    set_seed(seed)
+    trained = loaded if method == "full" else adapt(loaded, lora)
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise ValueError(
+            "model: nothing trains, every weight is frozen; load an adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True), or call requires_grad_(True) on what should train"
+        )
+    guard = Guard(trained, kept, config, pad_id(tokenizer), method, offload) if guarded else None
+    if guard is not None and curvature is not None:
+        guard.use_fisher(curvature)
+    steps = rehearse(trained, tokenizer, kind, rows, guard, settings, seed)
+    record = record_of(
+        model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
+        lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
+        training={name: value for name, value in settings.items() if name != "disable_tqdm"}, steps=steps,
+        own_answers=None if own is None else own.counts(),
+    )  # fmt: skip
+    return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, steps, record)
+
+
+def _alignment(
+    source: Source | None, tokenizer: Any, kind: str, longest: int
+) -> tuple[Examples, list[dict[str, str]] | None]:
+    """The encoded rows that are to be kept, or the prompts that the model has to answer first."""
+    given = as_source(packaged_prompts() if source is None else source)
+    if isinstance(given.source, Iterator):  # it is looked at twice
+        given = replace(given, source=list(given.source))
+    prompts = prompts_alone(given, "alignment_data")
+    if source is None or prompts is not None:
+        if kind == "classification":
+            raise ValueError("alignment_data: a classifier keeps labels; give rows with prompt and label")
+        return Examples(), prompts
+    return encode_source(given, "alignment_data", tokenizer, kind, longest), None
+
+
+def _answered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Mapping[str, str]],
+    path: str | Path | None,
+    settings: Mapping[str, Any],
+    progress: bool,
+) -> OwnAnswers:
+    """The model's own answers, on the device that it trains on; of several processes the first one's are taken by all."""
+    state = PartialState(cpu=bool(settings.get("use_cpu")))
+    if state.num_processes > 1 and path is None:
+        raise ValueError("alignment_data: several processes share the model's own answers; give answers a path")
+    model.to(state.device)
+    with state.main_process_first():
+        return own_answers(model, tokenizer, prompts, path=path, progress=progress and state.is_main_process)
