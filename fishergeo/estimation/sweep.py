@@ -20,6 +20,7 @@ from fishergeo.accumulators import (
     Shared,
 )
 from fishergeo.capture import (
+    Alignment,
     Capture,
     Layer,
     Objective,
@@ -27,6 +28,7 @@ from fishergeo.capture import (
     checked_example_weights,
     example_objectives,
     indexed,
+    label_alignment,
     padding_mask,
     sized,
     take_weights,
@@ -84,6 +86,7 @@ class Sweep:
         self.examples = 0.0
         self.tokens = 0.0
         self.seen: set[str] = set()
+        self.alignment: Alignment | None = None
         self.generator = torch.Generator().manual_seed(options.seed)
         self.device = next(iter(self.layers.values())).weight.device
 
@@ -137,6 +140,9 @@ class Sweep:
         of_tokens = None
         if isinstance(o.token_weights, str):
             batch, of_tokens = take_weights(batch, o.token_weights, "token_weights")
+        if o.loss is None and self.alignment is None:
+            with capture.deaf():
+                self.alignment = label_alignment(self.model, batch)
         draw, draws = 0, 1
         weights: Tensor | None = None
         groups: dict[tuple[int, int], list[KfacAccumulator]] = {}
@@ -198,7 +204,9 @@ class Sweep:
         """Of a batch, and the token weights that stood in it."""
         o = self.options
         weights = cast(Callable[[Any], Tensor] | None, o.token_weights) if of_tokens is None else lambda _: of_tokens
-        return example_objectives(self.model, batch, o.kind, o.loss, generator, weights, draw, o.max_draws)
+        return example_objectives(
+            self.model, batch, o.kind, o.loss, generator, weights, draw, o.max_draws, self.alignment
+        )
 
     def _proof(self, capture: Capture, batch: Any, of_tokens: Tensor | None) -> Proof:
         groups = self.accumulators.values()
