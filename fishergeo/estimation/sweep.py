@@ -13,6 +13,7 @@ from fishergeo.accumulators import (
     ACCUMULATORS,
     Accumulator,
     EkfacAccumulator,
+    ExactAccumulator,
     KfacAccumulator,
     KfacSketchAccumulator,
     Layout,
@@ -61,6 +62,7 @@ class Sweep:
         examples: the weight of the examples so far.
         tokens: the weight of their supervised tokens.
         seen: layers that received a gradient.
+        peaks: layer -> the largest product of an entry of g_t and one of a_t so far.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Sweep:
         self.examples = 0.0
         self.tokens = 0.0
         self.seen: set[str] = set()
+        self.peaks: dict[str, Tensor] = {}
         self.alignment: Alignment | None = None
         self.generator = torch.Generator().manual_seed(options.seed)
         self.device = next(iter(self.layers.values())).weight.device
@@ -128,6 +131,14 @@ class Sweep:
                 # A sum is finite only if its terms are. Terms were; squares of numbers past 1e19 are not in float32.
                 if not accumulator.finite():
                     raise FloatingPointError(f"layer {name!r}: a sum is not finite; pass dtype=torch.float64")
+                peak = float(self.peaks.get(name, 0.0))
+                if 0 < peak < torch.finfo(accumulator.dtype).tiny ** 0.5 and not isinstance(
+                    accumulator, ExactAccumulator
+                ):
+                    raise FloatingPointError(
+                        f"layer {name!r}: its gradients are about {peak:.1g}, whose squares {accumulator.dtype} does not "
+                        "hold; pass dtype=torch.float64, or multiply the loss"
+                    )
 
     def _fed(self) -> list[dict[str, Accumulator]]:
         """Layer -> accumulator of every structure, asked for or not."""
@@ -176,6 +187,8 @@ class Sweep:
                     proof.take(record)
                 inputs = shared.get(record.source, "total", lambda: _total(record.inputs))
                 totals[record.name] = inputs + _total(record.gradients)
+                peak = _peak(record)
+                self.peaks[record.name] = torch.maximum(self.peaks.get(record.name, peak), peak)
                 for place, layers in enumerate(self._fed()):
                     accumulator = layers.get(record.name)
                     if accumulator is None:
@@ -311,6 +324,12 @@ def _facts(layers: Mapping[str, Accumulator]) -> dict[str, Any]:
     one = type(next(iter(layers.values())))
     kind = next(name for name, known in ACCUMULATORS.items() if known is one)
     return {"kind": kind, "layers": {name: [each.group, list(each.state())] for name, each in layers.items()}}
+
+
+def _peak(record: Record) -> Tensor:
+    """The largest product of an entry of a row's gradient and one of its input, float64."""
+    g, a = (torch.linalg.vector_norm(x, torch.inf, dim=2).double() for x in (record.gradients, record.inputs))
+    return (g * a).max()
 
 
 def _total(tensor: Tensor) -> Tensor:
