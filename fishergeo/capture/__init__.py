@@ -1,5 +1,6 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
+from fishergeo.capture.at_rest import Autocast
 from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
@@ -21,6 +22,7 @@ __all__ = [
     "KINDS",
     "REDUCTIONS",
     "Alignment",
+    "Autocast",
     "Capture",
     "FirstTokens",
     "Layer",
