@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fishergeo.capture.at_rest import at_rest, check_runnable, unaliased
 from fishergeo.capture.batches import lengths_of
 from fishergeo.capture.experts import watched
-from fishergeo.capture.kinds import Call, first_input
+from fishergeo.capture.kind import Call, first_input
 from fishergeo.capture.layers import Layer, Use
 from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives import Objective
@@ -163,6 +163,11 @@ class Capture:
                     "read; write the loss without it, or leave the layer out"
                 )
             self.called.add(site.use.path)
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"layers: {site.use.path!r} is a {type(module).__name__} that gives a {type(output).__name__}, not a "
+                    "tensor; leave it out of layers"
+                )
             if site.use.path not in self._notes:
                 self._notes[site.use.path] = kind.examine(site.use.path, module, args, kwargs)
             source = self._sources.of(first_input(args, kwargs), type(kind).__name__, *kind.geometry(module))

@@ -16,7 +16,8 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from fishergeo.capture.at_rest import unstepped
-from fishergeo.capture.kinds import Kind, kind_of
+from fishergeo.capture.kind import Kind
+from fishergeo.capture.kinds import kind_of
 from fishergeo.capture.model_adapters import is_adapter_part, is_mere_storage, output_embedding
 
 LayerFilter = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -223,8 +224,8 @@ def _refusal(name: str, modules: dict[str, nn.Module], known: dict[str, _Candida
     if stacked:
         return f"is a {title}; name its experts, such as {stacked[0]!r} or {stacked[0].rpartition('.')[0] + '.*'!r}"
     return (
-        f"is a {title}, whose curvature is not known here; take nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, "
-        "nn.Embedding, LayerNorm, RMSNorm or one of stacked experts"
+        f"is a {title}, whose curvature is not known here; take nn.Linear, Conv1D, convolutions, nn.Embedding, "
+        "LayerNorm, RMSNorm, BatchNorm, GroupNorm or one of stacked experts"
     )
 
 
@@ -248,7 +249,7 @@ def _layer(
     # A quantised weight may be packed and a parametrised one computed: the attribute is what there is.
     weight = cast(Tensor, getattr(module, attribute))
     p, q = kind.shape(module)
-    shape = {"weight": (p, q), "bias": (p, 1), "weight+bias": (p, q + 1)}[part]
+    shape = {"weight": (p, q), "bias": (weight.numel(), 1), "weight+bias": (p, q + 1)}[part]
     if part == "weight+bias":
         _check_alone(name, weight, owners)
         _check_alone(name, cast(Tensor, module.bias), owners)
