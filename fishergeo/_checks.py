@@ -135,7 +135,7 @@ def check_descending(name: str, value: object) -> torch.Tensor:
 
 
 def check_symmetric(name: str, value: object) -> torch.Tensor:
-    """Return `value` if it is a batch of finite symmetric matrices, to the square root of epsilon of the largest entry.
+    """Return `value` if it is a batch of finite symmetric matrices, each to the square root of epsilon of its size.
 
     Raises:
         TypeError: not a floating tensor.
@@ -146,9 +146,10 @@ def check_symmetric(name: str, value: object) -> torch.Tensor:
         raise ValueError(f"{name} must be square, got shape {tuple(matrix.shape)}")
     check_finite(name, matrix)
     plain = matrix.detach()
-    defect, size = float((plain - plain.mT).abs().max()), float(plain.abs().max())
-    if defect > torch.finfo(matrix.dtype).eps ** 0.5 * size:
-        raise ValueError(f"{name} must be symmetric, the largest entry of |M − Mᵀ| is {defect:.3g}")
+    defect, size = (part.abs().amax((-2, -1)) for part in (plain - plain.mT, plain))
+    wrong = defect > torch.finfo(matrix.dtype).eps ** 0.5 * size
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must be symmetric, the largest entry of |M − Mᵀ| is {float(defect[wrong].max()):.3g}")
     return matrix
 
 

@@ -1,6 +1,7 @@
 """The running sums behind each Fisher structure."""
 
 from fishergeo.accumulators.base import Accumulator, Layout, Made, Owned, Shared
+from fishergeo.accumulators.exact import ExactAccumulator
 from fishergeo.accumulators.kronecker import EkfacAccumulator, KfacAccumulator, KfacSketchAccumulator
 from fishergeo.accumulators.moments import DiagonalAccumulator
 from fishergeo.accumulators.products import ProductAccumulator
@@ -25,6 +26,7 @@ __all__ = [
     "Accumulator",
     "DiagonalAccumulator",
     "EkfacAccumulator",
+    "ExactAccumulator",
     "KfacAccumulator",
     "KfacSketchAccumulator",
     "Layout",

@@ -1,27 +1,28 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
+from fishergeo.capture.at_rest import Autocast
 from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
+from fishergeo.capture.labels import Alignment, label_alignment
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
 from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives import (
     KINDS,
     REDUCTIONS,
-    FirstTokens,
     LossFunction,
     Objective,
-    WeightSource,
-    checked_example_weights,
     example_objectives,
-    take_weights,
 )
 from fishergeo.capture.records import Record
 from fishergeo.capture.standins import provable, stand_ins
+from fishergeo.capture.weights import FirstTokens, WeightSource, checked_example_weights, take_weights
 
 __all__ = [
     "KINDS",
     "REDUCTIONS",
+    "Alignment",
+    "Autocast",
     "Capture",
     "FirstTokens",
     "Layer",
@@ -37,6 +38,7 @@ __all__ = [
     "header_fields",
     "indexed",
     "is_encoder_decoder",
+    "label_alignment",
     "padding_mask",
     "provable",
     "select_layers",

@@ -99,7 +99,8 @@ def target_mask(model: nn.Module, batch: Any) -> Tensor | None:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``; mappings, lists, tuples and dataclasses are walked."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        there = batch.to(device)
+        return there.clone() if there.is_inference() else there  # which autograd may not keep
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishergeo.capture.at_rest import at_rest, check_runnable, unaliased
 from fishergeo.capture.batches import lengths_of
 from fishergeo.capture.experts import watched
-from fishergeo.capture.kinds import Call, first_input
+from fishergeo.capture.kind import Call, first_input
 from fishergeo.capture.layers import Layer, Use
 from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives import Objective
@@ -62,6 +63,9 @@ class Capture:
     Args:
         model: any module.
         layers: name -> layer, from :func:`select_layers`.
+
+    Attributes:
+        called: paths of the modules that were called in any batch so far.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -83,11 +87,13 @@ class Capture:
         self._lengths: set[tuple[int, int]] = set()
         self._ran: set[str] = set()
         self._delivered: set[str] = set()
+        self.called: set[str] = set()
         self._in_backward = False
         self._deaf = False
         self._deliver: Callable[[Layer], None] | None = None
 
     def __enter__(self) -> Capture:
+        check_runnable(self.model)
         for module in self.model.modules():
             # FSDP2 sets itself up at its first forward, from the parameters that are trainable then, and after a
             # forward without a backward it may be left gathered: both must happen before anything is frozen.
@@ -95,26 +101,14 @@ class Capture:
             if callable(unshard) and callable(reshard):
                 unshard()
                 reshard()
-        parameters = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        modes = [(module, module.training) for module in self.model.modules()]
-
-        def restore() -> None:
-            for parameter, flag in parameters:
-                parameter.requires_grad_(flag)
-            for module, mode in modes:
-                module.training = mode
-
-        self._stack.callback(restore)
-        devices = sorted({p.device.index or 0 for p, _ in parameters if p.device.type == "cuda"})
-        self._stack.enter_context(torch.random.fork_rng(devices=devices))
+        self._stack.enter_context(at_rest(self.model))
         self._stack.enter_context(torch.enable_grad())
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        self.model.eval()
         handles = [self.model.register_forward_pre_hook(self._note_lengths, with_kwargs=True)]
         for key, site in self._sites.items():
             if len(key) == 1:
-                handles.append(site.use.module.register_forward_hook(self._forward_hook(site), with_kwargs=True))
+                # Before the user's own hooks, which may give the output another value.
+                hook = self._forward_hook(site)
+                handles.append(site.use.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         for handle in handles:
             self._stack.callback(handle.remove)
         for path in dict.fromkeys(key[0] for key in self._sites if len(key) == 3):
@@ -163,6 +157,17 @@ class Capture:
             assert kind is not None
             if self._deaf:
                 return output
+            if torch._C._functorch.maybe_current_level() is not None:
+                raise ValueError(
+                    f"layer {site.name!r} runs under torch.func (vmap, grad or the like), where its gradient cannot be "
+                    "read; write the loss without it, or leave the layer out"
+                )
+            self.called.add(site.use.path)
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"layers: {site.use.path!r} is a {type(module).__name__} that gives a {type(output).__name__}, not a "
+                    "tensor; leave it out of layers"
+                )
             if site.use.path not in self._notes:
                 self._notes[site.use.path] = kind.examine(site.use.path, module, args, kwargs)
             source = self._sources.of(first_input(args, kwargs), type(kind).__name__, *kind.geometry(module))
@@ -214,19 +219,20 @@ class Capture:
         replay = self._in_backward and site.graphless == 0
         if not replay:
             site.graphless -= self._in_backward
+            shape = output.shape
             inputs = [(x, x._version) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
             def gradient_hook(gradient: Tensor) -> None:
                 if any(x._version != version for x, version in inputs):
                     raise RuntimeError(f"layer {site.name!r}: its input was modified in place after the layer read it")
-                site.arrived.append(arrive(gradient.detach()))
+                site.arrived.append(arrive(gradient.detach().reshape(shape)))
                 if site.complete():
                     for layer in site.layers:
                         if all(other.complete() for other in self._sites_of[layer.name]):
                             assert self._deliver is not None
                             self._deliver(layer)
 
-            (output if leaf is None else leaf).register_hook(gradient_hook)
+            (unaliased(output) if leaf is None else leaf).register_hook(gradient_hook)
         # A leaf may not be modified in place by what follows, a copy of it may.
         return output if leaf is None else leaf.clone()
 

@@ -4,105 +4,33 @@
 kind                       (p, q)            inputs a_t             gradients g_t
 =========================  ================  =====================  =================================
 nn.Linear, Conv1D (GPT-2)  (out, in)         the module's input     of the module's output
-nn.Conv1d, nn.Conv2d       (out, in·kernel)  patches                of the output, T = output positions
+nn.Conv1d to nn.Conv3d     (out, in·kernel)  patches                of the output, T = output positions
+nn.ConvTranspose1d to 3d   (out·kernel, in)  the module's input     patches of the output's gradient
 nn.Embedding               (width, rows)     one-hot of the id      of the output; none at padding_idx
 LayerNorm, RMSNorm         (width, 1)        1                      of the output ∘ normalised input
+BatchNorm, GroupNorm       (channels, 1)     1                      the same, T = positions of the output
 bias of any but Embedding  (out, 1)          1                      of the output
 weight and bias together   (p, q + 1)        a_t with a 1 appended  of the output
 =========================  ================  =====================  =================================
+
+In a grouped convolution in and out are those of a group in the weight's view, and every position stands once for each
+group, with the channels of the others zero. BatchNorm is one of running statistics, which examples do not share.
 
 An embedding's weight is stored (rows, width) and GPT-2's Conv1D as (in, out): the view is the transpose of those.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a module, with the gradient that came back to it.
-
-    Attributes:
-        args: of the call.
-        kwargs: of the call.
-        gradient: of the output.
-        note: what :meth:`Kind.examine` found.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    gradient: Tensor
-    note: Any = None
-
-
-def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a module reads."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-class Kind:
-    """One kind of module; the class itself is of no kind, its subclasses are.
-
-    Attributes:
-        transposed: the weight is stored (q, p).
-        joint: weight and bias have a common (p, q + 1) view.
-        positions: the output's positions are the batch's own, so that its padding mask applies.
-        mates: kinds of the same mates may share one parameter.
-    """
-
-    mates = "matrix"
-    transposed = False
-    joint = True
-    positions = True
-
-    def accepts(self, module: nn.Module) -> bool:
-        """Whether a module is of this kind."""
-        raise NotImplementedError
-
-    def refusal(self, module: nn.Module) -> str | None:
-        """Why this very module cannot be captured, or None."""
-        return None
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(p, q) of the weight's view."""
-        raise NotImplementedError
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """(p, q) of a tensor shaped as the weight is stored."""
-        flat = tensor.reshape(len(tensor), -1)
-        return flat.mT if self.transposed else flat
-
-    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Checks on the module's first call that it computes what this kind says.
-
-        Returns:
-            Whatever :meth:`terms` needs to know.
-
-        Raises:
-            ValueError: if it computes something else, by name.
-        """
-        return None
-
-    def geometry(self, module: nn.Module) -> tuple[Any, ...]:
-        """What a depends on beside the input tensor: layers that agree in both share their a."""
-        return ()
-
-    def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-        """(a, g): (..., q) and (..., p), of the weight."""
-        return first_input(call.args, call.kwargs), call.gradient
-
-    def output_gradient(self, call: Call) -> Tensor:
-        """(..., p): what the bias sees."""
-        return call.gradient
+from fishergeo.capture.convolutions import Convolution, TransposedConvolution
+from fishergeo.capture.kind import Call, Kind, first_input, linear_scale, tolerance
+from fishergeo.capture.norms import ChannelNorm, Norm
 
 
 class Linear(Kind):
@@ -116,6 +44,17 @@ class Linear(Kind):
         """(out, in), as the module states them: a quantised weight is stored in another shape."""
         linear = cast(nn.Linear, module)
         return linear.out_features, linear.in_features
+
+    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """The constant that a derived class multiplies the map by, 1 for nn.Linear itself."""
+        if type(module).forward is nn.Linear.forward:
+            return 1.0
+        return linear_scale(name, module, args, kwargs, functional.linear)
+
+    def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
+        """The input (..., in) and the gradient (..., out)."""
+        g = call.gradient if call.note in (None, 1.0) else call.gradient * call.note
+        return first_input(call.args, call.kwargs), g
 
 
 class TransposedLinear(Kind):
@@ -131,47 +70,6 @@ class TransposedLinear(Kind):
         """(out, in)."""
         rows, columns = cast(Tensor, module.weight).shape
         return columns, rows
-
-
-class Convolution(Kind):
-    """nn.Conv1d and nn.Conv2d: a linear map of every patch."""
-
-    mates = "convolution"
-    positions = False
-
-    def accepts(self, module: nn.Module) -> bool:
-        """Whether it is one of the two."""
-        return isinstance(module, nn.Conv1d | nn.Conv2d)
-
-    def refusal(self, module: nn.Module) -> str | None:
-        """Grouped convolutions have no (out, in·kernel) view."""
-        groups = cast(nn.Conv2d, module).groups
-        return None if groups == 1 else f"has groups={groups}; only groups=1 can be captured"
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(out, in·kernel), the weight flattened behind its first dimension."""
-        weight = cast(Tensor, module.weight)
-        return weight.shape[0], weight[0].numel()
-
-    def geometry(self, module: nn.Module) -> tuple[Any, ...]:
-        """Of the patches."""
-        conv = cast(nn.Conv2d, module)
-        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
-
-    def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-        """Patches (n, L, q) and gradients (n, L, p)."""
-        conv = cast(nn.Conv2d, module)
-        x = first_input(call.args, call.kwargs)
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-        kernel, dilation, stride = conv.kernel_size, conv.dilation, conv.stride
-        if x.ndim == 3:  # one-dimensional: an image of height 1
-            x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
-        return functional.unfold(x, kernel, dilation, 0, stride).mT, self.output_gradient(call)
-
-    def output_gradient(self, call: Call) -> Tensor:
-        """(n, L, p)."""
-        return call.gradient.flatten(2).mT
 
 
 class Embedding(Kind):
@@ -204,7 +102,7 @@ class Embedding(Kind):
         output = module.forward(*args, **kwargs).detach().double()
         if output.shape == rows.shape:
             scale = float((output * rows).sum() / rows.square().sum().clamp_min(1e-300))
-            if float((output - scale * rows).norm()) <= _tolerance(cast(Tensor, module.weight)) * float(output.norm()):
+            if float((output - scale * rows).norm()) <= tolerance(cast(Tensor, module.weight)) * float(output.norm()):
                 return scale
         raise ValueError(f"layers: {name!r} is a {type(module).__name__}, which is no multiple of its weight's rows")
 
@@ -218,98 +116,11 @@ class Embedding(Kind):
         return functional.one_hot(ids.long(), embedding.num_embeddings).to(g.dtype), g
 
 
-class Norm(Kind):
-    """Any LayerNorm or RMSNorm with a vector of scales: its output is affine in them, coordinate by coordinate.
-
-    The normalised input is what the module gives with scales of one, or of zero where weights act as 1 + w (Gemma),
-    and no bias, whatever its further inputs. Each module is probed once to be so.
-    """
-
-    mates = "norm"
-    joint = False
-
-    def accepts(self, module: nn.Module) -> bool:
-        """Whether its class is called so and has a weight."""
-        named = re.search(r"(Layer|RMS)_?Norm", type(module).__name__, re.IGNORECASE) is not None
-        return (named or isinstance(module, nn.LayerNorm | nn.RMSNorm)) and isinstance(
-            getattr(module, "weight", None), Tensor
-        )
-
-    def refusal(self, module: nn.Module) -> str | None:
-        """Scales of several dimensions are not understood."""
-        ndim = cast(Tensor, module.weight).ndim
-        return None if ndim == 1 else f"has scales of {ndim} dimensions; only a vector of scales can be captured"
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(width, 1)."""
-        return cast(Tensor, module.weight).shape[0], 1
-
-    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """Output = (scales or 1 + scales) ∘ normalised input, along the last dimension, + bias.
-
-        Returns:
-            The scales, 1 or 0, with which the output is the normalised input itself.
-        """
-        weight = cast(Tensor, module.weight)
-        probe = torch.linspace(0.5, 1.5, len(weight), device=weight.device)
-        settings = ((0.0, 0.0), (1.0, 0.0), (probe, 0.0), (0.0, probe))
-        runs = [_run_with(module, args, kwargs, *setting) for setting in settings]
-        finite = runs[1].isfinite()  # what stands at padding may be NaN
-        zero, one, other, biased = (torch.where(finite, run, 0) for run in runs)
-        if bool(one.any()) and zero.shape[-1] == len(weight):
-            scales = 0.0 if bool(zero.any()) else 1.0
-            normalised = one if scales else zero
-            offset = 0 if module._parameters.get("bias") is None else torch.where(finite, probe, 0)
-            if _close(other, normalised * (probe + 1 - scales), weight) and _close(biased, zero + offset, weight):
-                return scales
-        raise ValueError(
-            f"layers: {name!r} is a {type(module).__name__}, whose scales are not understood here (or all it has "
-            "read are zeros)"
-        )
-
-    def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-        """Ones (..., 1) and gradients times the normalised input (..., width)."""
-        g = call.gradient * _run_with(module, call.args, call.kwargs, call.note)
-        return torch.ones_like(g[..., :1]), g
-
-
-KINDS: tuple[Kind, ...] = (Linear(), TransposedLinear(), Convolution(), Embedding(), Norm())
+KINDS: tuple[Kind, ...] = (
+    Linear(), TransposedLinear(), Convolution(), TransposedConvolution(), Embedding(), Norm(), ChannelNorm(),
+)  # fmt: skip
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module, None if it has none."""
     return next((kind for kind in KINDS if kind.accepts(module)), None)
-
-
-@torch.no_grad()
-def _run_with(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    scales: float | Tensor,
-    bias: float | Tensor = 0.0,
-) -> Tensor:
-    with _replaced(module, weight=scales, bias=bias):
-        return module.forward(*args, **kwargs)
-
-
-@contextmanager
-def _replaced(module: nn.Module, **values: float | Tensor) -> Iterator[None]:
-    """The module with plain tensors for its parameters; sharded ones need not be gathered for it."""
-    kept = {name: module._parameters[name] for name in values if module._parameters.get(name) is not None}
-    try:
-        for name, parameter in kept.items():
-            plain = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device) + values[name]  # type: ignore[union-attr]
-            module._parameters[name] = nn.Parameter(plain.to(parameter.dtype), requires_grad=False)  # type: ignore[union-attr]
-        yield
-    finally:
-        module._parameters.update(kept)
-
-
-def _close(actual: Tensor, expected: Tensor, weight: Tensor) -> bool:
-    return float((actual - expected).norm()) <= _tolerance(weight) * float(expected.norm())
-
-
-def _tolerance(weight: Tensor) -> float:
-    """Wide: norms compute in float32 whatever the model's dtype, and what is not understood is off by its own size."""
-    return 0.03 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4

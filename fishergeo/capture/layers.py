@@ -8,13 +8,16 @@ together (``"mlp.down_proj+bias"``), or by one expert of a three-dimensional par
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from fishergeo.capture.kinds import Kind, kind_of
+from fishergeo.capture.at_rest import unstepped
+from fishergeo.capture.kind import Kind
+from fishergeo.capture.kinds import kind_of
 from fishergeo.capture.model_adapters import is_adapter_part, is_mere_storage, output_embedding
 
 LayerFilter = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -77,7 +80,8 @@ class Layer:
 
 def selectable(model: nn.Module) -> list[str]:
     """The name of every layer that :func:`select_layers` can choose, in the model's order."""
-    return list(_candidates(_modules(model)))
+    with unstepped(model):
+        return list(_candidates(_modules(model)))
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -102,15 +106,21 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
         ValueError: if a pattern matches nothing, with the pattern and some of the names there are; if a chosen module
             is of a kind that cannot be captured; if two names mean one tied parameter.
     """
+    with unstepped(model):
+        return _selected(model, layers)
+
+
+def _selected(model: nn.Module, layers: LayerFilter) -> dict[str, Layer]:
     modules = _modules(model)
     known = _candidates(modules)
     plain = [name for name, (_, part, _) in known.items() if part in ("weight", "expert")]
     if layers is None:
         head = output_embedding(model)
+        of_head = set() if head is None else set(head.modules())
         chosen = [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module is not head and not is_adapter_part(name)
+            if isinstance(module, nn.Linear) and module not in of_head and not is_adapter_part(name)
         ]
         if not chosen:
             raise ValueError(f"layers=None: {type(model).__name__} has no nn.Linear; name the layers to capture")
@@ -139,8 +149,24 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
             if parameter is not None:
                 owners.setdefault(parameter, []).append((path, attribute))
     everything = dict(model.named_modules())
-    result = {name: _layer(name, *known[name], everything, owners) for name in known if name in wanted}
-    _refuse_twice(result)
+    result: dict[str, Layer] = {}
+    reasons: dict[str, str] = {}
+    taken: dict[tuple[str, str, Expert | None], str] = {}
+    for name in (name for name in known if name in wanted):
+        try:
+            layer = _layer(name, *known[name], everything, owners)
+            key = (layer.uses[0].path, layer.part, layer.expert)  # the first of all modules that read the parameter
+            if key in taken:  # counted twice
+                raise ValueError(f"layers: {taken[key]!r} and {name!r} are one tied parameter; name one of them")
+        except ValueError as error:
+            if layers is not None or len(wanted) == len(reasons) + 1:
+                raise
+            reasons[name] = str(error).removeprefix("layers: ")
+            continue
+        taken[key] = name
+        result[name] = layer
+    if reasons:
+        warnings.warn(f"layers=None: {len(reasons)} modules are left out: {'. '.join(reasons.values())}", stacklevel=3)
     return result
 
 
@@ -198,8 +224,8 @@ def _refusal(name: str, modules: dict[str, nn.Module], known: dict[str, _Candida
     if stacked:
         return f"is a {title}; name its experts, such as {stacked[0]!r} or {stacked[0].rpartition('.')[0] + '.*'!r}"
     return (
-        f"is a {title}, whose curvature is not known here; take nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, "
-        "nn.Embedding, LayerNorm, RMSNorm or one of stacked experts"
+        f"is a {title}, whose curvature is not known here; take nn.Linear, Conv1D, convolutions, nn.Embedding, "
+        "LayerNorm, RMSNorm, BatchNorm, GroupNorm or one of stacked experts"
     )
 
 
@@ -223,7 +249,7 @@ def _layer(
     # A quantised weight may be packed and a parametrised one computed: the attribute is what there is.
     weight = cast(Tensor, getattr(module, attribute))
     p, q = kind.shape(module)
-    shape = {"weight": (p, q), "bias": (p, 1), "weight+bias": (p, q + 1)}[part]
+    shape = {"weight": (p, q), "bias": (weight.numel(), 1), "weight+bias": (p, q + 1)}[part]
     if part == "weight+bias":
         _check_alone(name, weight, owners)
         _check_alone(name, cast(Tensor, module.bias), owners)
@@ -251,16 +277,6 @@ def _check_alone(name: str, parameter: Tensor, owners: dict[Tensor, list[tuple[s
     holders = [path for path, _ in owners.get(parameter, [])]
     if len(holders) > 1:
         raise ValueError(f"layers: {name!r} has a parameter that is tied ({', '.join(holders)}); leave it out")
-
-
-def _refuse_twice(layers: dict[str, Layer]) -> None:
-    """One tied parameter under two names would be counted twice."""
-    taken: dict[tuple[str, str, Expert | None], str] = {}
-    for name, layer in layers.items():
-        key = (layer.uses[0].path, layer.part, layer.expert)  # the first of all modules that read the parameter
-        if key in taken:
-            raise ValueError(f"layers: {taken[key]!r} and {name!r} are one tied parameter; name one of them")
-        taken[key] = name
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

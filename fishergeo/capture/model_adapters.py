@@ -10,26 +10,38 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 _LORA = "lora_"
 _PARAMETER_WRAPPER = "ParamWrapper"
 _UNSHIFTED = ("MaskedLM", "TokenClassification")
+_CLASSIFIERS = ("SequenceClassification", "ImageClassification", "VideoClassification", "AudioClassification")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside an adapter or data-parallel wrapper, whose forward names its arguments."""
+    """The model inside adapters, compilation and wrappers that hand everything on, whose forward names its arguments."""
     inner = model
     while True:
         if callable(getattr(inner, "get_base_model", None)):
             deeper = cast(Any, inner).get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            deeper = cast(nn.Module, inner._orig_mod)
         elif isinstance(getattr(inner, "module", None), nn.Module):
             deeper = cast(nn.Module, inner.module)
+        elif _hands_on(inner):
+            deeper = next(iter(inner.children()))
         else:
             return inner
         if deeper is inner:
             return inner
         inner = deeper
+
+
+def _hands_on(model: nn.Module) -> bool:
+    """Whether a module names none of its arguments and holds one other: a wrapper of a user's own."""
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    variadic = kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return variadic and inspect.Parameter.VAR_KEYWORD in kinds and len(list(model.children())) == 1
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
@@ -39,7 +51,38 @@ def forward_arguments(model: nn.Module) -> frozenset[str]:
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model says of itself that it reads one sequence and predicts another."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes, which must then run the model together."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def problem_type(model: nn.Module, logits: Tensor, labels: Tensor) -> str | None:
+    """What a model says its labels are, as transformers names it; for its own classifiers, what it would infer.
+
+    Args:
+        model: unwrapped.
+        logits: its outputs; one vector an example, or this is not asked.
+        labels: integer or floating.
+
+    Returns:
+        ``"regression"``, ``"single_label_classification"``, ``"multi_label_classification"``, or None for a model that
+        does not say.
+    """
+    config = getattr(model, "config", None)
+    if config is None or logits.ndim > 2:
+        return None
+    said = getattr(config, "problem_type", None)
+    if said is not None:
+        return str(said)
+    name = str(getattr(model, "loss_type", None) or type(model).__name__)
+    if not any(part in name for part in _CLASSIFIERS):
+        return None
+    if getattr(config, "num_labels", None) == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def shifts_labels(model: nn.Module) -> bool:

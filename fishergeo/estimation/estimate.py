@@ -21,6 +21,7 @@ from fishergeo.accumulators import (
     named_structures,
 )
 from fishergeo.capture import (
+    Autocast,
     Layer,
     LayerFilter,
     fingerprint,
@@ -139,7 +140,7 @@ def estimate_fisher(
         kind: whose labels an objective has, a field of :class:`fishergeo.DataOptions`; ``"empirical"`` by default.
         data: options of the data; by default those that ``kind`` and ``keywords`` make.
         layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear except the output
-            embedding and LoRA's halves. ``"m.bias"`` is a bias, ``"m+bias"`` weight and bias, ``"m.experts.w.3"`` an
+            embedding and LoRA's halves, leaving out with a warning what is never called. ``"m.bias"`` is a bias, ``"m+bias"`` weight and bias, ``"m.experts.w.3"`` an
             expert; see "What can be captured" in the reference.
         rank: number of eigenpairs of a sketch, at least 1.
         side: ``"output"`` or ``"input"``, for gram and sketch.
@@ -207,7 +208,8 @@ def estimate_fisher(
             "model": mark,
         }
         keeper = Checkpoint(checkpoint, checkpoint_every, json.loads(json.dumps(facts)))
-    sweeps = _run(model, chosen, batches, feeding, options, share_inputs, progress, keeper, verify)
+    optional = layers is None
+    sweeps = _run(model, chosen, batches, feeding, options, share_inputs, progress, keeper, verify, optional)
     header = FisherHeader(
         structure="",
         kind=options.kind,
@@ -218,7 +220,7 @@ def estimate_fisher(
         examples=sweeps[0].examples,
         tokens=sweeps[0].tokens,
         dtype="",
-        shapes={name: layer.shape for name, layer in chosen.items()},
+        shapes={name: layer.shape for name, layer in sweeps[0].layers.items()},
         fingerprint=mark,
         decay=options.decay,
         weighted=options.token_weights is not None or options.example_weights is not None,
@@ -345,9 +347,10 @@ def _run(
     progress: bool,
     keeper: Checkpoint | None,
     verify: bool,
+    optional: bool,
 ) -> list[Sweep]:
     """The sweeps, finished; each begun where a checkpoint left it."""
-    sweeps = [Sweep(model, chosen, feeding.sums, options, share_inputs, feeding.turns, feeding.bases, verify)]
+    sweeps = [Sweep(model, chosen, feeding.sums, options, share_inputs, feeding.turns, feeding.bases, verify, optional)]
     saved = [] if keeper is None else keeper.load(sweeps[0].device)
     finished: list[SweepState] = []
 
@@ -357,6 +360,8 @@ def _run(
 
     if saved:
         sweeps[0].restore(saved[0], feeding.layouts)
+        if len(saved) == 2:
+            sweeps[0].layers = {name: layer for name, layer in chosen.items() if name in sweeps[0].seen}
     if len(saved) < 2:
         sweeps[0].run(batches, progress, after)
         for key in feeding.turns:
@@ -371,8 +376,9 @@ def _run(
         second: dict[str, dict[str, Accumulator]] = {}
         if len(saved) < 2:
             first = {"sums": sweeps[0].accumulators, "bases": sweeps[0].bases}
-            second = {key: in_eigenbases(first[role][source]) for key, (role, source) in feeding.second.items()}
-        sweeps.append(Sweep(model, chosen, second, options, share_inputs, verify=False))
+            with Autocast().aside():
+                second = {key: in_eigenbases(first[role][source]) for key, (role, source) in feeding.second.items()}
+        sweeps.append(Sweep(model, sweeps[0].layers, second, options, share_inputs, verify=False))
         if len(saved) == 2:
             sweeps[1].restore(saved[1], feeding.layouts)
         sweeps[1].run(batches, progress, after)

@@ -143,7 +143,7 @@ def sketch_shards(
         for part in parts:
             part.next_batch()
 
-    Sweep(model, chosen, groups, options, verify=verify).run(batches, progress, after)
+    Sweep(model, chosen, groups, options, verify=verify, optional=layers is None).run(batches, progress, after)
     for part in parts:
         if part.units == 0:
             raise ValueError(f"part {part.number} of {shards} has no example with a supervised token; use fewer shards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from fishergeo.accumulators import (
     ACCUMULATORS,
     Accumulator,
     EkfacAccumulator,
+    ExactAccumulator,
     KfacAccumulator,
     KfacSketchAccumulator,
     Layout,
@@ -20,6 +22,8 @@ from fishergeo.accumulators import (
     Shared,
 )
 from fishergeo.capture import (
+    Alignment,
+    Autocast,
     Capture,
     Layer,
     Objective,
@@ -27,6 +31,7 @@ from fishergeo.capture import (
     checked_example_weights,
     example_objectives,
     indexed,
+    label_alignment,
     padding_mask,
     sized,
     take_weights,
@@ -53,12 +58,15 @@ class Sweep:
         turns: key of a KFAC structure -> examples after which it becomes EKFAC in its eigenbases.
         bases: ``sharing`` -> layer -> KFAC that nobody asked for, whose eigenbases a second sweep takes.
         verify: hold the gradients captured on the first batch against autograd's own.
+        optional: layers that no gradient reaches are left out with a warning, not refused.
 
     Attributes:
         number: of the next batch.
         examples: the weight of the examples so far.
         tokens: the weight of their supervised tokens.
         seen: layers that received a gradient.
+        read_elsewhere: layers that were not called in the first batch, and whose weights have a gradient nevertheless.
+        peaks: layer -> the largest product of an entry of g_t and one of a_t so far.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class Sweep:
         turns: Mapping[str, int] | None = None,
         bases: Mapping[str, dict[str, Accumulator]] | None = None,
         verify: bool = True,
+        optional: bool = False,
     ) -> None:
         self.model = model
         self.layers = dict(layers)
@@ -80,10 +89,15 @@ class Sweep:
         self.turns = dict(turns or {})
         self.bases = dict(bases or {})
         self.verify = verify
+        self.optional = optional
+        self.read_elsewhere: set[str] = set()
         self.number = 0
         self.examples = 0.0
         self.tokens = 0.0
         self.seen: set[str] = set()
+        self.peaks: dict[str, Tensor] = {}
+        self.alignment: Alignment | None = None
+        self.autocast = Autocast()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.device = next(iter(self.layers.values())).weight.device
 
@@ -100,7 +114,7 @@ class Sweep:
             RuntimeError: if what is captured on the first batch are not the gradients, naming the layers.
             ValueError: if there was no supervised token, or a layer received no gradient.
         """
-        with Capture(self.model, self.layers) as capture:
+        with self.autocast.aside(), Capture(self.model, self.layers) as capture:
             for number, batch in tqdm(indexed(batches), total=sized(batches), desc="fisher", disable=not progress):
                 if number < self.number:
                     continue
@@ -114,17 +128,43 @@ class Sweep:
                     self.accumulators[key] = in_eigenbases(self.accumulators[key])
                 if after is not None:
                     after()
+        with self.autocast.aside():
+            self._finish()
+
+    def _finish(self) -> None:
+        """Checks the sums after the last batch, and leaves out layers that nobody named and nothing reached."""
         if self.examples == 0:
             raise ValueError("batches held no example with a supervised token")
         unseen = [name for name in self.layers if name not in self.seen]
-        if unseen:
+        if unseen and (not self.optional or len(unseen) == len(self.layers)):
             raise ValueError(f"layers {unseen[:4]} received no gradient in any batch; leave them out")
+        if both := sorted(self.read_elsewhere.intersection(self.seen)):
+            raise RuntimeError(
+                f"layers {both[:4]} were called in some batches and read otherwise in the first; leave them out"
+            )
+        if unseen:
+            warnings.warn(
+                f"layers=None: {len(unseen)} modules are left out, which were never called or on which the objective does "
+                f"not depend: {', '.join(unseen)}",
+                stacklevel=2,
+            )
+            for group in (self.layers, *self._fed()):
+                for name in unseen:
+                    del group[name]  # type: ignore[attr-defined]
         for layers in self._fed():
             for name, accumulator in layers.items():
                 accumulator.finish()
                 # A sum is finite only if its terms are. Terms were; squares of numbers past 1e19 are not in float32.
                 if not accumulator.finite():
                     raise FloatingPointError(f"layer {name!r}: a sum is not finite; pass dtype=torch.float64")
+                peak = float(self.peaks.get(name, 0.0))
+                if 0 < peak < torch.finfo(accumulator.dtype).tiny ** 0.5 and not isinstance(
+                    accumulator, ExactAccumulator
+                ):
+                    raise FloatingPointError(
+                        f"layer {name!r}: its gradients are about {peak:.1g}, whose squares {accumulator.dtype} does not "
+                        "hold; pass dtype=torch.float64, or multiply the loss"
+                    )
 
     def _fed(self) -> list[dict[str, Accumulator]]:
         """Layer -> accumulator of every structure, asked for or not."""
@@ -137,6 +177,9 @@ class Sweep:
         of_tokens = None
         if isinstance(o.token_weights, str):
             batch, of_tokens = take_weights(batch, o.token_weights, "token_weights")
+        if o.loss is None and self.alignment is None:
+            with capture.deaf(), self.autocast.resumed():
+                self.alignment = label_alignment(self.model, batch)
         draw, draws = 0, 1
         weights: Tensor | None = None
         groups: dict[tuple[int, int], list[KfacAccumulator]] = {}
@@ -170,6 +213,8 @@ class Sweep:
                     proof.take(record)
                 inputs = shared.get(record.source, "total", lambda: _total(record.inputs))
                 totals[record.name] = inputs + _total(record.gradients)
+                peak = _peak(record)
+                self.peaks[record.name] = torch.maximum(self.peaks.get(record.name, peak), peak)
                 for place, layers in enumerate(self._fed()):
                     accumulator = layers.get(record.name)
                     if accumulator is None:
@@ -187,6 +232,7 @@ class Sweep:
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")
             if proof is not None and draw == 0 and proof.check():
                 self.verify = False
+                self.read_elsewhere |= proof.read_elsewhere
             draw += 1
         order = list(self.layers)
         for group in groups.values():
@@ -198,7 +244,10 @@ class Sweep:
         """Of a batch, and the token weights that stood in it."""
         o = self.options
         weights = cast(Callable[[Any], Tensor] | None, o.token_weights) if of_tokens is None else lambda _: of_tokens
-        return example_objectives(self.model, batch, o.kind, o.loss, generator, weights, draw, o.max_draws)
+        with self.autocast.resumed():
+            return example_objectives(
+                self.model, batch, o.kind, o.loss, generator, weights, draw, o.max_draws, self.alignment
+            )
 
     def _proof(self, capture: Capture, batch: Any, of_tokens: Tensor | None) -> Proof:
         groups = self.accumulators.values()
@@ -210,6 +259,8 @@ class Sweep:
             self.generator,
             builtin=self.options.loss is None,
             sampled=self.options.kind == "mc",
+            rough=self.autocast.on,
+            optional=self.optional,
             moments=any(isinstance(one, _WITH_INPUTS) for group in groups for one in group.values()),
         )
 
@@ -303,6 +354,12 @@ def _facts(layers: Mapping[str, Accumulator]) -> dict[str, Any]:
     one = type(next(iter(layers.values())))
     kind = next(name for name, known in ACCUMULATORS.items() if known is one)
     return {"kind": kind, "layers": {name: [each.group, list(each.state())] for name, each in layers.items()}}
+
+
+def _peak(record: Record) -> Tensor:
+    """The largest product of an entry of a row's gradient and one of its input, float64."""
+    g, a = (torch.linalg.vector_norm(x, torch.inf, dim=2).double() for x in (record.gradients, record.inputs))
+    return (g * a).max()
 
 
 def _total(tensor: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ _COLUMNS = 8
 
 _FLOOR = 1e-4
 
+_ROUNDINGS = 100
+
 _ROUGH = (torch.bfloat16, torch.float16)
 
 _POWERS = (1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 4.0, -4.0)
@@ -76,6 +78,8 @@ class Proof:
         generator: of sampled labels; only its state is read.
         builtin: the objective is the built-in one, so that padding is what ``attention_mask`` and −100 say.
         sampled: labels are drawn example by example; the one that runs alone is then the first.
+        rough: the objective is computed under autocast.
+        optional: a layer whose modules were not called may be read by others, and is noted in ``read_elsewhere``.
         moments: squares of the inputs count too, and must not hold padding.
     """
 
@@ -89,6 +93,8 @@ class Proof:
         *,
         builtin: bool,
         sampled: bool,
+        rough: bool,
+        optional: bool,
         moments: bool,
     ) -> None:
         self.capture = capture
@@ -97,6 +103,9 @@ class Proof:
         self.token_weights = token_weights
         self.builtin = builtin
         self.sampled = sampled
+        self.rough = rough or _rough(capture.model)
+        self.optional = optional
+        self.read_elsewhere: set[str] = set()
         self.moments = moments
         self._labels = generator.get_state()
         self._devices = sorted({p.device.index or 0 for p in capture.model.parameters() if p.device.type == "cuda"})
@@ -161,9 +170,8 @@ class Proof:
         for name, layer in self.capture.layers.items():
             if self._provable[name] and name not in self._one:  # nothing came, and nothing should have
                 self._miss(layer)
-        rough = _rough(self.capture.model)
         with torch.random.fork_rng(devices=self._devices), torch.enable_grad(), _eagerly(self.capture.model):
-            if not rough and not self._noisy and self._check_apart():
+            if not self.rough and not self._noisy and self._check_apart():
                 return True
             if self._noisy:
                 self._set_random_states()
@@ -174,7 +182,7 @@ class Proof:
             }
             expected = self._run(self.batch, self.token_weights, self._generator(), list(range(len(self._counted))))
         # Kernels and shapes are the same, so are their roundings: only the last sum differs.
-        self._compare(whole, expected, 0.06 if rough else 1e-3, _TOGETHER)
+        self._compare(whole, expected, 0.06 if self.rough else 1e-3, _TOGETHER)
         return True
 
     def _check_apart(self) -> bool:
@@ -253,16 +261,31 @@ class Proof:
             sizes.append(torch.maximum(norm, part.size.sqrt()).double().cpu())
         error, size = torch.stack(errors), torch.stack(sizes)
         # What vanishes but for rounding (attention to one key alone) is as small as the rounding of what does not.
-        size = size + _FLOOR * size.max()
+        # So is that of an objective that does not change with a weight but for its own rounding.
+        size = size + _FLOOR * size.max() + torch.stack([self._noise(name) for name in names])
         if bool((error <= most * size).all()):
             return
         wrong = torch.nonzero(~(error <= most * size))[:, 0].tolist()
+        if self.optional:
+            called, layers = self.capture.called, self.capture.layers
+            apart = {names[i] for i in wrong if not any(use.path in called for use in layers[names[i]].uses)}
+            self.read_elsewhere |= apart
+            wrong = [i for i in wrong if names[i] not in apart]
+            if not wrong:
+                return
         shown = ", ".join(f"{names[i]!r} ({float(error[i] / size[i]):.2g} of its size)" for i in wrong[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise RuntimeError(
             f"the captured gradients of {len(wrong)} of {len(names)} layers are not autograd's: {shown}{more}. "
             f"Likely causes: {cause}. Leave the layers out, or mend the cause; verify=False goes on with wrong numbers"
         )
+
+    def _noise(self, name: str) -> Tensor:
+        """The gradient that stands for a change of the objective by its rounding when a weight changes by its own size."""
+        weight = self.capture.layers[name].weight
+        rounding = _ROUNDINGS * torch.finfo(_dtype(self.capture.layers[name])).eps
+        total = (self._values * self._factors).abs().sum().double().cpu()
+        return rounding * total / max(1.0, float(torch.linalg.vector_norm(weight.detach())))
 
     def _compare_inputs(self, alone: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         for name, (tokens, squares) in alone.items():
@@ -337,11 +360,8 @@ def _omega(q: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _rough(model: nn.Module) -> bool:
-    """Whether some of the model computes in less than float32, quantised or under autocast."""
-    tensors = list(model.parameters())
-    return any(
-        t.dtype in _ROUGH or not t.is_floating_point() or torch.is_autocast_enabled(t.device.type) for t in tensors
-    )
+    """Whether some of the model computes in less than float32 or is quantised."""
+    return any(t.dtype in _ROUGH or not t.is_floating_point() for t in model.parameters())
 
 
 def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -37,19 +37,21 @@ class _PrincipalAngles(torch.autograd.Function):
     """Angles with their gradient along the Grassmannian: ∂θ_i/∂x = −r̂_i u_iᵀ, with r_i = y v_i − x u_i cos θ_i.
 
     It stays finite where that of arccos or of an SVD does not: for equal angles any rotated (u_i, v_i) will do in a
-    symmetric function of the angles, and at θ_i = 0 the subgradient zero is taken.
+    symmetric function of the angles, and at θ_i = 0, rounding included, the subgradient zero is taken.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         parts = _angle_parts(x, y)
-        ctx.save_for_backward(x, y, parts.u, parts.v, parts.residual)
+        ctx.save_for_backward(x, y, parts.u, parts.v, parts.residual, parts.angles)
         return parts.angles
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         refuse_second_order("principal_angles")
-        x, y, u, v, residual = ctx.saved_tensors
+        x, y, u, v, residual, angles = ctx.saved_tensors
+        # The direction of a residual that is rounding is noise: such an angle counts as zero.
+        grad = torch.where(angles <= 4 * torch.finfo(angles.dtype).eps * x.shape[-2] ** 0.5, 0, grad)
         away_from_x = _unit_columns(residual @ v)
         target = x @ u
         away_from_y = _unit_columns(target - y @ (y.mT @ target))
@@ -71,7 +73,8 @@ def principal_angles(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
     θ_i = atan2(sin θ_i, cos θ_i) with the cosines from the SVD of UᵀV and the sines from that of (I − UUᵀ)V (Björck
     and Golub 1973; Knyazev and Argentati 2002): exact to rounding at tiny angles, where arccos loses half the digits,
-    and at right angles, where arcsin does. Once differentiable, with zero as the subgradient of an angle that is zero.
+    and at right angles, where arcsin does. Once differentiable, with zero as the subgradient of an angle that is zero
+    to rounding.
 
     Args:
         u: orthonormal columns, (..., p, k).

@@ -28,11 +28,13 @@ def _check_pair(a: object, b: object, definite: bool) -> tuple[torch.Tensor, tor
         wide = matrix.to(work)
         wide = (wide + wide.mT) / 2
         values = torch.linalg.eigvalsh(wide.detach())
-        rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * float(values.abs().max())
-        least = float(values.min())
-        if least < -rounding or (definite and least <= rounding):
+        # Each matrix of a batch has a rounding of its own.
+        rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values.abs().amax(-1)
+        least = values.amin(-1)
+        wrong = least <= rounding if definite else least < -rounding
+        if bool(wrong.any()):
             wanted = "positive definite; add damping, M + εI" if definite else "positive semidefinite"
-            raise ValueError(f"{name} must be {wanted}: its least eigenvalue is {least:.3g}")
+            raise ValueError(f"{name} must be {wanted}: its least eigenvalue is {float(least[wrong].min()):.3g}")
         pair.append(wide)
     return pair[0], pair[1]
 
@@ -66,6 +68,11 @@ class _MatrixFunction(torch.autograd.Function):
         return vectors @ (divided * (vectors.mT @ grad @ vectors)) @ vectors.mT, None
 
 
+def _apart(a: torch.Tensor, b: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """The distance, zero with gradient zero where a = b: rounding would leave a gradient of any direction there."""
+    return torch.where((a == b).all(-1).all(-1), 0, distance)
+
+
 def _length(values: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
     """Euclidean norm, with gradient zero at zero."""
     return torch.linalg.vector_norm(values, dim=dims)
@@ -97,7 +104,7 @@ def affine_invariant_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     lower = torch.linalg.cholesky(first)
     half = torch.linalg.solve_triangular(lower, second, upper=False)
     relative = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    return _length(torch.linalg.eigvalsh((relative + relative.mT) / 2).log(), -1)
+    return _apart(first, second, _length(torch.linalg.eigvalsh((relative + relative.mT) / 2).log(), -1))
 
 
 def log_euclidean_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -122,7 +129,8 @@ def log_euclidean_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         1.4142
     """
     first, second = _check_pair(a, b, definite=True)
-    return _length(_MatrixFunction.apply(first, "log") - _MatrixFunction.apply(second, "log"), (-2, -1))  # type: ignore[no-untyped-call]
+    log_a, log_b = _MatrixFunction.apply(first, "log"), _MatrixFunction.apply(second, "log")  # type: ignore[no-untyped-call]
+    return _apart(first, second, _length(log_a - log_b, (-2, -1)))
 
 
 def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -151,7 +159,7 @@ def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     root_a, root_b = _MatrixFunction.apply(first, "sqrt"), _MatrixFunction.apply(second, "sqrt")  # type: ignore[no-untyped-call]
     # Q is where the least is attained, so by the envelope theorem it counts as a constant in the gradient.
     u, _, vh = torch.linalg.svd((root_b.mT @ root_a).detach())
-    return _length(root_a - root_b @ (u @ vh), (-2, -1))
+    return _apart(first, second, _length(root_a - root_b @ (u @ vh), (-2, -1)))
 
 
 def fisher_rao_distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

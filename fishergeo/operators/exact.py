@@ -201,7 +201,9 @@ class ExactOperator(SymmetricOperator):
                 )
             return super().eigh(k)
         values, rotation = (x[..., :k] for x in self._dual_pairs())
-        weights = (rotation / (values * self.count).clamp_min(torch.finfo(torch.float64).tiny).sqrt()).to(self.dtype)
+        # Pairs that vanish have no vector of their own: QR completes the basis in the place of zero columns.
+        weights = (rotation / (values * self.count).sqrt()).to(self.dtype)
+        weights = torch.where(values > values[0] * 2.0**-104, weights, 0)
         vectors = torch.zeros(size, k, dtype=self.dtype, device=self.device)
         for examples, g in self._weight_gradients():
             vectors.addmm_(g.T, weights[examples])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_tensor
@@ -14,7 +16,7 @@ from fishergeo.operators.base import SymmetricOperator
 
 Product = Callable[[Tensor], Tensor]
 
-BlackBox = SymmetricOperator | Tensor | Product
+BlackBox: TypeAlias = SymmetricOperator | Tensor | Product | LinearOperator
 
 
 class LayerProducts(Protocol):
@@ -80,7 +82,9 @@ def black_box(
     """Whatever acts on blocks, as (product, size, dtype, device).
 
     Args:
-        op: an operator, a square tensor (dense or sparse), or a function of a (size, c) block.
+        op: an operator, a square tensor (dense or sparse), a SciPy LinearOperator of real numbers, or a function of a
+            (size, c) block. Blocks are copied before and products after, so that neither an operator that works in place
+            nor one that returns the same memory every time is seen to.
         size: of a function.
         dtype: of a function's blocks, float64 if left out.
         device: of a function's blocks, the CPU if left out.
@@ -93,7 +97,9 @@ def black_box(
         ValueError: for a matrix that is not square or not symmetric, or a function without ``size``.
     """
     if isinstance(op, SymmetricOperator):
-        return op.__matmul__, op.shape[0], op.dtype, op.device
+        return _guarded(op.__matmul__), op.shape[0], op.dtype, op.device
+    if isinstance(op, LinearOperator):
+        return _of_scipy(op)
     if isinstance(op, Tensor):
         if op.ndim != 2 or op.shape[0] != op.shape[1]:
             raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
@@ -105,7 +111,41 @@ def black_box(
                 raise ValueError(f"op is not symmetric: entries differ from their mirror image by up to {skew:.3g}")
         return op.__matmul__, op.shape[0], op.dtype, op.device
     if not callable(op):
-        raise TypeError(f"op must be a SymmetricOperator, a square tensor or a function, got {type(op).__name__}")
+        raise TypeError(
+            "op must be a SymmetricOperator, a square tensor, a SciPy LinearOperator or a function, got "
+            f"{type(op).__name__}"
+        )
     if size is None:
         raise ValueError("op is a function: pass size=, the number of rows of the blocks it takes")
-    return op, check_integer("size", size, low=1), dtype or torch.float64, torch.device(device or "cpu")
+    rows = check_integer("size", size, low=1)
+    return _guarded(op), rows, dtype or torch.float64, torch.device(device or "cpu")
+
+
+def _guarded(op: Product) -> Product:
+    """The same operator, unable to change a block or a product that it gave before."""
+
+    def product(block: Tensor) -> Tensor:
+        result = op(block.clone())
+        if not isinstance(result, Tensor) or result.shape != block.shape:
+            found = tuple(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise ValueError(
+                f"the operator returned {found} for a block of {tuple(block.shape)}; it must return a tensor of that shape"
+            )
+        return result.clone()
+
+    return product
+
+
+def _of_scipy(op: LinearOperator) -> tuple[Product, int, torch.dtype, torch.device]:
+    rows, columns = op.shape
+    if rows != columns:
+        raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
+    numpy_dtype = np.dtype(op.dtype or np.float64)
+    if numpy_dtype.kind == "c":
+        raise TypeError(f"op must be real, got {numpy_dtype}")
+    dtype = torch.float32 if numpy_dtype in (np.float32, np.float16) else torch.float64
+
+    def product(block: Tensor) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(op.matmat(block.numpy()))).to(block.dtype)
+
+    return _guarded(product), rows, dtype, torch.device("cpu")

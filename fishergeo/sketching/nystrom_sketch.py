@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
@@ -88,15 +89,15 @@ class NystromSketch:
         self.product = self.product + product.to(self.product)
         self.trace = None if trace is None or self.trace is None else self.trace + float(trace)
 
-    def add_operator(self, term: SymmetricOperator | Tensor, weight: float = 1.0) -> None:
+    def add_operator(self, term: SymmetricOperator | Tensor | LinearOperator, weight: float = 1.0) -> None:
         """Adds weight·term; of an operator or dense matrix the trace is taken along.
 
         Args:
-            term: an operator, or a symmetric tensor (size, size), dense or sparse.
+            term: an operator, a symmetric tensor (size, size), dense or sparse, or a SciPy LinearOperator.
             weight: not negative.
 
         Raises:
-            TypeError: for a term that is neither, or a weight that is no number.
+            TypeError: for a term that is none of them, or a weight that is no number.
             ValueError: for a term of another size or not symmetric, or a negative weight.
         """
         check_number("weight", weight, low=0.0)
@@ -104,8 +105,8 @@ class NystromSketch:
         if size != self.size:
             raise ValueError(f"term has size {size}, the sketch {self.size}")
         product = weight * matmul(self.test_matrix.to(device, dtype))
-        dense = isinstance(term, SymmetricOperator) or term.layout == torch.strided
-        self.add(product, weight * float(term.trace()) if dense else None)
+        known = isinstance(term, SymmetricOperator) or (isinstance(term, Tensor) and term.layout == torch.strided)
+        self.add(product, weight * float(term.trace()) if known else None)
 
     def merge(self, other: NystromSketch) -> NystromSketch:
         """The sketch of both sums; neither is changed.
@@ -201,8 +202,8 @@ def nystrom(
     By the formula of Tropp et al. (2017); see :class:`NystromSketch`.
 
     Args:
-        op: an operator, a symmetric tensor (size, size), or a function of a (size, c) block; any floating dtype, sums
-            are in float32 or float64.
+        op: an operator, a symmetric tensor (size, size), a SciPy LinearOperator, or a function of a (size, c) block; any
+            floating dtype, sums are in float32 or float64.
         columns: of the sketch.
         size: of a function's blocks.
         seed: of the test matrix.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_choice, check_finite, check_integer, check_number, check_tensor
-from fishergeo.operators import BlackBox, EachOperator, LayerProducts, SymmetricOperator, black_box
+from fishergeo.operators import BlackBox, EachOperator, LayerProducts, Product, SymmetricOperator, black_box
 from fishergeo.spectral.krylov import WHICH, KrylovRun, Plan, read_checkpoint, write_checkpoint
 from fishergeo.spectral.spectrum import Spectrum, enforce
 
@@ -44,7 +44,7 @@ def lanczos(
     positive semi-definite ones.
 
     Args:
-        op: an operator, a symmetric tensor (dense or sparse), or a function of a (size, c) block.
+        op: an operator, a symmetric tensor (dense or sparse), a SciPy LinearOperator, or a function of a (size, c) block.
         k: pairs, from 1 to the size.
         size: of a function's blocks.
         dtype: of a function's blocks, float64 if left out.
@@ -123,7 +123,7 @@ def lanczos_layers(
 
     Args:
         ops: what multiplies the blocks of all layers together, such as :class:`fishergeo.StreamingFisher`; or a
-            mapping of operators, such as a :class:`fishergeo.Fisher`.
+            mapping of operators, such as a :class:`fishergeo.Fisher`, symmetric tensors or SciPy LinearOperators.
         k: pairs; of a layer smaller than that, all.
         which: see :func:`lanczos`, as is everything not named here.
         tol: of every layer.
@@ -164,14 +164,15 @@ def lanczos_layers(
     if isinstance(ops, Mapping):
         if not ops:
             raise ValueError("ops is empty: at least one operator is needed")
-        first = next(iter(ops.values()))
-        if energy is not None and traces is None:
+        if energy is not None and traces is None and all(hasattr(op, "trace") for op in ops.values()):
             traces = {name: float(op.trace()) for name, op in ops.items()}
+        boxes = {name: black_box(op) for name, op in ops.items()}
+        _, _, kind, place = next(iter(boxes.values()))
         ops = EachOperator(
-            {name: _on_its_device(op) for name, op in ops.items()},
-            {name: op.shape[0] for name, op in ops.items()},
-            first.dtype,
-            first.device,
+            {name: _on_device(product, device) for name, (product, _, _, device) in boxes.items()},
+            {name: size for name, (_, size, _, _) in boxes.items()},
+            kind,
+            place,
         )
     # A streaming operator learns its traces in the first pass, so they are looked up when they are needed.
     lookup: Any = traces if traces is not None else getattr(source, "traces", None)
@@ -194,8 +195,8 @@ def lanczos_layers(
     return {name: enforce(run.spectrum(), name, strict) for name, run in runs.items()}
 
 
-def _on_its_device(op: SymmetricOperator) -> Callable[[Tensor], Tensor]:
-    return lambda block: op @ block.to(op.device)
+def _on_device(product: Product, device: torch.device) -> Product:
+    return lambda block: product(block.to(device))
 
 
 def _reader(lookup: Any, name: str) -> Callable[[], float] | None:

@@ -94,7 +94,8 @@ def spectral_density(
     ``steps`` products with a block of ``probes`` columns; memory is size·probes·steps numbers.
 
     Args:
-        op: an operator, a symmetric tensor, or a function of a (size, c) block; indefinite ones too.
+        op: an operator, a symmetric tensor, a SciPy LinearOperator, or a function of a (size, c) block; indefinite ones
+            too.
         probes: random vectors.
         steps: Lanczos steps, cut to the size.
         size: of a function's blocks.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishergeo._checks import check_integer, check_number, check_tensor
+from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo.spectral.rank import rank_for_energy
 
 BLOCK = 16  # and a 64th of the matrix, if that is more
@@ -39,7 +39,7 @@ def leading_eigenpairs(
 
     Raises:
         TypeError: no floating tensor.
-        ValueError: a matrix that is not square, or a share or bound out of range.
+        ValueError: a matrix that is not square or not finite, or a share or bound out of range.
 
     Examples:
         >>> values, vectors = fg.leading_eigenpairs(torch.diag(torch.tensor([1.0, 8.0, 1.0])))
@@ -48,6 +48,7 @@ def leading_eigenpairs(
     """
     if check_tensor("matrix", matrix, min_dim=2).ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+    check_finite("matrix", matrix)
     size = len(matrix)
     check_number("energy", energy, low=1e-12, high=1)
     most = size if most is None else min(check_integer("most", most, low=1), size)

@@ -59,7 +59,7 @@ def trace(
     Tropp and Webber (2024); Hutch++: Meyer et al. (2021); Hutchinson (1990).
 
     Args:
-        op: an operator, a square tensor, or a function of a (size, c) block.
+        op: an operator, a square tensor, a SciPy LinearOperator, or a function of a (size, c) block.
         products: columns to multiply with, at least 4.
         method: ``"xtrace"`` (least error for decaying spectra, and the best error estimate), ``"hutch++"``, or
             ``"hutchinson"`` (the mean of zᵀAz over random signs; one block product).
@@ -86,8 +86,7 @@ def trace(
         return Estimate(whole.diagonal().sum(), whole.new_zeros(()), n)
     if method == "hutchinson":
         z = _signs(n, products, seed, "trace", (dtype, device))
-        samples = (z * matmul(z)).sum(0)
-        return Estimate(samples.mean(), samples.std() / products**0.5, products)
+        return _mean((z * matmul(z)).sum(0), products)
     if method == "hutch++":
         return _hutch_plus_plus(matmul, n, products, seed, dtype, device)
     return _xtrace(matmul, n, products // 2, seed, dtype, device)
@@ -101,12 +100,26 @@ def _hutch_plus_plus(
     inside = (q * matmul(q)).sum()
     z = _signs(n, products - 2 * third, seed, "trace", (dtype, device))
     z = z - q @ (q.T @ z)
-    samples = (z * matmul(z)).sum(0)
-    return Estimate(inside + samples.mean(), samples.std() / samples.numel() ** 0.5, products)
+    outside = _mean((z * matmul(z)).sum(0), products)
+    return Estimate(inside + outside.value, outside.error, products)
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """The power of two just above the largest magnitude, to divide by without rounding; 1 where all is zero."""
+    mantissa, exponent = torch.frexp(tensor.abs().max())
+    return torch.where(mantissa == 0, 1, torch.ldexp(torch.ones_like(mantissa), exponent))
+
+
+def _mean(samples: Tensor, products: int) -> Estimate:
+    """Over the last dimension; squares are of numbers near one, whatever the operator's scale."""
+    unit = _unit(samples)
+    error = (samples / unit).std(-1) * unit / samples.shape[-1] ** 0.5
+    return Estimate(samples.mean(-1), error, products)
 
 
 def _left_out(triangle: Tensor, eps: float) -> Tensor | None:
     """Unit columns s_i: Q(I − s_i s_iᵀ)Qᵀ projects on the range of all samples but the i-th. None if R is singular."""
+    triangle = triangle / _unit(triangle)
     singular = torch.linalg.svdvals(triangle)
     if not bool(singular[-1] > 16 * eps * len(triangle) * singular[0]):
         return None
@@ -129,8 +142,7 @@ def _xtrace(matmul: Product, n: int, half: int, seed: int, dtype: torch.dtype, d
     outside = (omega * y).sum(0) - 2 * (x * t).sum(0) + (x * (h @ x)).sum(0)
     # What is left of a Gaussian vector has a random length; its direction is what matters.
     length = omega.square().sum(0) - x.square().sum(0)
-    samples = inside + outside * (n - half + 1) / length
-    return Estimate(samples.mean(), samples.std() / half**0.5, 2 * half)
+    return _mean(inside + outside * (n - half + 1) / length, 2 * half)
 
 
 def diagonal(
@@ -139,7 +151,7 @@ def diagonal(
     """diag(A) of a symmetric operator from ``products`` columns. XDiag: Epperly, Tropp and Webber (2024).
 
     Args:
-        op: an operator, a square tensor, or a function of a (size, c) block.
+        op: an operator, a square tensor, a SciPy LinearOperator, or a function of a (size, c) block.
         products: columns to multiply with, at least 4; with twice the size or more the diagonal is exact.
         method: ``"xdiag"`` (a low-rank part exactly, the rest by Hutchinson, each sample against the others' range) or
             ``"hutchinson"`` (Bekas, Kokiopoulou and Saad 2007: the mean of z ∘ Az over random signs).
@@ -166,8 +178,7 @@ def diagonal(
         return Estimate(whole, torch.zeros_like(whole), n)
     if method == "hutchinson":
         z = _signs(n, products, seed, "diagonal", (dtype, device))
-        samples = z * matmul(z)
-        return Estimate(samples.mean(1), samples.std(1) / products**0.5, products)
+        return _mean(z * matmul(z), products)
     half = products // 2
     omega = _signs(n, half, seed, "diagonal", (dtype, device))
     y = matmul(omega)
@@ -181,5 +192,4 @@ def diagonal(
     # diag(P_i A) with P_i = Q(I − s_i s_iᵀ)Qᵀ, and ω_i ∘ (I − P_i)A ω_i.
     inside = whole[:, None] - qs * (z @ s)
     outside = omega * (y - q @ (t - s * (s * t).sum(0)))
-    samples = inside + outside
-    return Estimate(samples.mean(1), samples.std(1) / half**0.5, 2 * half)
+    return _mean(inside + outside, 2 * half)
