@@ -21,7 +21,7 @@ from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers
-from studies.bench import GUARD, Bench, make_job, run_job
+from studies.bench import GUARD, Bench, make_job, measure_base, run_job
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
@@ -43,12 +43,14 @@ TRAINING = {"max_steps": 120, "per_device_train_batch_size": 8, "learning_rate":
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 _ANEW = {"lambda_alignment": 0.0, "kl_tokens": 8, "kl_memory": 0}  # KL as it is read, nothing remembered
+BASE = "base"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    BASE: (BASE, {}),
     "plain": ("plain", {}),
-    "default": (GUARD, GuardConfig().to_dict()),
+    **{f"kl with memory, λ {s}": (GUARD, GuardConfig(lambda_kl=float(s)).to_dict()) for s in (1, 2, 4)},
     "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
-    "curvature": (GUARD, {}),
+    "curvature by layers": (GUARD, {}),
 }
 
 
@@ -110,6 +112,13 @@ def _alignment(data: str | Path) -> list[dict[str, str]]:
     return found + [{"prompt": row["prompt"], "category": "ordinary"} for row in everyday]
 
 
+def _job(name: str, seed: int, training: Mapping[str, Any]) -> dict[str, Any]:
+    """A run; the model before any is measured once, whatever the seed."""
+    if name == BASE:
+        return {"name": BASE, "method": BASE, "settings": {}, "seed": 0, "group": "real model"}
+    return make_job(name, *METHODS[name], seed, "real model", training)
+
+
 def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dict[str, Any]]:
     """Of each run its shares, source by source, its task loss, drift and seconds a step."""
     groups = [row["id"].rpartition("/")[0] for row in read_jsonl(prompts) if row["category"] == "unsafe"]
@@ -149,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     changed = {"max_steps": args.steps, "learning_rate": args.learning_rate}
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
-    jobs = [make_job(name, *METHODS[name], seed, "real model", changed) for seed in args.seeds for name in args.methods]
+    jobs = [_job(name, seed, changed) for seed in args.seeds for name in args.methods]
     ledger = Ledger(args.folder / f"runs-{Path(made['prompts']).stem}.jsonl", bench.describe())
     found = run_jobs(jobs, _Work(bench), ledger, progress=True)
     told = summary(found, made["prompts"])
@@ -170,10 +179,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 class _Work:
-    """A job's run on one bench."""
+    """A job's run on one bench, or the bench's model as it is."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
 
     def __call__(self, job: Mapping[str, Any]) -> Mapping[str, Any]:
-        return run_job(self.bench, job)
+        return measure_base(self.bench) if job["method"] == BASE else run_job(self.bench, job)
