@@ -20,7 +20,7 @@ def by_example(name: str, tensor: Tensor, examples: int, lengths: Collection[int
         name: of the layer, for the error.
         tensor: (..., width).
         examples: n.
-        lengths: numbers of positions that the batch is known to have, for layers that read (n·T, width).
+        lengths: second dimensions that the batch is known to have, for layers that read (n·T, ...).
 
     Raises:
         ValueError: if the rows cannot be told apart by example.
@@ -28,7 +28,7 @@ def by_example(name: str, tensor: Tensor, examples: int, lengths: Collection[int
     width = tensor.shape[-1]
     if tensor.shape[0] == examples or examples == 1:
         return tensor.reshape(examples, -1, width)
-    if tensor.ndim == 2 and any(len(tensor) == examples * length for length in lengths):
+    if any(len(tensor) == examples * length for length in lengths):  # flattened: positions, choices, images
         return tensor.reshape(examples, -1, width)
     raise ValueError(
         f"layer {name!r} saw a tensor of shape {tuple(tensor.shape)} in a batch of {examples} examples: its rows "
@@ -73,11 +73,14 @@ def lengths_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[tuple[in
 
 
 def padding_mask(batch: Any) -> Tensor | None:
-    """(n, T) bool from a batch's two-dimensional ``attention_mask`` (key or attribute); None if nothing is padded."""
+    """(n, T) bool from a batch's ``attention_mask`` (key or attribute); None if nothing is padded.
+
+    One of several rows an example (n, C, T) is flattened to (n, C·T), as their rows are.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3):
         return None
-    mask = mask.bool()
+    mask = mask.bool().flatten(1)
     return None if bool(mask.all()) else mask
 
 

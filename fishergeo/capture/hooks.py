@@ -18,6 +18,7 @@ from fishergeo.capture.at_rest import at_rest, check_runnable, unaliased
 from fishergeo.capture.batches import lengths_of
 from fishergeo.capture.experts import watched
 from fishergeo.capture.kind import Call, first_input
+from fishergeo.capture.kinds import Embedding
 from fishergeo.capture.layers import Layer, Use
 from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives import Objective
@@ -88,6 +89,7 @@ class Capture:
         self._ran: set[str] = set()
         self._delivered: set[str] = set()
         self.called: set[str] = set()
+        self._shared: dict[str, bool] = {}  # embeddings of ids (T,) or (n,), of which they are known to be
         self._in_backward = False
         self._deaf = False
         self._deliver: Callable[[Layer], None] | None = None
@@ -172,6 +174,8 @@ class Capture:
                 self._notes[site.use.path] = kind.examine(site.use.path, module, args, kwargs)
             source = self._sources.of(first_input(args, kwargs), type(kind).__name__, *kind.geometry(module))
             note = self._notes[site.use.path]
+            if isinstance(kind, Embedding):
+                output = self._each_its_own(site.use.path, first_input(args, kwargs), output)
             return self._observe(
                 site,
                 output,
@@ -181,6 +185,28 @@ class Capture:
             )
 
         return hook
+
+    def _each_its_own(self, path: str, ids: Tensor, output: Tensor) -> Tensor:
+        """An embedding of positions (T,) or (1, T) that all examples share, repeated for each of them.
+
+        The model broadcasts it in any case; done here, every example has a gradient of its own.
+        """
+        examples = {first for first, _ in self._lengths} - {1}
+        if len(examples) != 1:
+            return output
+        (n,) = examples
+        known = {length for first, length in self._lengths if first == n}
+        shared = ids.ndim == 2 and len(ids) == 1 and ids.shape[1] in known
+        if ids.ndim == 1 and len(ids) in {n, *known}:
+            if len(ids) != n or n not in known:
+                self._shared[path] = len(ids) != n
+            elif path not in self._shared and torch.equal(ids, torch.arange(n, device=ids.device)):
+                raise ValueError(
+                    f"layer {path!r} reads the ids 0 to {n - 1} in a batch of {n} examples of {n} positions, which may stand "
+                    "for either; begin with a batch of other sizes, or give it ids of shape (1, T)"
+                )
+            shared = self._shared.get(path, False)
+        return output.expand(n, *output.shape[-2:]) if shared else output
 
     def _expert_observer(self, path: str) -> Callable[[str, int, Tensor, Tensor, int, Tensor], Tensor]:
         def observe(parameter: str, expert: int, rows: Tensor, tokens: Tensor, total: int, output: Tensor) -> Tensor:
@@ -223,6 +249,12 @@ class Capture:
             inputs = [(x, x._version) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
             def gradient_hook(gradient: Tensor) -> None:
+                if not self._in_backward:
+                    raise RuntimeError(
+                        f"layer {site.name!r}: the loss differentiates inside (torch.autograd.grad or backward), before the "
+                        "pass that is captured; its gradient by this layer has a part that no output's gradient shows. "
+                        "Leave the layer out, or write the derivative in the loss by hand"
+                    )
                 if any(x._version != version for x, version in inputs):
                     raise RuntimeError(f"layer {site.name!r}: its input was modified in place after the layer read it")
                 site.arrived.append(arrive(gradient.detach().reshape(shape)))

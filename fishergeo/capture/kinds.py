@@ -113,7 +113,8 @@ class Embedding(Kind):
         g = call.gradient if call.note == 1.0 else call.gradient * call.note
         if embedding.padding_idx is not None:
             g = torch.where((ids == embedding.padding_idx)[..., None], 0, g)
-        return functional.one_hot(ids.long(), embedding.num_embeddings).to(g.dtype), g
+        # Ids that all examples share stand once for each of them, as the gradient does.
+        return functional.one_hot(ids.long().expand(g.shape[:-1]), embedding.num_embeddings).to(g.dtype), g
 
 
 KINDS: tuple[Kind, ...] = (

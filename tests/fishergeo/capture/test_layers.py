@@ -591,8 +591,20 @@ def test_modules_that_compute_something_else_are_refused_by_name(module, batch):
 
 
 def test_rows_shared_by_all_examples_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"'transformer\.wpe'.*told apart"):
-        fg.estimate_fisher(gpt2(), [collate(make_examples([5, 6]))], layers=["transformer.wpe"])
+    class Distances(nn.Module):
+        """An embedding of more positions than the batch has."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(20, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            near = self.embed(torch.arange(2 * x.shape[1] - 1))
+            return self.out(x + near[: x.shape[1]] * near[-x.shape[1] :])
+
+    loss = lambda model, batch: model(batch).square().sum((1, 2))
+    with pytest.raises(ValueError, match=r"'embed'.*told apart"):
+        fg.estimate_fisher(Distances(), [torch.randn(2, 5, 3)], layers=["embed"], loss=loss)
 
 
 def test_experts_are_named_one_by_one_or_by_glob():
