@@ -58,6 +58,7 @@ def prepare(
     config: GuardConfig | None = None,
     *,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     lora: LoraConfig | Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     method: str = "lora",
@@ -77,7 +78,8 @@ def prepare(
         task_data: what to learn.
         alignment_data: what to keep; may be None for a plain run.
         config: strengths of the guard.
-        tokenizer: tokenizer of a loaded model.
+        tokenizer: tokenizer of a loaded model, or another than the model's own.
+        trust_remote_code: whether Python that comes with the model is run.
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments``.
         method: ``"lora"`` or ``"full"``.
@@ -118,13 +120,14 @@ def prepare(
         check_device("offload", offload)
     settings = run_settings(method, training, save_every, progress)
     # What is quickly read is checked before weights are, which may take minutes.
-    kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
+    kind = kind_of(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, tokenizer, trust_remote_code)
     rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
     kept = Examples()
     if alignment_data is not None and (guarded or read_alignment):
         longest = config.max_length if guarded else max_length
         kept = encode_source(alignment_data, "alignment_data", tokenizer, kind, longest)
-    loaded = load_weights(model)
+    loaded = load_weights(model, trust_remote_code)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
     check_fits(loaded, rows, "task_data")
