@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ def run_driftcheck(args: argparse.Namespace) -> None:
         resume=answers,
     )
     print(report.table())
+    start = before or (report if args.adapter is None else None)
+    if start is not None and (caution := start.caution()):
+        print(f"warning: {caution}", file=sys.stderr)
     if args.output is not None:
         report.save(args.output)
     if answers is not None:
@@ -173,6 +177,8 @@ def run_compare(args: argparse.Namespace) -> None:
     before = DriftReport.load(args.before)
     after = DriftReport.load(args.after) if args.after is not None else None
     print((after or before).table())
+    if caution := before.caution():
+        print(f"warning: {caution}", file=sys.stderr)
     if after is not None:
         print(compare_text(before, after))
     if args.html is not None:
