@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from alignguard.cli.drift import add_drift
+from alignguard.cli.drift import add_drift, add_loading
 from alignguard.cli.yaml_config import apply_yaml, place
 from alignguard.data import TURNS, DataSource
 from alignguard.guard import GuardConfig
@@ -80,7 +80,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
     fit = commands.add_parser("fit", help="fine-tune a model under the guard")
     fit.add_argument("--config", type=place, help="YAML file with any of these options; the command line wins")
-    fit.add_argument("--model", help="folder or hub name")
+    fit.add_argument("--model", help="folder, GGUF file or hub name")
+    add_loading(fit)
     fit.add_argument(
         "--task-data", help="file, folder or hub name: prompt and response, messages, Alpaca, ShareGPT, Dolly"
     )
@@ -118,7 +119,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
     fisher = commands.add_parser("fisher", help="estimate the Fisher of alignment data and write it to a file")
     fisher.add_argument("--config", type=place, help="YAML file with any of these options; the command line wins")
-    fisher.add_argument("--model", help="folder or hub name")
+    fisher.add_argument("--model", help="folder, GGUF file or hub name")
+    add_loading(fisher)
     fisher.add_argument("--data", help="file, folder or hub name, as --alignment-data of fit")
     fisher.add_argument("--output", type=place, help="the file, .safetensors; model and data are named in OUTPUT.json")
     fisher.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
@@ -191,6 +193,8 @@ def _fit(args: argparse.Namespace) -> None:
     }
     lora = {name: value for name, value in given.items() if value is not None}
     options: dict[str, Any] = {
+        "tokenizer": args.tokenizer,
+        "trust_remote_code": args.trust_remote_code,
         "lora": lora,
         "training": {name: getattr(args, name) for name in TRAINING_FIELDS if getattr(args, name) is not None},
         "method": args.method,
@@ -220,7 +224,7 @@ def _fisher(args: argparse.Namespace) -> None:
     _required(args, "model", "data", "output")
     config = _guard_config(args, GuardConfig.curvature)
     _claim(args.output, args.overwrite)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
     fisher = write_fisher(
         args.output,
         model,

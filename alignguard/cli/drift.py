@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from alignguard.cli.yaml_config import place
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Options that say how a model is read."""
+    parser.add_argument("--tokenizer", default=None, help="folder or hub name, in place of the model's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python that comes with the model")
 
 
 def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
@@ -14,7 +21,8 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift: argparse.ArgumentParser = commands.add_parser(
         "driftcheck", help="measure refusals, over-refusal, capability and coherence of a chat model"
     )
-    drift.add_argument("--model", required=True, help="folder or hub name")
+    drift.add_argument("--model", required=True, help="folder, GGUF file or hub name")
+    add_loading(drift)
     drift.add_argument("--adapter", type=place, default=None, help="a peft adapter on top of it")
     drift.add_argument("--base", default=None, help="the model before fine-tuning, for --alignment-data, --likelihoods")
     drift.add_argument(
@@ -81,7 +89,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     """
     from alignguard.data import DataSource
     from alignguard.drift import DriftReport, driftcheck, load_prompts, make_judge
-    from alignguard.loading import load_adapter, load_model
+    from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
 
     _unclaimed("--output", args.output, args.overwrite)
@@ -97,10 +105,10 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
         raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
     judge = make_judge(args.judge, args.judge_model, args.judge_labels)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
     if args.adapter is not None:
         model = load_adapter(model, args.adapter)
-    base = load_model(args.base)[0].eval() if args.base is not None else None
+    base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
     answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
     report = driftcheck(
         model.eval(),
@@ -119,6 +127,9 @@ def run_driftcheck(args: argparse.Namespace) -> None:
         resume=answers,
     )
     print(report.table())
+    start = before or (report if args.adapter is None else None)
+    if start is not None and (caution := start.caution()):
+        print(f"warning: {caution}", file=sys.stderr)
     if args.output is not None:
         report.save(args.output)
     if answers is not None:
@@ -166,6 +177,8 @@ def run_compare(args: argparse.Namespace) -> None:
     before = DriftReport.load(args.before)
     after = DriftReport.load(args.after) if args.after is not None else None
     print((after or before).table())
+    if caution := before.caution():
+        print(f"warning: {caution}", file=sys.stderr)
     if after is not None:
         print(compare_text(before, after))
     if args.html is not None:

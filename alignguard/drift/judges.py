@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from alignguard.drift.likelihood import response_likelihoods
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, coherence, judge
+from alignguard.loading import load_model, load_tokenizer
 from alignguard.objective import evaluation_mode
 
 _REFUSING = re.compile(r"refus|reject|declin", re.IGNORECASE)
@@ -84,8 +84,8 @@ class ClassifierJudge:
     ) -> None:
         self.name = f"classifier {model}" if isinstance(model, (str, Path)) else "classifier"
         if isinstance(model, (str, Path)):
-            tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(str(model))
-            model = AutoModelForSequenceClassification.from_pretrained(str(model))
+            tokenizer = load_tokenizer(model, tokenizer)
+            model = AutoModelForSequenceClassification.from_pretrained(str(model), trust_remote_code=False)
         self.model, self.tokenizer, self.pair, self.batch_size = model, tokenizer, pair, batch_size
         labels = {int(i): str(label) for i, label in model.config.id2label.items()}
         if refusal_labels is None:
@@ -140,9 +140,7 @@ class ChatJudge:
             raise ValueError("judge: the question must hold {prompt} and {text}")
         self.name = f"chat {model}" if isinstance(model, (str, Path)) else "chat"
         if isinstance(model, (str, Path)):
-            tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(str(model))
-            dtype = "auto" if torch.cuda.is_available() else torch.float32
-            model = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)
+            model, tokenizer = load_model(model, tokenizer)
         self.model, self.tokenizer, self.question, self.batch_size = model, tokenizer, question, batch_size
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
 )
 
@@ -20,91 +21,117 @@ from alignguard.files import readable
 from alignguard.objective import model_kind
 
 
-def load_model(model: str | Path | PreTrainedModel | PeftModel, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_model(
+    model: str | Path | PreTrainedModel | PeftModel, tokenizer: Any = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """A model in float32 or its own precision on an accelerator, and its tokenizer.
 
     The checkpoint's own configuration decides between a causal LM, an encoder-decoder and a sequence classifier.
+
+    Args:
+        model: folder, GGUF file, hub name or loaded model.
+        tokenizer: of a loaded model, or in place of the model's own; a folder or hub name too.
+        trust_remote_code: run Python that comes with model or tokenizer; nobody is asked.
 
     Raises:
         FileNotFoundError: a local path that is not there.
         ValueError: a model object without a tokenizer, or files that are damaged, incomplete or of something else.
     """
-    words = load_tokenizer(model, tokenizer)
-    return load_weights(model), words
+    words = load_tokenizer(model, tokenizer, trust_remote_code)
+    return load_weights(model, trust_remote_code), words
 
 
-def load_tokenizer(model: Any, tokenizer: Any = None) -> Any:
-    """The tokenizer given, or that of a model's folder or hub name.
+def load_tokenizer(model: Any, tokenizer: Any = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer given, or read from the folder or hub name given, or from the model's.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_model`.
     """
-    if tokenizer is not None:
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
-    if not isinstance(model, (str, Path)):
+    if tokenizer is None and not isinstance(model, (str, Path)):
         raise ValueError("give a tokenizer along with a model object")
-    path = _place(model)
-    with readable(f"the tokenizer of model {path}", "save the tokenizer there, as tokenizer.save_pretrained does"):
-        found = AutoTokenizer.from_pretrained(path)
+    path, options = _place(model if tokenizer is None else tokenizer, "model" if tokenizer is None else "tokenizer")
+    whose = f"of model {path}" if tokenizer is None else str(path)
+    advice = f"give another with tokenizer (--tokenizer), save it there with tokenizer.save_pretrained{TRUST}"
+    with readable(f"the tokenizer {whose}", advice):
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         found("a")  # an empty vocabulary only shows when it is used
     return found
 
 
-def kind_of(model: Any) -> str:
+def kind_of(model: Any, trust_remote_code: bool = False) -> str:
     """:func:`alignguard.objective.model_kind`, from the configuration alone where the model is a path or a name.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as :func:`load_model`.
     """
     if isinstance(model, (str, Path)):
-        return next(kind for kind, loader in LOADERS.items() if loader is _model_class(_place(model)))
+        return next(kind for kind, loader in LOADERS.items() if loader is _model_class(model, trust_remote_code))
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a path, a hub name or a loaded model, not {model!r:.80}")
     return model_kind(model)
 
 
-def load_weights(model: Any) -> Any:
-    """The model itself, or read from its folder or hub name.
+def load_weights(model: Any, trust_remote_code: bool = False) -> Any:
+    """The model itself, or read from its folder, GGUF file or hub name; one out of a GGUF file is an ordinary one.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_model`.
     """
     if not isinstance(model, (str, Path)):
-        return model
-    path = _place(model)
+        return _plain(model)
+    path, options = _place(model)
     # half precision on a processor is slow and coarse; on an accelerator the checkpoint's own dtype stays
     dtype = "auto" if torch.cuda.is_available() else torch.float32
-    loader = _model_class(path)
-    with readable(f"model {path}", "give a folder that save_pretrained wrote, or a hub name"):
-        loaded, found = loader.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    loader = _model_class(model, trust_remote_code)
+    with readable(f"model {path}", f"give a folder that save_pretrained wrote, or a hub name{TRUST}"):
+        loaded, found = loader.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
     if lacking := sorted(found["missing_keys"]):
         raise ValueError(
             f"model {path} lacks the weights {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}, which would "
             f"start at random; give a whole checkpoint of a {type(loaded).__name__}"
         )
-    return loaded
+    return _plain(loaded)
 
 
-def _place(model: str | Path) -> str:
-    """A model's name as the libraries take it.
+def _plain(model: Any) -> Any:
+    """A model without the mark of the GGUF file that its weights came from: they are floats, and may train."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is not None and isinstance(quantizer.quantization_config, GgufConfig):
+        quantizer.remove_quantization_config(inner)
+    return model
+
+
+def _place(model: str | Path, what: str = "model") -> tuple[str, dict[str, Any]]:
+    """A model's name as the libraries take it, and for a GGUF file its folder with the option that names the file.
 
     Raises:
         FileNotFoundError: a local path that is not there.
-        NotADirectoryError: it is a file.
-        ValueError: no name at all.
+        NotADirectoryError: it is a file, and no GGUF file.
+        ValueError: no name at all, or a folder with several GGUF files and nothing else.
     """
     path = str(model)
     if not path.strip() or "\0" in path:
-        raise ValueError(f"model: {path!r} names nothing; give a folder or a hub name")
+        raise ValueError(f"{what}: {path!r} names nothing; give a folder or a hub name")
     try:
         local = Path(path).expanduser()
     except RuntimeError as error:
-        raise FileNotFoundError(f"model: no such folder: {path} ({error})") from error
+        raise FileNotFoundError(f"{what}: no such folder: {path} ({error})") from error
     if local.is_file():
-        raise NotADirectoryError(f"model: {path} is a file; give the folder that it stands in")
+        if local.suffix != ".gguf":
+            raise NotADirectoryError(f"{what}: {path} is a file; give the folder that it stands in")
+        return str(local.parent), {"gguf_file": local.name}
     if (path.startswith((".", "/", "~")) or isinstance(model, Path)) and not local.is_dir():
-        raise FileNotFoundError(f"model: no such folder: {path}")
-    return str(local) if path.startswith("~") else path
+        raise FileNotFoundError(f"{what}: no such folder: {path}")
+    if local.is_dir() and not (local / "config.json").exists() and (found := sorted(local.glob("*.gguf"))):
+        if len(found) > 1:
+            raise ValueError(f"{what}: {path} holds {len(found)} GGUF files; give one of them, as {found[0]}")
+        return str(local), {"gguf_file": found[0].name}
+    return str(local) if path.startswith("~") else path, {}
 
 
 LOADERS = {
@@ -112,10 +139,15 @@ LOADERS = {
     "classification": AutoModelForSequenceClassification,
 }  # fmt: skip
 
+TRUST = "; where it brings code of its own that you trust, allow it with trust_remote_code (--trust-remote-code)"
 
-def _model_class(path: str) -> Any:
-    with readable(f"model {path}", "give a folder with the config.json that save_pretrained wrote, or a hub name"):
-        config = AutoConfig.from_pretrained(path)
+
+def _model_class(model: str | Path, trust_remote_code: bool = False) -> Any:
+    path, options = _place(model)
+    with readable(
+        f"model {path}", f"give a folder with the config.json that save_pretrained wrote, or a hub name{TRUST}"
+    ):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         names = [str(name) for name in config.architectures or ()]
         both = bool(getattr(config, "is_encoder_decoder", False))
     if any(name.endswith("ForSequenceClassification") for name in names):

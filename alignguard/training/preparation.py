@@ -60,6 +60,7 @@ def prepare(
     config: GuardConfig | None = None,
     *,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     lora: LoraConfig | Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     method: str = "lora",
@@ -81,7 +82,8 @@ def prepare(
         task_data: what to learn.
         alignment_data: what to keep: rows, or prompts that the model itself answers first; None for packaged prompts.
         config: strengths of the guard.
-        tokenizer: tokenizer of a loaded model.
+        tokenizer: tokenizer of a loaded model, or another than the model's own.
+        trust_remote_code: whether Python that comes with the model is run.
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments``.
         method: ``"lora"`` or ``"full"``.
@@ -132,13 +134,14 @@ def prepare(
         check_device("offload", offload)
     settings = run_settings(method, training, save_every, progress)
     # What is quickly read is checked before weights are, which may take minutes.
-    kind, tokenizer = kind_of(model), load_tokenizer(model, tokenizer)
+    kind = kind_of(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, tokenizer, trust_remote_code)
     rows = encode_source(task_data, "task_data", tokenizer, kind, max_length)
     kept, longest = Examples(), config.max_length if guarded else max_length
     asked: list[dict[str, str]] | None = None
     if guarded or read_alignment:
         kept, asked = _alignment(alignment_data, tokenizer, kind, longest)
-    loaded = load_weights(model)
+    loaded = load_weights(model, trust_remote_code)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
     check_fits(loaded, rows, "task_data")

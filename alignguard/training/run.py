@@ -142,7 +142,13 @@ def train(
     files = {"alignguard_config.json": guard.config.to_json()} if guard is not None else None
     card = card_section(record, guard)  # it measures drift, which sharded models only can all together
     if arguments.process_index == 0:
-        save_adapter(ready.model, target, files, lambda folder: add_card_section(folder, card))
+
+        def finish(folder: Path) -> None:
+            add_card_section(folder, card)
+            if ready.method == "full":  # an adapter's is its base's
+                ready.tokenizer.save_pretrained(str(folder))
+
+        save_adapter(ready.model, target, files, finish)
         write_text(output / "history.json", json.dumps(history, indent=1))
     return FitResult(ready.model, guard, target, history, seconds)
 
@@ -180,6 +186,7 @@ def fit(
     output_dir: str | Path = "runs/fit",
     *,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     lora: LoraConfig | Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     method: str = "lora",
@@ -198,7 +205,7 @@ def fit(
     Everything is read and checked before anything is written or trained.
 
     Args:
-        model: path, hub name, or a loaded model (then with ``tokenizer``): a causal LM, an encoder-decoder or a
+        model: path, GGUF file, hub name, or a loaded model (then with ``tokenizer``): a causal LM, an encoder-decoder or a
             sequence classifier. A PeftModel keeps its adapter.
         task_data: what to learn: a file, folder, hub name, ``datasets`` object or iterable of rows with ``prompt`` and
             ``response``, ``messages``, or in Alpaca's, ShareGPT's or Dolly's form; for a classifier ``prompt`` and
@@ -209,7 +216,8 @@ def fit(
         config: strengths of the guard; the defaults were chosen on a public chat model (docs/evidence.md).
         output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json``, checkpoints,
             and the model's own answers where they are asked for.
-        tokenizer: of a loaded model; read with the model where that is a path or name.
+        tokenizer: of a loaded model; read with the model where that is a path or name, unless given, as a path or name too.
+        trust_remote_code: run Python that comes with the model; without it such a model is refused, and nobody is asked.
         lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out. Not for a PeftModel.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         method: ``"lora"``, or ``"full"``: every weight trains, and every Linear but the output embedding is guarded
@@ -252,7 +260,7 @@ def fit(
     """
     check_run(Path(output_dir), overwrite=overwrite, resume=resume)
     ready = prepare(
-        model, task_data, alignment_data, config, tokenizer=tokenizer, lora=lora, training=training, method=method,
+        model, task_data, alignment_data, config, tokenizer=tokenizer, trust_remote_code=trust_remote_code, lora=lora, training=training, method=method,
         offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
         fisher=fisher, answers=Path(output_dir).expanduser() / OWN_ANSWERS,
     )  # fmt: skip

@@ -58,7 +58,6 @@ def test_every_option_of_every_command_has_help():
 SAID_OTHERWISE = {"guarded": "plain", "max_length": "task_max_length"}
 ONLY_PYTHON = {
     "config",
-    "tokenizer",
     "lora",
     "training",
     "progress",
