@@ -115,7 +115,7 @@ def run_demo(output_dir: Path, overwrite: bool = False, seed: int = 0, max_steps
     Args:
         output_dir: receives ``plain/`` and ``guarded/`` (each with ``adapter/``), ``result.json`` and ``report.html``.
         overwrite: replace an earlier demo there.
-        seed: of adapters, data order and guard.
+        seed: seed of adapters, data order and guard.
         max_steps: optimizer steps of each run; the default is what the evidence was measured at.
 
     Returns:

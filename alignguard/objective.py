@@ -72,7 +72,7 @@ def supervised(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
 
     Args:
         model: a Hugging Face model, wrapped by peft or not.
-        batch: of :func:`alignguard.data.pad_rows`: tensors (n, T), labels of a classifier (n,), int64.
+        batch: batch of :func:`alignguard.data.pad_rows`: tensors (n, T), labels of a classifier (n,), int64.
 
     Returns:
         log-probabilities (tokens, V) in float32 or better, targets (tokens,) and the row of each (tokens,).

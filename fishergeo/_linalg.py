@@ -153,7 +153,7 @@ def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
         size: rows.
         columns: columns.
         seed: any integer.
-        name: of the layer, so that layers have independent matrices.
+        name: name of the layer, so that layers have independent matrices.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % (2**63))
     return torch.randn(size, columns, generator=generator)
@@ -168,7 +168,7 @@ def directions(size: int, columns: int, seed: int, name: str, first: int = 0) ->
         size: rows.
         columns: how many.
         seed: any integer.
-        name: of the layer.
+        name: name of the layer.
         first: counter of the first.
 
     Returns:

@@ -44,7 +44,7 @@ def pad_rows(rows: Sequence[Encoded], pad_token_id: int, kind: str = "causal") -
     """A batch of encoded rows.
 
     Args:
-        rows: of :func:`encode_source`.
+        rows: rows of :func:`encode_source`.
         pad_token_id: fills padded positions of ``input_ids``.
         kind: see :func:`alignguard.objective.model_kind`.
 

@@ -24,7 +24,7 @@ def shown_row(tokenizer: Any, rows: Sequence[Encoded], name: str, kind: str = "c
 
     Args:
         tokenizer: that encoded them.
-        rows: of :func:`alignguard.data.encode_source`.
+        rows: rows of :func:`alignguard.data.encode_source`.
         name: what they are called.
         kind: see :func:`alignguard.objective.model_kind`.
 

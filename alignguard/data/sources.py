@@ -37,7 +37,7 @@ class DataSource:
     Attributes:
         source: path of a JSON, JSONL, CSV, TSV, Parquet or Arrow file, gzipped or not; a folder that
             ``datasets`` saved or reads; a hub name; a ``datasets`` object; or an iterable of rows.
-        split: of a hub name, folder or ``DatasetDict`` with several.
+        split: split of a hub name, folder or ``DatasetDict`` with several.
         subset: configuration of a hub name.
         fields: name that is read -> the column that holds it, ``{"prompt": "question", "response": "answer"}`` say.
         turns: which turns of the assistant are learned from where a chat has several: ``"all"`` that carry no weight of 0,

@@ -64,7 +64,7 @@ class ClassifierJudge:
 
     Args:
         model: path, hub name, or a loaded classifier with its ``tokenizer``.
-        tokenizer: of a loaded classifier.
+        tokenizer: tokenizer of a loaded classifier.
         refusal_labels: labels that mean a refusal; left out, those whose names say so (refuse, reject, decline).
         pair: give the classifier prompt and answer; False gives it the answer alone.
         batch_size: answers in a batch; the verdicts do not depend on it.
@@ -127,7 +127,7 @@ class ChatJudge:
 
     Args:
         model: path, hub name, or a loaded causal LM with its ``tokenizer``.
-        tokenizer: of a loaded model.
+        tokenizer: tokenizer of a loaded model.
         question: holds ``{prompt}`` and ``{text}``.
         batch_size: answers in a batch.
 

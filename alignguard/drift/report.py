@@ -41,7 +41,7 @@ class DriftRow:
     """One prompt and its answer.
 
     Attributes:
-        id: of the prompt.
+        id: id of the prompt.
         category: unsafe, borderline, ordinary or capability.
         prompt: the prompt.
         text: the greedy answer.
@@ -157,7 +157,7 @@ class DriftReport:
 
         Args:
             after: the other report.
-            seed: of the bootstrap.
+            seed: seed of the bootstrap.
 
         Raises:
             ValueError: the two reports are not of the same prompts.

@@ -141,7 +141,7 @@ class GuardConfig:
             every trainable weight, so None keeps none where all weights train or where they are sharded.
         batch_size: alignment examples in one forward pass of the estimate.
         max_length: longest alignment example in tokens.
-        seed: of whatever the guard draws; the run's own random state is never touched.
+        seed: seed of whatever the guard draws; the run's own random state is never touched.
         projection: ``"hard"``, or ``"soft"``: every known direction with the weight λ/(λ + ε), one half at the last
             one that the hard projector holds; for tasks entangled with what is to be kept.
         scale_free: measure λ_T and λ_NC in units of the layer's own weights, see above.

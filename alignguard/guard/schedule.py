@@ -243,7 +243,7 @@ class DriftBudget:
         predicted: the prediction at its weights, by the curvature of now, nats a response; 0 before the first.
         length: smoothed x.
         slope: smoothed ẋ.
-        step: of the last update, −1 before the first.
+        step: step of the last update, −1 before the first.
         gain: growth of log ν a step where e = 1.
         slack: most that e may be below 0.
         horizon: steps that the slope looks ahead.

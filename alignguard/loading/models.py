@@ -30,7 +30,7 @@ def load_model(
 
     Args:
         model: folder, GGUF file, hub name or loaded model.
-        tokenizer: of a loaded model, or in place of the model's own; a folder or hub name too.
+        tokenizer: tokenizer of a loaded model, or in place of the model's own; a folder or hub name too.
         trust_remote_code: run Python that comes with model or tokenizer; nobody is asked.
 
     Raises:

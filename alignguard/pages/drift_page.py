@@ -111,7 +111,7 @@ def render_drift(
     """The page as HTML text: no script, nothing loaded from elsewhere.
 
     Args:
-        report: of one model, or of the model before.
+        report: report of one model, or of the model before.
         after: of the model after, on the same prompts.
         labels: what the two are called.
         title: the heading.

@@ -56,7 +56,7 @@ def check_complete(folder: Path) -> None:
     """Refuse a checkpoint that is not whole.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
         ValueError: no marker, or a file that it lists is missing or is not what was written.

@@ -216,7 +216,8 @@ def fit(
         config: strengths of the guard; the defaults were chosen on a public chat model (docs/evidence.md).
         output_dir: receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json``, checkpoints,
             and the model's own answers where they are asked for.
-        tokenizer: of a loaded model; read with the model where that is a path or name, unless given, as a path or name too.
+        tokenizer: tokenizer of a loaded model; read with the model where that is a path or name, unless given, as a
+            path or name too.
         trust_remote_code: run Python that comes with the model; without it such a model is refused, and nobody is asked.
         lora: a ``peft.LoraConfig`` or its fields; rank 8 on every Linear, and on experts, if left out. Not for a PeftModel.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
@@ -231,7 +232,7 @@ def fit(
         fisher: file of ``alignguard fisher``, taken as the first curvature in place of an estimate.
         progress: show progress bars and the table of what is guarded.
         max_length: longest example in tokens.
-        seed: of the adapter's start, the data order and the guard.
+        seed: seed of the adapter's start, the data order and the guard.
 
     Returns:
         FitResult: model, guard, folder, log and step times.

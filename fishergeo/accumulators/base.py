@@ -29,14 +29,14 @@ class Layout:
     """All that the shapes and the meaning of a layer's sums depend on.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         p: outputs.
         q: inputs.
         unit: ``"sequence"`` or ``"token"``.
         side: ``"output"`` or ``"input"``; ``"both"`` for products with the two-sided Fisher.
         rank: columns of a sketch.
         sharing: ``"expand"`` or ``"reduce"``.
-        seed: of random test matrices.
+        seed: seed of random test matrices.
         probes: columns that a sketch holds back to measure its error with.
     """
 
@@ -62,7 +62,7 @@ class Shared:
     Only the last few inputs' work is held: layers that share one see their gradients arrive side by side.
 
     Attributes:
-        number: of the batch in its pass.
+        number: number of the batch in its pass.
         draw: which objective of the batch is differentiated; inputs are the same in all and count in the first.
         weights: (n,) of the examples, or None for ones. Gradients already carry their square roots.
         units: how many units (examples or supervised tokens, weighted) the batch adds.
@@ -92,7 +92,7 @@ class Accumulator:
     """Base: named sums and their algebra.
 
     Args:
-        layout: of the layer.
+        layout: layout of the layer.
         sums: name -> tensor, every one additive over examples unless a subclass says otherwise.
 
     Attributes:

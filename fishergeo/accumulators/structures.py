@@ -92,11 +92,11 @@ def named_structures(
 
     Args:
         structure: one name or :class:`Structure`, several, or several under names of one's own.
-        side: of structures that are only named; so are all options that follow.
-        rank: of sketches.
-        sharing: of kfac, kfac-sketch and ekfac.
-        basis_examples: of ekfac.
-        probes: of sketches.
+        side: side of structures that are only named; so are all options that follow.
+        rank: rank of sketches.
+        sharing: sharing of kfac, kfac-sketch and ekfac.
+        basis_examples: basis examples of ekfac.
+        probes: probes of sketches.
 
     Raises:
         ValueError: if nothing is asked for, or the same name twice.

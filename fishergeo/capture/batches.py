@@ -17,7 +17,7 @@ def by_example(name: str, tensor: Tensor, examples: int, lengths: Collection[int
     """(n, T, width) whatever the layer's own leading shape.
 
     Args:
-        name: of the layer, for the error.
+        name: name of the layer, for the error.
         tensor: (..., width).
         examples: n.
         lengths: second dimensions that the batch is known to have, for layers that read (n·T, ...).
@@ -45,7 +45,7 @@ def packed(
     Args:
         rows: a (R, q) and g (R, p).
         tokens: (R,) long, the token each row stands for, counted through the batch example by example.
-        total: of tokens, padding included; a multiple of ``examples``.
+        total: total of tokens, padding included; a multiple of ``examples``.
         examples: n.
         mask: (n, T) bool or None; rows of padding are left out.
 

@@ -26,7 +26,7 @@ class _Watch(TorchFunctionMode):
     """One run of the module's forward.
 
     Args:
-        path: of the module, for errors.
+        path: path of the module, for errors.
         weights: parameter name -> the tensor that the forward will slice.
         hidden: the tokens it will gather from, (N, width).
         observe: see :data:`Observer`.
@@ -88,7 +88,7 @@ def watched(path: str, module: nn.Module, parameters: Collection[str], observe: 
     """Within, every forward of ``module`` runs expert by expert under the observer's eyes.
 
     Args:
-        path: of the module, for errors.
+        path: path of the module, for errors.
         module: with parameters (E, ·, ·); where its config chooses between implementations (transformers'
             ``experts_implementation``), the eager one is taken for each call and the choice put back after it.
         parameters: names of those to watch.

@@ -16,9 +16,9 @@ class Call:
     """One call of a module, with the gradient that came back to it.
 
     Attributes:
-        args: of the call.
-        kwargs: of the call.
-        gradient: of the output.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        gradient: gradient of the output.
         note: what :meth:`Kind.examine` found.
     """
 
@@ -135,10 +135,10 @@ def linear_scale(
     """The constant c of a derived class whose forward is c times the plain map, plus its bias.
 
     Args:
-        name: of the module, for errors.
+        name: name of the module, for errors.
         module: with a forward of its own.
-        args: of its first call.
-        kwargs: of its first call.
+        args: positional arguments of its first call.
+        kwargs: keyword arguments of its first call.
         plain: (input, weight, bias) -> what the class it derives from computes.
 
     Raises:

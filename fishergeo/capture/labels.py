@@ -28,7 +28,8 @@ def logits_and_labels(model: nn.Module, batch: Any, alignment: Alignment | None 
     Args:
         model: a Hugging Face style model.
         batch: a mapping with ``labels``.
-        alignment: of logits (n, T', classes) and labels (n, T); None takes what the model's class is known for.
+        alignment: alignment of logits (n, T', classes) and labels (n, T); None takes what the model's class is known
+            for.
 
     Raises:
         TypeError: if the batch is not a mapping, or its labels are no tensor.

@@ -31,7 +31,7 @@ class Expert:
 
     Attributes:
         parameter: its name in the module.
-        index: of the expert.
+        index: number of the expert.
         transposed: stored (in, out).
     """
 
@@ -45,9 +45,9 @@ class Use:
     """A module whose call reads a layer's parameter.
 
     Attributes:
-        path: of the module.
+        path: path of the module.
         module: itself.
-        kind: of module, None for experts.
+        kind: kind of module, None for experts.
         flipped: this module's view of the parameter is the transpose of the layer's (an embedding tied to a head).
     """
 

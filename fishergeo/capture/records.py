@@ -20,7 +20,7 @@ class Record:
     """What one layer did on one batch: G_i = Σ_t gradients[i, t] inputs[i, t]ᵀ.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         inputs: (n, T, q), zero at padding; the model's dtype.
         gradients: (n, T, p), of the batch's summed objective with respect to the layer's outputs; zero at padding.
         mask: (n, T) bool, False at padding, or None where every position counts.
@@ -39,7 +39,7 @@ class Arrived:
     """A call of a module whose gradient has come.
 
     Attributes:
-        path: of the module.
+        path: path of the module.
         call: its inputs and gradient.
         source: a number of :class:`Sources` for its input.
         tokens: (R,), of an expert: the tokens that its rows stand for.
@@ -107,8 +107,8 @@ def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sou
     Args:
         layer: whose.
         arrivals: its calls; none for an expert that no token chose.
-        layout: of the batch.
-        sources: of the batch.
+        layout: layout of the batch.
+        sources: sources of the batch.
 
     Raises:
         ValueError: if rows cannot be told apart by example.

@@ -57,7 +57,7 @@ class FirstTokens:
 
     Args:
         tokens: how many, at least 1.
-        factor: at least 0.
+        factor: weight of those tokens, at least 0.
 
     Raises:
         ValueError: if one of them is out of range.

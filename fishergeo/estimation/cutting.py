@@ -75,8 +75,8 @@ def unpadded(batch: Any, weights: Tensor | None, encoder_decoder: bool) -> tuple
     """A batch of one example without the padding at its edges, which is how it would be read alone.
 
     Args:
-        batch: of one example; of anything but a mapping with an ``attention_mask`` (1, T) nothing is taken away.
-        weights: of tokens, shaped as the labels, or None.
+        batch: batch of one example; of anything but a mapping with an ``attention_mask`` (1, T) nothing is taken away.
+        weights: weights of tokens, shaped as the labels, or None.
         encoder_decoder: the labels are a sequence of their own, whose padding is −100 at its end.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -21,7 +21,7 @@ class _Layout:
     """What one process holds, without its tensors: enough to take part in the exchange with nothing in hand.
 
     Attributes:
-        header: of its Fisher.
+        header: description of its Fisher.
         additive: whether sums add up; else whole states are gathered and merged.
         places: layer -> sum -> index into ``tensors``; layers that share a sum have the same index.
         tensors: (shape, dtype) of every tensor.

@@ -36,12 +36,12 @@ class FisherHeader:
         unit: ``"sequence"`` or ``"token"``.
         side: ``"output"`` or ``"input"``; of meaning to gram and sketch.
         rank: columns of the sketch.
-        seed: of the sketch's test matrices and of sampled labels.
+        seed: seed of the sketch's test matrices and of sampled labels.
         examples: N, examples with at least one supervised token (a weight sum after decay).
         tokens: supervised tokens.
-        dtype: of the sums.
+        dtype: dtype of the sums.
         shapes: layer -> (p, q).
-        fingerprint: of the model's parameters when the estimate began.
+        fingerprint: fingerprint of the model's parameters when the estimate began.
         sharing: ``"expand"`` or ``"reduce"``; of meaning to kfac and ekfac.
         basis: how ekfac's eigenbases were fixed: ``"two-pass"``, ``"one-sweep"`` or ``"given"``.
         decay: in (0, 1], what every later example multiplied the weight of the earlier ones by.
@@ -228,7 +228,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         Args:
             path: the file.
             layers: names to load; all if None.
-            device: of the tensors.
+            device: device of the tensors.
             lazy: read a layer's tensors when it is asked for.
 
         Raises:

@@ -26,7 +26,7 @@ class Part:
         parts: how many there are.
         first: place of the present batch's first example.
         units: examples with a supervised token taken in earlier batches.
-        size: of the present batch.
+        size: size of the present batch.
         fresh: examples with a supervised token taken of it.
     """
 

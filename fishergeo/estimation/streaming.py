@@ -179,7 +179,7 @@ class StreamingOperator(SymmetricOperator):
 
     Args:
         fisher: that reads the data.
-        name: of the layer.
+        name: name of the layer.
     """
 
     def __init__(self, fisher: StreamingFisher, name: str) -> None:

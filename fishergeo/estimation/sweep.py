@@ -61,7 +61,7 @@ class Sweep:
         optional: layers that no gradient reaches are left out with a warning, not refused.
 
     Attributes:
-        number: of the next batch.
+        number: number of the next batch.
         examples: the weight of the examples so far.
         tokens: the weight of their supervised tokens.
         seen: layers that received a gradient.
@@ -309,7 +309,7 @@ class Sweep:
         """Goes on from :meth:`state`.
 
         Args:
-            state: of a sweep over the same model and batches.
+            state: state of a sweep over the same model and batches.
             layouts: ``"sums"`` -> structure's key, ``"bases"`` -> ``sharing`` -> layer -> layout of its sums.
         """
         facts = state.facts

@@ -75,7 +75,7 @@ class Proof:
         evaluate: what is differentiated.
         batch: all of it.
         token_weights: (n, T) that stood in the batch, or None.
-        generator: of sampled labels; only its state is read.
+        generator: generator of sampled labels; only its state is read.
         builtin: the objective is the built-in one, so that padding is what ``attention_mask`` and −100 say.
         sampled: labels are drawn example by example; the one that runs alone is then the first.
         rough: the objective is computed under autocast.

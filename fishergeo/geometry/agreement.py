@@ -65,7 +65,7 @@ class Confidence(NamedTuple):
 
     Attributes:
         basis: orthonormal columns, leading direction first, (p, m), float32 or wider.
-        weights: in [0, 1], (m,), the same dtype.
+        weights: weights, in [0, 1], (m,), the same dtype.
 
     Examples:
         >>> fg.SoftProjector(*fg.Confidence(torch.eye(3)[:, :2], torch.tensor([1.0, 0.5]))).rank
@@ -143,7 +143,7 @@ def split_half_agreement(
         m: dimensions to report, from 1 to min(p, n·c).
         generator: source of the splits, on the CPU.
         draws: number of random splits, at least 2.
-        level: of the percentile interval over splits, in (0, 1).
+        level: coverage of the percentile interval over splits, in (0, 1).
 
     Returns:
         Agreement with tensors (m,).
@@ -183,7 +183,7 @@ def bootstrap_agreement(
         m: dimensions to report, from 1 to min(p, n·c).
         generator: source of the resamples, on the CPU.
         draws: number of resamples, at least 2.
-        level: of the percentile interval over resamples, in (0, 1).
+        level: coverage of the percentile interval over resamples, in (0, 1).
 
     Returns:
         Agreement with tensors (m,).
@@ -256,7 +256,7 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
     Args:
         shards: at least two operators of one size, say of one layer.
         m: dimensions to report; each operator must know as many eigenpairs.
-        level: of the percentile interval over pairs, in (0, 1).
+        level: coverage of the percentile interval over pairs, in (0, 1).
 
     Returns:
         Agreement with tensors (m,), float64.

@@ -86,7 +86,7 @@ def affine_invariant_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Args:
         a: symmetric positive definite, (..., n, n), any floating dtype; half precision is computed in float32.
-        b: the same size, dtype and device; batches broadcast.
+        b: second matrix, of the same size, dtype and device; batches broadcast.
 
     Returns:
         Tensor of the batch shape, float32 or wider; gradient zero where a = b.
@@ -114,7 +114,7 @@ def log_euclidean_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Args:
         a: symmetric positive definite, (..., n, n), any floating dtype; half precision is computed in float32.
-        b: the same size, dtype and device; batches broadcast.
+        b: second matrix, of the same size, dtype and device; batches broadcast.
 
     Returns:
         Tensor of the batch shape, float32 or wider; once differentiable, gradient zero where a = b.
@@ -141,7 +141,7 @@ def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 
     Args:
         a: symmetric positive semidefinite, (..., n, n), any floating dtype; half precision is computed in float32.
-        b: the same size, dtype and device; batches broadcast.
+        b: second matrix, of the same size, dtype and device; batches broadcast.
 
     Returns:
         Tensor of the batch shape, float32 or wider; once differentiable, gradient zero where a = b.
@@ -171,7 +171,7 @@ def fisher_rao_distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
     Args:
         p: probabilities along the last dimension, (..., c), any floating dtype; half precision is computed in float32.
-        q: the same number of classes, dtype and device; batches broadcast.
+        q: second distribution, of the same number of classes, dtype and device; batches broadcast.
 
     Returns:
         Tensor of the batch shape, float32 or wider.

@@ -26,8 +26,8 @@ class LayerProducts(Protocol):
 
     Attributes:
         sizes: layer -> size of its operator.
-        dtype: of the products, a floating one.
-        device: of the products.
+        dtype: dtype of the products, a floating one.
+        device: device of the products.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
@@ -85,9 +85,9 @@ def black_box(
         op: an operator, a square tensor (dense or sparse), a SciPy LinearOperator of real numbers, or a function of a
             (size, c) block. Blocks are copied before and products after, so that neither an operator that works in place
             nor one that returns the same memory every time is seen to.
-        size: of a function.
-        dtype: of a function's blocks, float64 if left out.
-        device: of a function's blocks, the CPU if left out.
+        size: size of a function.
+        dtype: dtype of a function's blocks, float64 if left out.
+        device: device of a function's blocks, the CPU if left out.
 
     Returns:
         (product, size, dtype, device).

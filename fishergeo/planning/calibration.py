@@ -41,7 +41,7 @@ def foretold(run: Callable[[int], object], short: int, long: int, batches: float
         run: does the work on so many copies of a batch.
         short: batches.
         long: batches, more than ``short``.
-        batches: of the work; a fraction where they differ in size. Up to ``long`` they are simply run.
+        batches: batches of the work; a fraction where they differ in size. Up to ``long`` they are simply run.
         repeats: medians are taken of.
     """
     run(1)
@@ -102,7 +102,7 @@ class Part:
 
     Attributes:
         options: of an estimate_fisher of such batches alone.
-        number: of them.
+        number: number of them.
         share: their elements over those of the largest batch.
         based: its ``basis=`` is the estimate of the part before it.
     """

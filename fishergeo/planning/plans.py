@@ -26,7 +26,7 @@ class LayerPlan:
     """One layer's share.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         shape: (p, q).
         state_bytes: bytes of sums that are kept; one shared with earlier layers is counted there.
         pass_bytes: bytes of sums and sketching matrices held between batches while the pass runs.
@@ -52,7 +52,7 @@ class Plan:
     """What :func:`plan` found; ``str`` gives a table. Bytes are beyond the model and the batches themselves.
 
     Attributes:
-        structure: of the estimate.
+        structure: structure of the estimate.
         examples: N.
         batches: how many there are.
         layers: layer by layer.

@@ -24,8 +24,8 @@ class FrequentDirections:
     Args:
         size: columns of A.
         rows: ℓ, rows of B. Memory is 2·rows·size numbers, time O(rows·size) a row.
-        dtype: of the buffer, float32 or float64.
-        device: of the buffer.
+        dtype: dtype of the buffer, float32 or float64.
+        device: device of the buffer.
 
     Raises:
         TypeError: for arguments of the wrong type.

@@ -29,13 +29,14 @@ class NystromSketch:
     :meth:`add_operator`. Read :meth:`eigh`, :meth:`operator` and :meth:`error`.
 
     Args:
-        size: of the terms.
-        columns: of Ω; with ``columns >= size`` the sketch is exact. The best rank-r part wants 2r columns or more.
-        seed: of Ω and the probes. Sketches add up if size, columns, probes, seed and name are equal.
+        size: size of the terms.
+        columns: columns of Ω; with ``columns >= size`` the sketch is exact. The best rank-r part wants 2r columns or
+            more.
+        seed: seed of Ω and the probes. Sketches add up if size, columns, probes, seed and name are equal.
         probes: columns held back to measure the error; 0 for none.
-        name: of the layer.
-        dtype: of the sums, float32 or float64.
-        device: of the sums.
+        name: name of the layer.
+        dtype: dtype of the sums, float32 or float64.
+        device: device of the sums.
 
     Raises:
         TypeError: for arguments of the wrong type.
@@ -204,9 +205,9 @@ def nystrom(
     Args:
         op: an operator, a symmetric tensor (size, size), a SciPy LinearOperator, or a function of a (size, c) block; any
             floating dtype, sums are in float32 or float64.
-        columns: of the sketch.
-        size: of a function's blocks.
-        seed: of the test matrix.
+        columns: columns of the sketch.
+        size: size of a function's blocks.
+        seed: seed of the test matrix.
         probes: columns held back to measure the error with.
         trace: tr(op), a number or scalar tensor, where it is known exactly; taken from an operator or a dense tensor if left out.
 

@@ -111,12 +111,12 @@ class PsdSketch:
     :meth:`close`. No call to ``add`` may carry more than :attr:`room` examples.
 
     Args:
-        size: of the matrix.
-        columns: of Ω; with ``columns >= size`` the sketch is exact.
-        seed: of the random directions.
-        name: of the layer.
-        dtype: of the sums.
-        device: of the sums.
+        size: size of the matrix.
+        columns: columns of Ω; with ``columns >= size`` the sketch is exact.
+        seed: seed of the random directions.
+        name: name of the layer.
+        dtype: dtype of the sums.
+        device: device of the sums.
         factor: to continue from.
         probed: (size, probes), the sum of products with :func:`probe_matrix` to go on with, changed in place; products
             then have ``columns + probes`` columns.

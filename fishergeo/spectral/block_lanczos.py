@@ -46,14 +46,15 @@ def lanczos(
     Args:
         op: an operator, a symmetric tensor (dense or sparse), a SciPy LinearOperator, or a function of a (size, c) block.
         k: pairs, from 1 to the size.
-        size: of a function's blocks.
-        dtype: of a function's blocks, float64 if left out.
-        device: of a function's blocks, the CPU if left out.
+        size: size of a function's blocks.
+        dtype: dtype of a function's blocks, float64 if left out.
+        device: device of a function's blocks, the CPU if left out.
         which: ``"largest"``, ``"smallest"`` (ascending) or ``"magnitude"`` (by |λ|, descending).
         tol: a pair has converged when ‖A v − θ v‖ ≤ tol·|θ|, or is at rounding level, 4·ε·√size·‖A‖. √ε if left out.
         energy: stop as soon as the leading values hold this share of the trace, converged or not, and return just
             those pairs: the captured energy of an orthonormal V is Σ θ exactly.
-        trace: of the operator, a number or scalar tensor, for ``energy``; taken from a SymmetricOperator if left out.
+        trace: trace of the operator, a number or scalar tensor, for ``energy``; taken from a SymmetricOperator if left
+            out.
         max_passes: block products allowed, each a pass over the data of a streamed operator; the final check counts.
         block: columns of a product, k if left out.
         basis: most columns kept; memory is 2·size·basis numbers. 4k + 4·block if left out, at least 60.
@@ -63,7 +64,7 @@ def lanczos(
         recheck: residuals are recomputed with the operator from the final vectors, ⌈k/block⌉ passes more, where the
             allowance permits; otherwise they come from the products already made, which is the same to rounding.
         strict: raise if the operator's pairs do not converge, rather than warn.
-        seed: of the random block.
+        seed: seed of the random block.
         checkpoint: a file written after every block step. If it exists, the run goes on from there, on the CPU bit
             for bit as if it had never stopped; a finished one is read back, and goes on if it lacked passes and has more now. The operator must be the same.
 
@@ -126,7 +127,7 @@ def lanczos_layers(
             mapping of operators, such as a :class:`fishergeo.Fisher`, symmetric tensors or SciPy LinearOperators.
         k: pairs; of a layer smaller than that, all.
         which: see :func:`lanczos`, as is everything not named here.
-        tol: of every layer.
+        tol: tol of every layer.
         energy: share of each layer's trace at which it is done.
         traces: layer -> trace, for ``energy``; else the attribute ``traces`` of ``ops`` or the operators' own.
         max_passes: block products allowed, each one pass for all layers.
@@ -135,7 +136,7 @@ def lanczos_layers(
         start: layer -> (size, c), for some or all layers.
         recheck: multiply the final vectors once more.
         strict: raise at the first layer that has not converged, once all are done.
-        seed: of random blocks; each layer has its own.
+        seed: seed of random blocks; each layer has its own.
         checkpoint: one file for all layers.
 
     Returns:

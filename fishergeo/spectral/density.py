@@ -26,7 +26,7 @@ class SpectralDensity:
     Attributes:
         nodes: (probes, steps), Ritz values, float64.
         weights: (probes, steps), not negative, float64; each row sums to one.
-        size: of the operator, so that the density counts ``size`` eigenvalues.
+        size: size of the operator, so that the density counts ``size`` eigenvalues.
         passes: block products that it took, each one pass over the data of a streamed operator.
 
     Examples:
@@ -98,8 +98,8 @@ def spectral_density(
             too.
         probes: random vectors.
         steps: Lanczos steps, cut to the size.
-        size: of a function's blocks.
-        seed: of the vectors, which are the same on every device.
+        size: size of a function's blocks.
+        seed: seed of the vectors, which are the same on every device.
 
     Returns:
         SpectralDensity, in float64 on the CPU.

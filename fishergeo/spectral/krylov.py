@@ -40,7 +40,7 @@ class Plan:
         trace: gives the trace, where ``energy`` is set.
         max_passes: products allowed, those of the check included.
         recheck: multiply the final vectors once more.
-        seed: of random directions.
+        seed: seed of random directions.
     """
 
     k: int
@@ -65,9 +65,9 @@ class Plan:
         wanted value to the first that is dropped, relative to the rest of the spectrum. So a cluster is kept whole.
 
         Args:
-            key: of all Ritz values, ascending.
+            key: sort key of all Ritz values, ascending.
             needed: columns that are to join at once.
-            norm: of the operator.
+            norm: norm of the operator.
 
         Returns:
             From k to what fits.
@@ -88,12 +88,12 @@ class KrylovRun:
     then :meth:`spectrum`.
 
     Args:
-        size: of the operator.
+        size: size of the operator.
         plan: what is wanted.
-        dtype: of vectors, float32 or float64.
+        dtype: dtype of vectors, float32 or float64.
         eps: rounding unit of the operator's products.
-        device: of vectors.
-        name: of the layer; random directions depend on it.
+        device: device of vectors.
+        name: name of the layer; random directions depend on it.
         start: (size, c), a guess of the wanted space, or None.
     """
 

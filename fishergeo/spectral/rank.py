@@ -123,7 +123,7 @@ def rank_by_noise_edge(values: Tensor, samples: int, size: int, variance: float 
         values: eigenvalues of F, descending, (k,), any floating dtype. All min(n, p) of them if ``variance`` is left out.
         samples: n; for one-sided Fishers the number of columns G_i have in all.
         size: p.
-        variance: of the noise in one entry of x; from the median eigenvalue if left out.
+        variance: variance of the noise in one entry of x; from the median eigenvalue if left out.
 
     Returns:
         From 0 to k.
@@ -154,7 +154,7 @@ def rank_by_gavish_donoho(values: Tensor, samples: int, size: int, variance: flo
         values: eigenvalues of F = 1/n Σ x_i x_iᵀ, descending, (k,), any floating dtype. All min(n, p) of them if ``variance`` is left out.
         samples: n.
         size: p.
-        variance: of the noise in one entry of x; from the median singular value if left out.
+        variance: variance of the noise in one entry of x; from the median singular value if left out.
 
     Returns:
         From 0 to k; never more than :func:`rank_by_noise_edge` finds with the same variance.
@@ -194,7 +194,7 @@ def rank_by_sign_flips(
             that the Marchenko-Pastur edge has beside p + 2√(pn).
         generator: source of the signs, on the CPU.
         draws: random sign patterns, at least 1.
-        level: of the quantile, in (0, 1).
+        level: coverage of the quantile, in (0, 1).
         dual: see ``samples``.
 
     Returns:

@@ -129,7 +129,7 @@ def enforce(spectrum: Spectrum, name: str, strict: bool) -> Spectrum:
 
     Args:
         spectrum: to check.
-        name: of the layer, or empty.
+        name: name of the layer, or empty.
         strict: raise rather than warn.
 
     Returns:

@@ -63,8 +63,8 @@ def trace(
         products: columns to multiply with, at least 4.
         method: ``"xtrace"`` (least error for decaying spectra, and the best error estimate), ``"hutch++"``, or
             ``"hutchinson"`` (the mean of zᵀAz over random signs; one block product).
-        size: of a function's blocks.
-        seed: of the probes, which are the same on every device.
+        size: size of a function's blocks.
+        seed: seed of the probes, which are the same on every device.
 
     Returns:
         Estimate with scalar tensors.
@@ -155,8 +155,8 @@ def diagonal(
         products: columns to multiply with, at least 4; with twice the size or more the diagonal is exact.
         method: ``"xdiag"`` (a low-rank part exactly, the rest by Hutchinson, each sample against the others' range) or
             ``"hutchinson"`` (Bekas, Kokiopoulou and Saad 2007: the mean of z ∘ Az over random signs).
-        size: of a function's blocks.
-        seed: of the probes.
+        size: size of a function's blocks.
+        seed: seed of the probes.
 
     Returns:
         Estimate with tensors (size,).

@@ -37,8 +37,8 @@ def sweeps(device: torch.device, dtype: torch.dtype, rank: int = 1) -> ModuleTyp
     """The module whose sweeps compute the term: Triton kernels where they serve, tiles everywhere else.
 
     Args:
-        device: of the updates.
-        dtype: of the updates.
+        device: device of the updates.
+        dtype: dtype of the updates.
         rank: the larger inner size of factored updates.
     """
     if device.type == "cuda" and dtype != torch.float64:

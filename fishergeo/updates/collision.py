@@ -119,7 +119,7 @@ def riemannian_overlap(
 
     Args:
         part: LowRank or dense tensor (..., p, q), any floating dtype; half precision is computed in float32.
-        rest: the same kind, shape, dtype and device.
+        rest: other part, of the same kind, shape, dtype and device.
         beta: β, finite and not negative.
         tau: τ, finite.
         weight: W0 (..., p, q), a constant of the updates' shape, dtype and device, or None.
@@ -162,7 +162,7 @@ def sampled_riemannian_overlap(
 
     Args:
         part: LowRank or dense tensor (..., p, q).
-        rest: the same kind, shape, dtype and device.
+        rest: other part, of the same kind, shape, dtype and device.
         rows: n, from 2 (a variance needs two) to p; p gives the exact value. For p = 1, n = 1.
         generator: source of the choice, on the CPU.
         beta: β, finite and not negative.
@@ -321,7 +321,7 @@ def geodesic_separation(
 
     Args:
         part: LowRank or dense tensor (..., p, q), any floating dtype; half precision is computed in float32.
-        rest: the same kind, shape, dtype and device.
+        rest: other part, of the same kind, shape, dtype and device.
         metric: one of the names above, a tensor (p, p) or (..., p, p), or an operator.
 
     Returns:

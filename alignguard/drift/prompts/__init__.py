@@ -43,7 +43,7 @@ def load_prompts(
             ``harm``; with capability the right ``answer`` and how it is told (``match``, see
             :func:`alignguard.drift.rules.is_right`).
         limit: keep only the first so many rows of each category.
-        category: of rows that name none.
+        category: category of rows that name none.
 
     Returns:
         The rows, each with an ``id`` of its own.

@@ -29,7 +29,7 @@ class Source:
 
     Attributes:
         path: on the hub.
-        split: of the dataset.
+        split: split of the dataset.
         config: its configuration, where it has several.
         data_dir: a folder within it.
         licence: as its card states it.
