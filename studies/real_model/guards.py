@@ -112,6 +112,12 @@ def _alignment(data: str | Path) -> list[dict[str, str]]:
     return found + [{"prompt": row["prompt"], "category": "ordinary"} for row in everyday]
 
 
+def default() -> str | None:
+    """The method that ``GuardConfig()`` is; None where it is none of these."""
+    settings = GuardConfig().to_dict()
+    return next((name for name, (method, given) in METHODS.items() if (method, given) == (GUARD, settings)), None)
+
+
 def _job(name: str, seed: int, training: Mapping[str, Any]) -> dict[str, Any]:
     """A run; the model before any is measured once, whatever the seed."""
     if name == BASE:
@@ -143,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--model", required=True, help="the aligned model")
     cli.add_argument("--data", required=True, help="folder of the prompt sets")
     cli.add_argument("--folder", type=Path, required=True, help="receives rows, prompts and the ledger of runs")
-    cli.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    cli.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     cli.add_argument("--seeds", nargs="+", type=int, default=[0])
     cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
@@ -160,8 +166,8 @@ def main(argv: Sequence[str]) -> None:
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
     jobs = [_job(name, seed, changed) for seed in args.seeds for name in args.methods]
     ledger = Ledger(args.folder / f"runs-{Path(made['prompts']).stem}.jsonl", bench.describe())
-    found = run_jobs(jobs, _Work(bench), ledger, progress=True)
-    told = summary(found, made["prompts"])
+    run_jobs(jobs, _Work(bench), ledger, progress=True)
+    told = summary(ledger.rows, made["prompts"])  # of earlier calls too
     for row in told:
         unsafe = {group: f"{100 * share['value']:.0f}" for group, share in row["sources"].items()}
         print(f"{row['name']:<22} seed {row['seed']}  refused {unsafe}  task loss {row['task_loss']:.3f}")
@@ -175,7 +181,12 @@ def main(argv: Sequence[str]) -> None:
         where = {str(args.model): "MODEL", str(args.data): "DATA", str(args.folder): "FOLDER", str(args.out): "OUT"}
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
         settings = {"training": TRAINING, "lora": LORA, "alignment": ALIGNMENT, "tokens": TOKENS, "limit": args.limit}
-        write_text(args.out, json.dumps({"command": command, "versions": versions, **settings, "runs": told}, indent=1))
+        write_text(
+            args.out,
+            json.dumps(
+                {"command": command, "versions": versions, **settings, "default": default(), "runs": told}, indent=1
+            ),
+        )
 
 
 class _Work:

