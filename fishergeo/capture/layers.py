@@ -94,9 +94,9 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
     Args:
         model: any module; on any device, meta included.
         layers: names, globs (``"*.q_proj"``), one of either, or a predicate ``(name, module) -> bool``. None takes
-            every ``nn.Linear`` except the output embedding (a p of vocabulary size) and the two halves of LoRA. A
-            glob matches biases only if it ends in ``bias`` (``"*.bias"``, or ``"*+bias"`` for weight and bias
-            together); a predicate is asked about modules and experts, never about biases.
+            every ``nn.Linear`` except the output embedding (a p of vocabulary size), the two halves of LoRA and, with a
+            warning, those tied to another or to what cannot be captured. A glob matches biases only if it ends in
+            ``bias`` (``"*.bias"``, or ``"*+bias"`` for weight and bias together); a predicate is asked about modules and experts, never about biases.
 
     Returns:
         name -> layer, never empty. A weight that several modules share is one layer, named by any one of them and
