@@ -1,7 +1,7 @@
 """A guarded fine-tuning run: prepared, trained, saved, resumed."""
 
 from alignguard.training.checkpoint import check_complete, latest_checkpoint
-from alignguard.training.dry_run import plan_text, seconds_of_step
+from alignguard.training.dry_run import activation_bytes, plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
 from alignguard.training.hooks import Hooks
 from alignguard.training.preparation import Prepared, prepare
@@ -18,6 +18,7 @@ __all__ = [
     "GuardTrainer",
     "Hooks",
     "Prepared",
+    "activation_bytes",
     "card_section",
     "check_complete",
     "check_run",
