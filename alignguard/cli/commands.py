@@ -96,6 +96,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         "--save-every", type=int, default=None, help="optimizer steps between checkpoints; none if left out"
     )
     fit.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
+    fit.add_argument(
+        "--verbose", action="store_true", help="a line for every guarded matrix, not for every kind of layer"
+    )
     fit.add_argument("--plain", action="store_true", help="without the guard")
     fit.add_argument(
         "--preset", choices=PRESETS, default="default",
@@ -181,7 +184,7 @@ def _claim(path: Path, overwrite: bool) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from alignguard.training import fit, plan_text, prepare, seconds_of_step
+    from alignguard.training import activation_bytes, fit, plan_text, prepare, seconds_of_step
 
     _required(args, "model", "task_data")
     config = _guard_config(args, PRESETS[args.preset])
@@ -210,9 +213,9 @@ def _fit(args: argparse.Namespace) -> None:
     assert task is not None  # or it would be missing
     if args.dry_run:
         ready = prepare(args.model, task, kept, config, most_prompts=LOOKED_AT, **options)
-        print(plan_text(ready, seconds_of_step(ready)))
+        print(plan_text(ready, seconds_of_step(ready), activation_bytes(ready), verbose=args.verbose))
         return
-    options |= {"overwrite": args.overwrite, "resume": args.resume, "progress": True}
+    options |= {"overwrite": args.overwrite, "resume": args.resume, "progress": True, "verbose": args.verbose}
     result = fit(args.model, task, kept, config, args.output_dir, **options)
     print(f"{'adapter' if args.method == 'lora' else 'model'}: {result.adapter_dir}  ({result.step_time:.3f} s a step)")
 

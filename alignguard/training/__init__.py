@@ -2,7 +2,7 @@
 
 from alignguard.training.answers import OwnAnswers, own_answers
 from alignguard.training.checkpoint import check_complete, latest_checkpoint
-from alignguard.training.dry_run import plan_text, seconds_of_step
+from alignguard.training.dry_run import activation_bytes, plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
 from alignguard.training.hooks import Hooks
 from alignguard.training.preparation import Prepared, prepare
@@ -20,6 +20,7 @@ __all__ = [
     "Hooks",
     "OwnAnswers",
     "Prepared",
+    "activation_bytes",
     "card_section",
     "check_complete",
     "check_run",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignguard.data import collator, pad_id, shown_row
 from alignguard.training.preparation import Prepared
@@ -52,12 +54,51 @@ def seconds_of_step(ready: Prepared) -> float:
     return seconds * settings.get("gradient_accumulation_steps", 1)
 
 
-def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
+def activation_bytes(ready: Prepared) -> int:
+    """Bytes that a forward pass keeps for its backward pass, weights left out: of the longest task rows of a micro-batch, or
+    of the longest alignment examples that are read together, whichever is more.
+    """
+    model = ready.model
+    device = next(model.parameters()).device
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def kept(batch: dict[str, Tensor]) -> int:
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(**{name: value.to(device) for name, value in batch.items()})
+        del output  # until here everything that was saved is alive, so no address is counted for two
+        return sum(found.values())
+
+    def longest(rows: Sequence[Any], count: int) -> list[Any]:
+        return sorted(rows, key=lambda row: len(row["input_ids"]))[-count:]
+
+    collate = collator(pad_id(ready.tokenizer), ready.kind)
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        most = kept(collate(longest(ready.rows, ready.settings["per_device_train_batch_size"])))
+        if ready.guard is not None:
+            config = ready.guard.config
+            together = max(config.batch_size if ready.guard.uses_curvature else 1, config.kl_examples)
+            most = max(most, kept(collate(longest(ready.alignment, together))))
+    return most
+
+
+def plan_text(
+    ready: Prepared, seconds_per_step: float | None = None, activations: int | None = None, verbose: bool = False
+) -> str:
     """The plan in words.
 
     Args:
         ready: what :func:`alignguard.training.prepare` read.
         seconds_per_step: time of an optimizer step of the plain run, where it is known (:func:`seconds_of_step`).
+        activations: bytes of a micro-batch's activations, where they are known (:func:`activation_bytes`).
+        verbose: give every guarded matrix a line, not every kind of layer.
 
     Returns:
         Lines on model, data, memory, compute and time, a row of the data with its loss mask, and the table of what is guarded.
@@ -71,6 +112,7 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
         f"model: {ready.record['model']} ({ready.kind}, {whole:,} parameters, {trained:,} of them train)",
         f"task: {len(ready.rows)} rows, {batch} a step and process, {steps} steps",
     ]
+    held = ""
     if guard is None:
         lines.append("guard: none")
     else:
@@ -83,9 +125,9 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
             reading.append(f"{c.kl_examples} at each KL, every {every} steps")
         lines.append(f"alignment: {len(guard.rows)} rows, " + "; ".join(reading or ["none read"]))
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
-        kept = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []
-        kept += [f"KL's memory {_mib(4 * memory * trained)}"] if c.lambda_kl and memory else []
-        lines.append(f"memory: {', '.join([*kept, f'reference weights {_mib(references)}'])} at most")
+        extra = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []
+        extra += [f"KL's memory {_mib(4 * memory * trained)}"] if c.lambda_kl and memory else []
+        held = "".join(f", {part}" for part in [*extra, f"reference weights {_mib(references)}"]) + " at most"
         share = min(c.refresh_examples, len(guard.rows)) / (c.interval(steps) * batch) if guard.uses_curvature else 0.0
         share = min(share, c.refresh_budget) if c.adaptive else share
         share += min(c.kl_examples, len(guard.rows)) / (every * batch) if c.lambda_kl else 0.0
@@ -94,6 +136,13 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
             f"compute: {100 * share:.1f} % more examples pass through the model than task rows, the penalty's own "
             "arithmetic aside"
         )
+    weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+    moving = sum(p.numel() * p.element_size() for p in ready.model.parameters() if p.requires_grad)
+    passing = "" if activations is None else f", activations {_mib(activations)}"
+    lines.insert(
+        2 if guard is None else 3,
+        f"memory: weights {_mib(weights)}, gradients and Adam's moments {_mib(3 * moving)}{passing}{held}",
+    )
     if seconds_per_step is not None:
         without = steps * seconds_per_step / 60
         guarded = f", {without * (1 + share):.1f} with its passes" if guard is not None else ""
@@ -102,7 +151,7 @@ def plan_text(ready: Prepared, seconds_per_step: float | None = None) -> str:
     lines += ["", shown_row(ready.tokenizer, ready.rows, "task_data", ready.kind)]
     if guard is not None:
         lines += ["", shown_row(ready.tokenizer, ready.alignment, "alignment_data", ready.kind)]
-        lines += ["", coverage_table(guard.coverage())]
+        lines += ["", coverage_table(guard.coverage(), fold=not verbose)]
     return "\n".join(lines)
 
 

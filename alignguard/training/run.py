@@ -68,6 +68,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    verbose: bool = False,
     trained: str | Path | None = None,
 ) -> FitResult:
     """Train what :func:`prepare` made ready, and save it.
@@ -80,6 +81,7 @@ def train(
         overwrite: allow an output folder that holds something; its checkpoints are removed.
         resume: go on from the last complete checkpoint of the same run, or start if there is none.
         progress: show progress bars and the table of what is guarded.
+        verbose: give every guarded matrix a line of that table, not every kind of layer.
         trained: folder of an adapter that these very arguments left without the rival; it is taken in place of
             training, and the rival acts on that.
 
@@ -110,7 +112,7 @@ def train(
     if progress:
         print(shown_row(ready.tokenizer, ready.rows, "task_data", ready.kind))
         if guard is not None:
-            print(coverage_table(guard.coverage()))
+            print(coverage_table(guard.coverage(), fold=not verbose))
     record = ready.record | ({} if rival is None else {"rival": rival.describe()})
     arguments = training_arguments(ready.kind, output / "checkpoints", ready.seed, ready.settings)
     arguments.warmup_steps = warmup_steps(arguments, ready.steps)
@@ -197,6 +199,7 @@ def fit(
     save_every: int | None = None,
     fisher: str | Path | None = None,
     progress: bool = False,
+    verbose: bool = False,
     max_length: int = 256,
     seed: int = 0,
 ) -> FitResult:
@@ -231,6 +234,7 @@ def fit(
         save_every: optimizer steps between checkpoints; the two latest are kept. None keeps none.
         fisher: file of ``alignguard fisher``, taken as the first curvature in place of an estimate.
         progress: show progress bars and the table of what is guarded.
+        verbose: give every guarded matrix a line of that table, not every kind of layer.
         max_length: longest example in tokens.
         seed: seed of the adapter's start, the data order and the guard.
 
@@ -265,4 +269,4 @@ def fit(
         offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
         fisher=fisher, answers=Path(output_dir).expanduser() / OWN_ANSWERS,
     )  # fmt: skip
-    return train(ready, output_dir, overwrite=overwrite, resume=resume, progress=progress)
+    return train(ready, output_dir, overwrite=overwrite, resume=resume, progress=progress, verbose=verbose)

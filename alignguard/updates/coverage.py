@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from alignguard.tables import text_table
 from alignguard.updates.matrices import plain_name
 from alignguard.updates.weight_updates import WeightUpdates
+
+NUMBER = re.compile(r"\.\d+(?=\.|$)")  # of a layer or an expert
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,33 @@ def coverage(updates: WeightUpdates) -> list[Covered]:
     return lines + [Covered(plain_name(name), False, why) for name, why in sorted(updates.skipped.items())]
 
 
-def coverage_table(lines: list[Covered]) -> str:
+def coverage_table(lines: list[Covered], fold: bool = False) -> str:
     """The lines as aligned text.
 
     Args:
         lines: what :meth:`alignguard.Guard.coverage` gives.
+        fold: whether layers of a kind, whose names differ in numbers alone, share a line.
 
     Returns:
-        A head, a line for each matrix or parameter, and a line of counts.
+        A head, a line for each matrix or parameter or for each kind, and a line of counts.
     """
+    shown_lines = [(line, 1) for line in lines]
+    if fold:
+        kinds = Counter(replace(line, name=NUMBER.sub(".*", line.name)) for line in lines)
+        single = {replace(line, name=NUMBER.sub(".*", line.name)): line for line in lines}
+        shown_lines = [(kind if count > 1 else single[kind], count) for kind, count in kinds.items()]
     rows = []
-    for line in lines:
+    for line, count in shown_lines:
         shape = "" if line.shape is None else "{}×{}".format(*line.shape)
         rank = "" if not line.guarded else "dense" if line.rank is None else str(line.rank)
-        rows.append((line.name, shape, rank, line.how if line.guarded else f"NOT GUARDED: {line.how}"))
+        rows.append(
+            (
+                line.name if count == 1 else f"{line.name} ({count})",
+                shape,
+                rank,
+                line.how if line.guarded else f"NOT GUARDED: {line.how}",
+            )
+        )
     shown = text_table({"matrix": "left", "shape": "right", "rank": "right", "ΔW": "left"}, rows)
     guarded = sum(line.guarded for line in lines)
     return f"{shown}\n{guarded} matrices guarded, {len(lines) - guarded} trained parameters not"

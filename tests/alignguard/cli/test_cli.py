@@ -102,8 +102,9 @@ def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkey
     assert all(getattr(expected, field.name) != field.default for field in dataclasses.fields(GuardConfig))
     heard = []
     monkeypatch.setattr(alignguard.training, "prepare", lambda *a, **k: heard.append((a, k)))
-    monkeypatch.setattr(alignguard.training, "plan_text", lambda *a: "")
+    monkeypatch.setattr(alignguard.training, "plan_text", lambda *a, **k: "")
     monkeypatch.setattr(alignguard.training, "seconds_of_step", lambda *a: 1.0)
+    monkeypatch.setattr(alignguard.training, "activation_bytes", lambda *a: 0)
     more = {"model": "m", "task_data": "t", "alignment_data": "a", "output_dir": "o", "offload": "cpu", "save_every": 3,
             "max_steps": 9, "learning_rate": 0.5, "rank": 3, "target_modules": ["q_proj"], "task_max_length": 50}  # fmt: skip
     flags = ["fit", "--dry-run"]
