@@ -32,6 +32,7 @@ from transformers import AutoConfig
 
 from alignguard.embedded import TRAINING
 from alignguard.files import write_text
+from alignguard.guard import GuardConfig
 from alignguard.training import versions
 from studies import ANCHOR, GUARD, GUARDS, Bench, Ledger, make_job, measure_base, rivals_plan, run_job, run_jobs
 from studies.rivals import RIVALS
@@ -41,6 +42,7 @@ METHODS = [
     *GUARDS,
     *RIVALS,
     *("paper", "paper, refreshed", "kl, every step", "guard, refreshed rarely", "guard, sketched"),
+    "kl with memory",
     *("guard, leading part", "guard, leading part, soft"),
     *("plain, best rate", "guard, sketched, best rate"),
 ]
@@ -59,7 +61,12 @@ FIXED: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
     "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
-    # the default: both factors sketched, half the alignment examples, at the strength and schedule that the sweep chose
+    # the default: chosen on the public model (studies/real_model)
+    "kl with memory": {
+        name: getattr(GuardConfig(), name)
+        for name in ("lambda_alignment", "lambda_kl", "kl_examples", "kl_every", "kl_tokens", "kl_memory")
+    },
+    # the default before it: both factors sketched, half the alignment examples, at the strength and schedule of the sweep
     "guard, sketched": SKETCHED,
     # ΔW_A in place of the whole update, by a hard projector and a soft one
     "guard, leading part": {**SKETCHED, "whole_update": False},

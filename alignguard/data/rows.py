@@ -249,7 +249,7 @@ def prompts_alone(source: Source, name: str = "data") -> list[dict[str, str]] | 
     found: list[dict[str, str]] = []
     with named(name):
         for where, row in read_rows(source):
-            answered = "prompt" not in row or any(_holds(row.get(field)) for field in ANSWERS)
+            answered = "prompt" not in row or any(row.get(field) not in (None, "", []) for field in ANSWERS)
             if answered and not found:
                 return None
             if answered:

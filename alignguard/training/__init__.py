@@ -1,11 +1,11 @@
 """A guarded fine-tuning run: prepared, trained, saved, resumed."""
 
-from alignguard.training.answers import OwnAnswers, own_answers
 from alignguard.training.checkpoint import check_complete, latest_checkpoint
 from alignguard.training.dry_run import activation_bytes, plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
 from alignguard.training.hooks import Hooks
-from alignguard.training.preparation import Prepared, prepare
+from alignguard.training.preparation.answers import OwnAnswers, own_answers
+from alignguard.training.preparation.prepared import Prepared, prepare
 from alignguard.training.record import card_section, check_run, versions
 from alignguard.training.run import FitResult, fit, train
 from alignguard.training.settings import DEFAULT_TRAINING

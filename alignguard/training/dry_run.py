@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignguard.data import collator, pad_id, shown_row
-from alignguard.training.preparation import Prepared
+from alignguard.training.preparation.prepared import Prepared
 from alignguard.updates import coverage_table
 
 

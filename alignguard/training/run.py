@@ -19,9 +19,9 @@ from alignguard.files import OWN_ANSWERS, save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
 from alignguard.training.checkpoint import latest_checkpoint
 from alignguard.training.hooks import Hooks, HookSeq2SeqTrainer, HookTrainer
-from alignguard.training.preparation import Prepared, prepare
+from alignguard.training.preparation.prepared import Prepared, prepare
+from alignguard.training.preparation.rehearsal import warmup_steps
 from alignguard.training.record import add_card_section, card_section, check_run, claim_run
-from alignguard.training.rehearsal import warmup_steps
 from alignguard.training.settings import training_arguments
 from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
 from alignguard.updates import coverage_table

@@ -1,7 +1,7 @@
 """What trains, as weight updates ΔW: of LoRA adapters and of whole weights, and what is refused."""
 
 from alignguard.updates.checks import check_plugins, check_trained
-from alignguard.updates.coverage import Covered, coverage, coverage_table
+from alignguard.updates.covered import Covered, coverage, coverage_table
 from alignguard.updates.lora import base_name, lora_updates
 from alignguard.updates.matrices import METHODS, Matrix, Update
 from alignguard.updates.weight_updates import WeightUpdates

@@ -8,7 +8,7 @@ import pytest
 from alignguard.embedded import model_path
 from alignguard.loading import load_model
 from alignguard.objective import IGNORED
-from alignguard.training.answers import packaged_prompts
+from alignguard.training.preparation.answers import packaged_prompts
 from studies.real_model import align, borderline, fetch, guards, measure, rows
 from studies.real_model.answers import own_answers
 

@@ -32,7 +32,7 @@ def home(tmp_path, monkeypatch, tiny_llama, tokenizer, task_rows, alignment_rows
 def test_a_run_whose_yaml_says_home_is_wholly_there_and_resumed_there(home, capsys):
     Path("run.yaml").write_text(
         "model: ~/m\ntask_data: ~/t.jsonl\nalignment_data: ~/k.jsonl\noutput_dir: ~/x\nmax_steps: 4\nsave_every: 1\n"
-        "per_device_train_batch_size: 2\nrefresh_examples: 2\n"
+        "per_device_train_batch_size: 2\npreset: curvature\nrefresh_examples: 2\n"
     )
     assert main(["fit", "--config", "run.yaml"]) == 0, capsys.readouterr().err
     assert sorted(p.name for p in (home / "x").iterdir()) == ["adapter", "checkpoints", "history.json", "run.json"]

@@ -35,7 +35,7 @@ def test_a_fisher_file_serves_the_model_it_came_from_and_no_other(folder, capsys
     assert cli.main(arguments) == 2
     assert "exists" in capsys.readouterr().err
     run = ["fit", "--model", str(folder / "model"), "--task-data", str(folder / "task.jsonl"), "--alignment-data",
-           str(folder / "alignment.jsonl"), "--output-dir", str(folder / "out"), "--max-steps", "1", "--rank", "2"]  # fmt: skip
+           str(folder / "alignment.jsonl"), "--output-dir", str(folder / "out"), "--max-steps", "1", "--rank", "2", "--preset", "curvature"]  # fmt: skip
     assert cli.main([*run, "--fisher", str(path)]) == 0
     assert cli.main([*run, "--fisher", str(path), "--structure", "gram", "--overwrite"]) == 2
     assert "structure" in capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(folder, capsys):
     options = {
         "model": str(folder / "model"), "task_data": str(folder / "task.jsonl"), "max_steps": 4, "rank": 2,
         "alignment_data": str(folder / "alignment.jsonl"), "output_dir": str(folder / "out"),
-        "exclude": ["*.k_proj"], "scale_free": True, "refresh_every": 2,
+        "preset": "curvature", "exclude": ["*.k_proj"], "scale_free": True, "refresh_every": 2,
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(options))
     (folder / "out").mkdir()

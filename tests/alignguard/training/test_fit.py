@@ -152,7 +152,7 @@ def test_an_output_folder_that_holds_something_is_never_touched(
     [
         ({"task_data": []}, ValueError, "task_data is empty"),
         ({"alignment_data": []}, ValueError, "alignment_data is empty"),
-        ({"alignment_data": None}, ValueError, "alignment_data is missing"),
+        ({"alignment_data": None}, ValueError, "alignment_data: the model refuses none of 192"),
         ({"task_data": [{"prompt": "a"}]}, ValueError, "task_data.*row 1.*response"),
         ({"task_data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
         ({"model": "./nowhere"}, FileNotFoundError, "nowhere"),

@@ -12,7 +12,7 @@ from alignguard.cli import main
 from alignguard.loading import kind_of, load_model, load_tokenizer, load_weights
 from alignguard.training import fit
 
-CONFIG = GuardConfig(refresh_every=2, refresh_examples=2)
+CONFIG = GuardConfig.curvature(refresh_every=2, refresh_examples=2)
 
 
 def test_a_full_run_is_a_folder_that_can_be_asked(tmp_path, tiny_llama, tokenizer, task_rows, alignment_rows, capsys):

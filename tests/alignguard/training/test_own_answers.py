@@ -13,9 +13,9 @@ from alignguard.drift import REFUSAL, judge, load_prompts
 from alignguard.embedded import data_path, model_path
 from alignguard.loading import load_model
 from alignguard.training import own_answers
-from alignguard.training.answers import packaged_prompts
+from alignguard.training.preparation.answers import packaged_prompts
 
-room = sys.modules["alignguard.training.answers"]
+room = sys.modules["alignguard.training.preparation.answers"]
 
 UNSAFE = [{"prompt": row["prompt"], "category": "unsafe"} for row in packaged_prompts() if row["category"] == "unsafe"]
 MILD = [{"prompt": "Name a color.", "category": "ordinary"}, {"prompt": "Say hello.", "category": "ordinary"}]
@@ -128,7 +128,7 @@ def test_prompts_and_whole_rows_are_not_mixed_and_a_classifier_needs_labels(tmp_
 
 
 def test_two_arguments_of_the_command_line_give_a_guarded_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("alignguard.training.run.packaged_prompts", lambda: UNSAFE[:8])
+    monkeypatch.setattr("alignguard.training.preparation.prepared.packaged_prompts", lambda: UNSAFE[:8])
     task = tmp_path / "task.jsonl"
     task.write_text("".join(json.dumps(row) + "\n" for row in TASK))
     words = ["fit", "--model", str(model_path()), "--task-data", str(task), "--output-dir", str(tmp_path / "run")]

@@ -13,7 +13,7 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, Llama
 
 from alignguard import GuardConfig
 from alignguard.training import fit
-from alignguard.training.rehearsal import warmup_steps
+from alignguard.training.preparation.rehearsal import warmup_steps
 from alignguard.training.settings import run_settings, training_arguments
 
 CONFIG = GuardConfig.curvature(refresh_every=2, refresh_examples=2)

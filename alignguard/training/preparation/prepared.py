@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, set_seed
 from alignguard.data import Examples, Source, as_source, check_fits, encode_source, pad_id, prompts_alone
 from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
-from alignguard.training.answers import OwnAnswers, own_answers, packaged_prompts
 from alignguard.training.fisher_file import load_fisher
+from alignguard.training.preparation.answers import OwnAnswers, own_answers, packaged_prompts
+from alignguard.training.preparation.rehearsal import rehearse
 from alignguard.training.record import record_of
-from alignguard.training.rehearsal import rehearse
 from alignguard.training.settings import run_settings
 from alignguard.updates import METHODS
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def rehearse(
             there, a run without a step or with a rate that stays zero, frozen weights, or layers that cannot be captured.
     """
     _check_padding(model, tokenizer, kind, settings, guard)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _environment_restored():
         arguments = training_arguments(kind, Path(folder), seed, {**settings, "push_to_hub": False})
         trainer_class = GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer
         try:
@@ -84,6 +86,17 @@ def rehearse(
         trainer.check_guard()
         _check_capture(guard)
     return steps
+
+
+@contextlib.contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Variables that TrainingArguments sets for accelerate are those of the run to come, or of none."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _schedule(trainer: Any, steps: int) -> Any:

@@ -9,9 +9,9 @@ from alignguard import GuardConfig
 from alignguard.cli import main
 from alignguard.training import activation_bytes, plan_text, prepare
 from alignguard.updates import coverage_table
-from alignguard.updates.coverage import Covered
+from alignguard.updates.covered import Covered
 
-CONFIG = GuardConfig(refresh_every=2, refresh_examples=2)
+CONFIG = GuardConfig.curvature(refresh_every=2, refresh_examples=2)
 
 
 @pytest.fixture
