@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishergeo.capture import attention
 from fishergeo.capture.at_rest import at_rest, check_runnable, unaliased
 from fishergeo.capture.batches import lengths_of
 from fishergeo.capture.experts import watched
@@ -105,6 +106,12 @@ class Capture:
                 reshard()
         self._stack.enter_context(at_rest(self.model))
         self._stack.enter_context(torch.enable_grad())
+        captured = {site.use.module for site in self._sites.values()}
+        for path, module in list(self.model.named_modules()):
+            parts = attention.projections(module)
+            own = {module.out_proj, *(p for p in captured if getattr(p, "attention", None) is module)} if parts else ()
+            if not captured.isdisjoint(own):
+                self._stack.enter_context(attention.watched(path, module, captured, lambda: self._deaf))
         handles = [self.model.register_forward_pre_hook(self._note_lengths, with_kwargs=True)]
         for key, site in self._sites.items():
             if len(key) == 1:

@@ -4,6 +4,7 @@
 kind                       (p, q)            inputs a_t             gradients g_t
 =========================  ================  =====================  =================================
 nn.Linear, Conv1D (GPT-2)  (out, in)         the module's input     of the module's output
+in_proj of an attention    (3·width, in)     each tensor read       of the three maps, 0 elsewhere
 nn.Conv1d to nn.Conv3d     (out, in·kernel)  patches                of the output, T = output positions
 nn.ConvTranspose1d to 3d   (out·kernel, in)  the module's input     patches of the output's gradient
 nn.Embedding               (width, rows)     one-hot of the id      of the output; none at padding_idx
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fishergeo.capture.attention import Projection
 from fishergeo.capture.convolutions import Convolution, TransposedConvolution
 from fishergeo.capture.kind import Call, Kind, first_input, linear_scale, tolerance
 from fishergeo.capture.norms import ChannelNorm, Norm
@@ -55,6 +57,18 @@ class Linear(Kind):
         """The input (..., in) and the gradient (..., out)."""
         g = call.gradient if call.note in (None, 1.0) else call.gradient * call.note
         return first_input(call.args, call.kwargs), g
+
+
+class InProjection(Linear):
+    """An input projection of nn.MultiheadAttention."""
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether it is such a projection."""
+        return isinstance(module, Projection)
+
+    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """Nothing: the attention's outputs have been compared as a whole."""
+        return 1.0
 
 
 class TransposedLinear(Kind):
@@ -118,7 +132,7 @@ class Embedding(Kind):
 
 
 KINDS: tuple[Kind, ...] = (
-    Linear(), TransposedLinear(), Convolution(), TransposedConvolution(), Embedding(), Norm(), ChannelNorm(),
+    InProjection(), Linear(), TransposedLinear(), Convolution(), TransposedConvolution(), Embedding(), Norm(), ChannelNorm(),
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Which parameters of a model can be captured, under which names, in which (p, q) view, and who else reads them.
 
 A layer is named by its module (``"mlp.down_proj"``, its weight), by its bias (``"mlp.down_proj.bias"``), by both
-together (``"mlp.down_proj+bias"``), or by one expert of a three-dimensional parameter
-(``"mlp.experts.down_proj.3"``).
+together (``"mlp.down_proj+bias"``), by a projection of an nn.MultiheadAttention (``"attn.in_proj"``), or by
+one expert of a three-dimensional parameter (``"mlp.experts.down_proj.3"``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from fishergeo.capture.at_rest import unstepped
+from fishergeo.capture.attention import modules_of, parameters_of, projections
 from fishergeo.capture.kind import Kind
 from fishergeo.capture.kinds import kind_of
 from fishergeo.capture.model_adapters import is_adapter_part, is_mere_storage, output_embedding
@@ -85,7 +86,7 @@ def selectable(model: nn.Module) -> list[str]:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name or kind_of(module) is not None}
+    return {name: module for name, module in modules_of(model).items() if name or kind_of(module) is not None}
 
 
 def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Layer]:
@@ -94,8 +95,9 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
     Args:
         model: any module; on any device, meta included.
         layers: names, globs (``"*.q_proj"``), one of either, or a predicate ``(name, module) -> bool``. None takes
-            every ``nn.Linear`` except the output embedding (a p of vocabulary size), the two halves of LoRA and, with a
-            warning, those tied to another or to what cannot be captured. A glob matches biases only if it ends in
+            every ``nn.Linear`` and input projection of ``nn.MultiheadAttention`` (``in_proj``, or ``q_proj``,
+            ``k_proj`` and ``v_proj`` where they are apart) except the output embedding (a p of vocabulary size), the two
+            halves of LoRA and, with a warning, those tied to another or to what cannot be captured. A glob matches biases only if it ends in
             ``bias`` (``"*.bias"``, or ``"*+bias"`` for weight and bias together); a predicate is asked about modules and experts, never about biases.
 
     Returns:
@@ -111,7 +113,8 @@ def select_layers(model: nn.Module, layers: LayerFilter = None) -> dict[str, Lay
 
 
 def _selected(model: nn.Module, layers: LayerFilter) -> dict[str, Layer]:
-    modules = _modules(model)
+    everything = modules_of(model)
+    modules = {name: module for name, module in everything.items() if name or kind_of(module) is not None}
     known = _candidates(modules)
     plain = [name for name, (_, part, _) in known.items() if part in ("weight", "expert")]
     if layers is None:
@@ -120,7 +123,10 @@ def _selected(model: nn.Module, layers: LayerFilter) -> dict[str, Layer]:
         chosen = [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module not in of_head and not is_adapter_part(name)
+            if isinstance(module, nn.Linear)
+            and module._parameters.get("weight", module) is not None
+            and module not in of_head
+            and not is_adapter_part(name)
         ]
         if not chosen:
             raise ValueError(f"layers=None: {type(model).__name__} has no nn.Linear; name the layers to capture")
@@ -144,11 +150,9 @@ def _selected(model: nn.Module, layers: LayerFilter) -> dict[str, Layer]:
             raise ValueError(f"layers: {name!r} {_refusal(name, modules, known)}")
     wanted = set(chosen)
     owners: dict[Tensor, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(parameter, []).append((path, attribute))
-    everything = dict(model.named_modules())
+    for path, module in everything.items():
+        for attribute, parameter in parameters_of(module).items():
+            owners.setdefault(parameter, []).append((path, attribute))
     result: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
     taken: dict[tuple[str, str, Expert | None], str] = {}
@@ -179,10 +183,12 @@ def _candidates(modules: dict[str, nn.Module]) -> dict[str, _Candidate]:
     for path, module in modules.items():
         kind = kind_of(module)
         if kind is not None and kind.refusal(module) is None and not is_mere_storage(path, modules):
-            found[path] = (path, "weight", None)
+            weighty = module._parameters.get("weight", module) is not None  # an attention's bias of three weights
+            if weighty:
+                found[path] = (path, "weight", None)
             if module._parameters.get("bias") is not None:
                 found[f"{path}.bias" if path else "bias"] = (path, "bias", None)
-                if kind.joint:
+                if kind.joint and weighty:
                     found[f"{path}+bias"] = (path, "weight+bias", None)
         elif kind is None:
             for parameter, expert in _experts(module):
@@ -216,10 +222,15 @@ def _refusal(name: str, modules: dict[str, nn.Module], known: dict[str, _Candida
     module = modules[name]
     title = type(module).__name__
     kind = kind_of(module)
+    if f"{name}.bias" in known and name not in known:
+        return f"is no weight but the bias of three; name {name + '.bias'!r}"
     if kind is not None and is_mere_storage(name, modules):
         return "is read as a mere parameter by peft's target_parameters and never called, so it cannot be captured"
     if kind is not None:
         return f"is a {title} that {kind.refusal(module)}"
+    within = [f"{name}.{role}" for role in projections(module)]
+    if within:
+        return f"is a {title}; name its projections, such as {within[0]!r} or {name + '.out_proj'!r}"
     stacked = [other for other, (path, part, _) in known.items() if path == name and part == "expert"]
     if stacked:
         return f"is a {title}; name its experts, such as {stacked[0]!r} or {stacked[0].rpartition('.')[0] + '.*'!r}"

@@ -139,7 +139,8 @@ def estimate_fisher(
             :class:`fishergeo.Structure`, or a mapping from names of your own to them.
         kind: whose labels an objective has, a field of :class:`fishergeo.DataOptions`; ``"empirical"`` by default.
         data: options of the data; by default those that ``kind`` and ``keywords`` make.
-        layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear except the output
+        layers: names, globs or a predicate ``(name, module) -> bool``; by default every nn.Linear and
+            input projection of nn.MultiheadAttention except the output
             embedding and LoRA's halves, leaving out with a warning what is never called. ``"m.bias"`` is a bias, ``"m+bias"`` weight and bias, ``"m.experts.w.3"`` an
             expert; see "What can be captured" in the reference.
         rank: number of eigenpairs of a sketch, at least 1.
