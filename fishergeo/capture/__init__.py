@@ -4,19 +4,19 @@ from fishergeo.capture.at_rest import Autocast
 from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
-from fishergeo.capture.labels import Alignment, label_alignment
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
 from fishergeo.capture.model_adapters import is_encoder_decoder
-from fishergeo.capture.objectives import (
+from fishergeo.capture.objectives.by_kind import (
     KINDS,
     REDUCTIONS,
     LossFunction,
     Objective,
     example_objectives,
 )
+from fishergeo.capture.objectives.labels import Alignment, label_alignment
+from fishergeo.capture.objectives.weights import FirstTokens, WeightSource, checked_example_weights, take_weights
 from fishergeo.capture.records import Record
 from fishergeo.capture.standins import provable, stand_ins
-from fishergeo.capture.weights import FirstTokens, WeightSource, checked_example_weights, take_weights
 
 __all__ = [
     "KINDS",

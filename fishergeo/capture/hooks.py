@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture import attention
 from fishergeo.capture.at_rest import at_rest, check_runnable, unaliased
 from fishergeo.capture.batches import lengths_of
-from fishergeo.capture.experts import watched
-from fishergeo.capture.kind import Call, first_input
-from fishergeo.capture.kinds import Embedding
+from fishergeo.capture.kinds import attention
+from fishergeo.capture.kinds.experts import watched
+from fishergeo.capture.kinds.kind import Call, first_input
+from fishergeo.capture.kinds.known import Embedding
 from fishergeo.capture.layers import Layer, Use
 from fishergeo.capture.model_adapters import is_encoder_decoder
-from fishergeo.capture.objectives import Objective
+from fishergeo.capture.objectives.by_kind import Objective
 from fishergeo.capture.records import Arrived, BatchShape, Record, Sources, record_of
 
 

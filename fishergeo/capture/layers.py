@@ -16,9 +16,9 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from fishergeo.capture.at_rest import unstepped
-from fishergeo.capture.attention import modules_of, parameters_of, projections
-from fishergeo.capture.kind import Kind
-from fishergeo.capture.kinds import kind_of
+from fishergeo.capture.kinds.attention import modules_of, parameters_of, projections
+from fishergeo.capture.kinds.kind import Kind
+from fishergeo.capture.kinds.known import kind_of
 from fishergeo.capture.model_adapters import is_adapter_part, is_mere_storage, output_embedding
 
 LayerFilter = str | Sequence[str] | Callable[[str, nn.Module], bool] | None

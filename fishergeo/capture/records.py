@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fishergeo.capture.batches import by_example, packed
-from fishergeo.capture.kind import Call
+from fishergeo.capture.kinds.kind import Call
 from fishergeo.capture.layers import Layer, Use
 
 

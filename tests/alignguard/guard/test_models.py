@@ -37,7 +37,7 @@ def merged_weights_of_base(model):
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "classifier", "llama", "mixtral"])
 def test_curvature_is_estimated_for_every_kind_of_model_and_read_right(name):
-    if name == "mixtral" and importlib.util.find_spec("fishergeo.capture.experts") is None:
+    if name == "mixtral" and importlib.util.find_spec("fishergeo.capture.kinds.experts") is None:
         pytest.skip("this fishergeo does not capture stacked experts")
     model = make(name)
     guard = Guard(model, ROWS.get(name, ROWS[None]), CONFIG)

@@ -190,7 +190,7 @@ def test_no_filter_takes_the_input_projections_too():
 
 
 def test_a_wrong_projection_is_found():
-    from fishergeo.capture import attention
+    from fishergeo.capture.kinds import attention
 
     model = Attending()
     right = attention.Projection.forward

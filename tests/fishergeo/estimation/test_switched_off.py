@@ -10,7 +10,9 @@ import transformers as hf
 from torch import nn
 
 import fishergeo as fg
-from fishergeo.capture import convolutions, hooks, kinds, labels, norms, records
+from fishergeo.capture import hooks, records
+from fishergeo.capture.kinds import convolutions, known, norms
+from fishergeo.capture.objectives import labels
 from fishergeo.estimation import sweep
 
 X = torch.randn(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -125,7 +127,7 @@ MENDINGS = {
     "outputs changed in place": (over(InPlace), lambda p: p.setattr(hooks, "unaliased", lambda output: output)),
     "hooks of the user's": (over(hooked), last),
     "a derived class": (over(lambda: nn.Sequential(Scaled(3, 4), nn.Tanh(), nn.Linear(4, 2))),
-                        lambda p: p.setattr(kinds, "linear_scale", lambda *a: 1.0)),
+                        lambda p: p.setattr(known, "linear_scale", lambda *a: 1.0)),
     "shared positions": (over(Positions, X[:, :4], ["embed", "out"]), None),
     "several rows": (over(Choices), lambda p: p.setattr(records, "by_example", time_major)),
     "groups": (over(lambda: nn.Conv2d(4, 4, 2, groups=2), images(3, 4, 4), ""),

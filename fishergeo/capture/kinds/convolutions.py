@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fishergeo.capture.kind import Call, Kind, first_input, linear_scale
+from fishergeo.capture.kinds.kind import Call, Kind, first_input, linear_scale
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fishergeo.capture.kind import tolerance
+from fishergeo.capture.kinds.kind import tolerance
 
 _WEIGHTS = {
     "in_proj": "in_proj_weight",

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture.labels import Alignment, Rows, logits_and_labels
 from fishergeo.capture.model_adapters import problem_type, unwrapped
+from fishergeo.capture.objectives.labels import Alignment, Rows, logits_and_labels
 
 Kind = Literal["empirical", "mc", "type2", "ggn", "margin"]
 
@@ -80,7 +80,7 @@ def example_objectives(
             mean over its supervised tokens.
         draw: which objective of the batch, below ``draws``.
         max_draws: the most passes that type2 and ggn may take over one batch.
-        alignment: from :func:`fishergeo.capture.labels.label_alignment`.
+        alignment: from :func:`fishergeo.capture.objectives.labels.label_alignment`.
 
     Returns:
         Objective of n examples.

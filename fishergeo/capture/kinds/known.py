@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fishergeo.capture.attention import Projection
-from fishergeo.capture.convolutions import Convolution, TransposedConvolution
-from fishergeo.capture.kind import Call, Kind, first_input, linear_scale, tolerance
-from fishergeo.capture.norms import ChannelNorm, Norm
+from fishergeo.capture.kinds.attention import Projection
+from fishergeo.capture.kinds.convolutions import Convolution, TransposedConvolution
+from fishergeo.capture.kinds.kind import Call, Kind, first_input, linear_scale, tolerance
+from fishergeo.capture.kinds.norms import ChannelNorm, Norm
 
 
 class Linear(Kind):

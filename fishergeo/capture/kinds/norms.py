@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fishergeo.capture.kind import Call, Kind, close, run_with
+from fishergeo.capture.kinds.kind import Call, Kind, close, run_with
 
 
 class Norm(Kind):
