@@ -12,7 +12,7 @@ def check_tensor(name: str, value: object, *, min_dim: int = 0) -> torch.Tensor:
 
     Args:
         name: the argument's name, for the message.
-        value: what the caller passed.
+        value: value that the caller passed.
         min_dim: the fewest dimensions allowed.
 
     Returns:

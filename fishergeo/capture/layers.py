@@ -63,12 +63,12 @@ class Layer:
     """A parameter (or a part of one) seen as a matrix.
 
     Attributes:
-        name: as selected.
-        part: what of the module.
+        name: name under which it was selected.
+        part: part of the module that is captured.
         weight: the parameter itself, for its dtype and device.
         shape: (p, q).
         uses: every module that reads the parameter; several where it is tied.
-        expert: which, for part ``"expert"``.
+        expert: expert that it is, for part ``"expert"``.
     """
 
     name: str

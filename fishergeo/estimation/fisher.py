@@ -93,12 +93,12 @@ class Fisher(Mapping[str, SymmetricOperator]):
     """Layer name -> operator. Holds sums, so shards add up; an operator is built when first asked for.
 
     Args:
-        header: what it is the Fisher of.
+        header: description of the model and data that it is the Fisher of.
         accumulators: layer name -> sums, of the layers of the header.
         groups: layer name -> input group; by default those that the accumulators name.
 
     Attributes:
-        header: what it is the Fisher of.
+        header: description of the model and data that it is the Fisher of.
         accumulators: layer name -> sums; read from the file on demand after :meth:`load`.
         input_groups: layer name -> name of the first layer that holds the same input factor (KFAC) or input basis
             (EKFAC), as q, k and v do; its own where it shares none. What is shared is held, stored and sent once.
@@ -281,7 +281,7 @@ def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]], group
     """A Fisher around existing sums.
 
     Args:
-        header: what they are the sums of.
+        header: description of what they are the sums of.
         sums: layer -> name -> tensor; layers of one input group have their shared tensors in common.
         groups: layer -> input group.
 

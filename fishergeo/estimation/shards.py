@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         number: takes the examples whose place in the stream is this, modulo ``parts``.
-        parts: how many there are.
+        parts: number of parts.
         first: place of the present batch's first example.
         units: examples with a supervised token taken in earlier batches.
         size: size of the present batch.

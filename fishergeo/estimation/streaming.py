@@ -44,7 +44,7 @@ class StreamingFisher:
     Attributes:
         data: options of the data.
         sizes: layer -> p, q or pq.
-        passes: how many passes over the data there were.
+        passes: number of passes over the data so far.
         traces: layer -> exact trace; filled by the first product that the layer takes part in.
         examples: N, known after the first pass.
         tokens: supervised tokens, likewise.

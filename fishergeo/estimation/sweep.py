@@ -53,7 +53,7 @@ class Sweep:
         model: any module.
         layers: name -> layer, from :func:`fishergeo.capture.select_layers`.
         accumulators: structure's key -> layer -> accumulator, of what was asked for. A key may lack layers.
-        options: what is differentiated.
+        options: data options: what is differentiated.
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
         turns: key of a KFAC structure -> examples after which it becomes EKFAC in its eigenbases.
         bases: ``sharing`` -> layer -> KFAC that nobody asked for, whose eigenbases a second sweep takes.

@@ -72,7 +72,7 @@ class Proof:
 
     Args:
         capture: the one at work.
-        evaluate: what is differentiated.
+        evaluate: objective that is differentiated.
         batch: all of it.
         token_weights: (n, T) that stood in the batch, or None.
         generator: generator of sampled labels; only its state is read.

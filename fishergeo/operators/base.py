@@ -33,7 +33,7 @@ class SymmetricOperator(abc.ABC):
     Attributes:
         shape: (size, size).
         dtype: floating dtype of its numbers and of its products; what it is multiplied with is cast to it.
-        device: where they live.
+        device: device of its tensors.
         side: ``"output"``, ``"input"`` or ``"both"``: which side of W it acts on.
 
     Examples:
@@ -132,7 +132,7 @@ class SymmetricOperator(abc.ABC):
         The sign of each vector is fixed by making its entry of largest magnitude positive.
 
         Args:
-            k: how many, all by default.
+            k: number of eigenpairs, all by default.
 
         Returns:
             (values (k,), vectors (size, k)), in the operator's dtype and, on the CPU, of its precision; see
@@ -253,7 +253,7 @@ class SymmetricOperator(abc.ABC):
 
         Args:
             rhs: a vector (size,) or a block (size, k).
-            damping: as for :meth:`inverse`.
+            damping: damping added to the eigenvalues, as in :meth:`inverse`.
 
         Returns:
             The shape of ``rhs``.
@@ -293,7 +293,7 @@ class DenseOperator(SymmetricOperator):
 
     Args:
         matrix: (size, size), symmetric, which is not checked; any floating dtype, in which products come.
-        side: see :class:`SymmetricOperator`.
+        side: side of a layer's weight that the matrix stands for, see :class:`SymmetricOperator`.
 
     Raises:
         ValueError: if it is not square.

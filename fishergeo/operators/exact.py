@@ -22,7 +22,7 @@ class ExactOperator(SymmetricOperator):
         gradients: (rows, p), the rows of all D_i one after the other; any floating dtype, in which products come.
         inputs: (rows, q), those of A_i.
         lengths: (N,) long, rows of each example; their sum is ``rows``.
-        count: what the sum is divided by; N if nothing is weighted.
+        count: divisor of the sum; N if nothing is weighted.
         budget: entries of the weight gradients formed at a time.
 
     Raises:
@@ -184,7 +184,7 @@ class ExactOperator(SymmetricOperator):
         """The k largest eigenvalues, descending, and their orthonormal vectors, exact, through the dual matrix.
 
         Args:
-            k: how many; by default min(N, pq), beyond which all eigenvalues are zero.
+            k: number of eigenpairs, by default min(N, pq), beyond which all eigenvalues are zero.
 
         Returns:
             (values (k,), vectors (pq, k)).

@@ -85,7 +85,7 @@ class JointFisher:
         For a Fisher of whole responses (``reduction="sum"``) half of it is, to second order, a drift in nats a response.
 
         Args:
-            updates: as for :meth:`inner`.
+            updates: weight updates, as :meth:`inner`.
 
         Returns:
             Scalar tensor of the operators' dtype.

@@ -22,7 +22,7 @@ class SpectralOperator(SymmetricOperator):
         values: λ, (k,), descending.
         vectors: U, (size, k), orthonormal columns, of any floating dtype, in which products come.
         full_trace: scalar tensor or None.
-        side: see :class:`SymmetricOperator`.
+        side: side of a layer's weight that the matrix stands for, see :class:`SymmetricOperator`.
         rest: the eigenvalue of everything orthogonal to ``vectors``.
 
     Raises:

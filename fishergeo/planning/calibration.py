@@ -21,7 +21,7 @@ def lengths(examples: int, segmented: bool) -> tuple[int, int]:
     """Two numbers of batches whose difference in time is that of batches alone.
 
     Args:
-        examples: in a batch.
+        examples: examples in a batch.
         segmented: the work factors what it has gathered at the end of growing segments, as the sketch does; both
             lengths then end in the same one.
 

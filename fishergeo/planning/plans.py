@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         structure: structure of the estimate.
         examples: N.
-        batches: how many there are.
+        batches: number of batches.
         layers: layer by layer.
         state_bytes: bytes kept at the end: the size of the file, and of what travels in an all-reduce.
         pass_bytes: bytes held between batches at the end of the pass.

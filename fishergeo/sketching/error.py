@@ -120,7 +120,7 @@ class SketchOperator(SpectralOperator):
         values: (k,), descending.
         vectors: (size, k), orthonormal columns, of the dtype of the sums, float32 or float64.
         full_trace: tr(F), exact, a scalar tensor.
-        side: see :class:`SymmetricOperator`.
+        side: side of a layer's weight that the matrix stands for, see :class:`SymmetricOperator`.
         probes: Z, (size, s), standard Gaussian and independent of ``vectors``; no columns if the error is not asked
             for.
         images: F·Z, (size, s).

@@ -102,7 +102,7 @@ class FrequentDirections:
         """BᵀB as an operator; ``full_trace`` is ‖A‖_F².
 
         Args:
-            side: see :class:`fishergeo.SymmetricOperator`.
+            side: side of a layer's weight that the matrix stands for, see :class:`fishergeo.SymmetricOperator`.
         """
         values, vectors = self.eigh()
         return SpectralOperator(values, vectors, values.new_tensor(self.squares), side)

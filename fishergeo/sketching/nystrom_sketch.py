@@ -164,7 +164,7 @@ class NystromSketch:
 
         Args:
             k: rank, all columns if left out.
-            side: see :class:`fishergeo.SymmetricOperator`.
+            side: side of a layer's weight that the matrix stands for, see :class:`fishergeo.SymmetricOperator`.
 
         Raises:
             TypeError: if k is not an int.

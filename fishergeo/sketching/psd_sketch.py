@@ -68,7 +68,7 @@ def factor_eigh(factor: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         factor: V, (size, columns).
-        k: at most; fewer if V is smaller.
+        k: number of eigenpairs at most; fewer if V is smaller.
 
     Returns:
         (values descending, vectors (size, k) orthonormal with the sign convention of the package).
@@ -117,7 +117,7 @@ class PsdSketch:
         name: name of the layer.
         dtype: dtype of the sums.
         device: device of the sums.
-        factor: to continue from.
+        factor: sketch factor to continue from.
         probed: (size, probes), the sum of products with :func:`probe_matrix` to go on with, changed in place; products
             then have ``columns + probes`` columns.
     """

@@ -126,7 +126,7 @@ def lanczos_layers(
         ops: what multiplies the blocks of all layers together, such as :class:`fishergeo.StreamingFisher`; or a
             mapping of operators, such as a :class:`fishergeo.Fisher`, symmetric tensors or SciPy LinearOperators.
         k: pairs; of a layer smaller than that, all.
-        which: see :func:`lanczos`, as is everything not named here.
+        which: end of the spectrum that is wanted; here and in all that is not named, as in :func:`lanczos`.
         tol: tol of every layer.
         energy: share of each layer's trace at which it is done.
         traces: layer -> trace, for ``energy``; else the attribute ``traces`` of ``ops`` or the operators' own.

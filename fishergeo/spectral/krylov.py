@@ -89,7 +89,7 @@ class KrylovRun:
 
     Args:
         size: size of the operator.
-        plan: what is wanted.
+        plan: eigenpairs that are wanted, and how.
         dtype: dtype of vectors, float32 or float64.
         eps: rounding unit of the operator's products.
         device: device of vectors.

@@ -195,7 +195,7 @@ def rank_by_sign_flips(
         generator: source of the signs, on the CPU.
         draws: random sign patterns, at least 1.
         level: coverage of the quantile, in (0, 1).
-        dual: see ``samples``.
+        dual: transposed samples; see ``samples``.
 
     Returns:
         From 0 to the rank of the samples.

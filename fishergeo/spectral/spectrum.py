@@ -82,7 +82,7 @@ class Spectrum:
 
         Args:
             full_trace: scalar tensor, the trace of the whole, where known.
-            side: see :class:`fishergeo.SymmetricOperator`.
+            side: side of a layer's weight that the matrix stands for, see :class:`fishergeo.SymmetricOperator`.
         """
         return SpectralOperator(self.values, self.vectors, full_trace, side)
 
@@ -128,7 +128,7 @@ def enforce(spectrum: Spectrum, name: str, strict: bool) -> Spectrum:
     """Warns, or raises, where a spectrum is not what was asked for.
 
     Args:
-        spectrum: to check.
+        spectrum: spectrum to check.
         name: name of the layer, or empty.
         strict: raise rather than warn.
 

@@ -107,7 +107,7 @@ def factored_sweep(
         base: W0 (B, p, q) of any floating dtype, or None.
         beta: β.
         tau: τ.
-        needs: which of the factors ask for a gradient.
+        needs: flags for the factors that ask for a gradient.
 
     Returns:
         Sums (B, p), and for each factor its gradient, or None where none is asked for.

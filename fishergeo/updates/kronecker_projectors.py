@@ -134,7 +134,7 @@ class KroneckerMaskProjector(SubspaceMap):
             output_vectors: their eigenvectors, (p, m).
             input_values: α, eigenvalues of A, (n,), not negative.
             input_vectors: their eigenvectors, (q, n).
-            pairs: how many to keep, from 0 to m·n. Of equal products at the edge, any may be kept.
+            pairs: number to keep, from 0 to m·n. Of equal products at the edge, any may be kept.
 
         Raises:
             TypeError: an argument is not a floating tensor, dtypes differ, or `pairs` is not an int.

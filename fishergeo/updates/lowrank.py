@@ -330,7 +330,7 @@ def as_update(name: str, value: object) -> LowRank | torch.Tensor:
 
     Args:
         name: the argument's name, for the message.
-        value: what the caller passed.
+        value: value that the caller passed.
 
     Raises:
         TypeError: neither LowRank nor floating tensor.

@@ -148,7 +148,7 @@ class SoftProjector(SubspaceMap):
             basis: eigenvectors, (..., p, m).
             values: eigenvalues, (..., m), not negative.
             epsilon: ε > 0 in the eigenvalues' unit.
-            side: as in the constructor.
+            side: side, as in the constructor.
 
         Raises:
             TypeError: basis or values are not floating tensors, their dtypes differ, or ε is not a number.

@@ -34,7 +34,7 @@ class Objective:
         values: (n,) one objective an example, attached to the graph: the mean over its supervised tokens, or what a
             loss of the user's gives.
         counts: (n,) long, the supervised tokens of each example; an example with none is no datum.
-        draws: how many objectives of this batch make up its Fisher; the gradients' squares add up over them.
+        draws: number of objectives of this batch that make up its Fisher; the gradients' squares add up over them.
         token_scale: (n,) what turns the objective into that of the sum over tokens; ``counts`` if None.
     """
 
@@ -78,7 +78,7 @@ def example_objectives(
             do not depend on how the examples are batched or padded.
         token_weights: ``batch -> labels-shaped`` non-negative weights; an example's objective is then the weighted
             mean over its supervised tokens.
-        draw: which objective of the batch, below ``draws``.
+        draw: number of the objective of the batch, below ``draws``.
         max_draws: the most passes that type2 and ggn may take over one batch.
         alignment: from :func:`fishergeo.capture.objectives.labels.label_alignment`.
 

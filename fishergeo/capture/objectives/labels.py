@@ -54,7 +54,7 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
 
     Args:
         model: run once under no_grad.
-        batch: as for :func:`logits_and_labels`.
+        batch: batch, as :func:`logits_and_labels`.
 
     Returns:
         The alignment, None if the batch cannot tell.

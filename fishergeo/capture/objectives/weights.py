@@ -56,7 +56,7 @@ class FirstTokens:
     this project's own way to heed it. Pass an instance as ``token_weights``.
 
     Args:
-        tokens: how many, at least 1.
+        tokens: number of tokens, at least 1.
         factor: weight of those tokens, at least 0.
 
     Raises:
