@@ -335,6 +335,11 @@ class GuardConfig:
             return self.refresh_every
         return REFRESH_EVERY if steps is None else max(1, min(REFRESH_EVERY, steps // 5))
 
+    @property
+    def reads_fisher(self) -> bool:
+        """Whether any term needs the Fisher; false for KL alone."""
+        return bool(self.lambda_alignment or self.lambda_task or self.lambda_collision)
+
     def unread(self) -> list[str]:
         """Fields of the Fisher that are set, where no term reads it: they would change nothing.
 
@@ -342,7 +347,7 @@ class GuardConfig:
             >>> alignguard.GuardConfig(structure="gram").unread(), alignguard.GuardConfig.curvature(structure="gram").unread()
             (['structure'], [])
         """
-        if self.lambda_alignment or self.lambda_task or self.lambda_collision:
+        if self.reads_fisher:
             return []
         plain = {field.name: field.default for field in dataclasses.fields(self)}
         return [name for name in OF_THE_FISHER if getattr(self, name) != plain[name]]

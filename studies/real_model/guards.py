@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import peft
-import torch
-import transformers
 
 from alignguard.data import read_jsonl
 from alignguard.drift import share_of
@@ -20,7 +15,7 @@ from alignguard.embedded import data_path
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
-from alignguard.training import own_answers
+from alignguard.training import own_answers, versions
 from studies.bench import GUARD, Bench, make_job, measure_base, run_job
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
@@ -172,19 +167,13 @@ def main(argv: Sequence[str]) -> None:
         unsafe = {group: f"{100 * share['value']:.0f}" for group, share in row["sources"].items()}
         print(f"{row['name']:<22} seed {row['seed']}  refused {unsafe}  task loss {row['task_loss']:.3f}")
     if args.out is not None:
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        }
         where = {str(args.model): "MODEL", str(args.data): "DATA", str(args.folder): "FOLDER", str(args.out): "OUT"}
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
         settings = {"training": TRAINING, "lora": LORA, "alignment": ALIGNMENT, "tokens": TOKENS, "limit": args.limit}
         write_text(
             args.out,
             json.dumps(
-                {"command": command, "versions": versions, **settings, "default": default(), "runs": told}, indent=1
+                {"command": command, "versions": versions(), **settings, "default": default(), "runs": told}, indent=1
             ),
         )
 

@@ -46,8 +46,7 @@ class CurvatureLeg(Leg):
         self, rows: AlignmentRows, config: GuardConfig, budget: DriftBudget | None, updates: WeightUpdates
     ) -> None:
         super().__init__(rows, config, budget)
-        strengths = config.lambda_alignment or config.lambda_task or config.lambda_collision
-        self.charged = bool(strengths)
+        self.charged = config.reads_fisher
         if self.charged:
             check_widths(updates.matrices.values(), config)
         self.updates = updates

@@ -121,7 +121,7 @@ def prepare(
             f"{', '.join(idle)}: set, and no term reads the Fisher; give lambda_alignment too, or start from "
             "GuardConfig.curvature() (--preset curvature)"
         )
-    if fisher is not None and not (config.lambda_alignment or config.lambda_task or config.lambda_collision):
+    if fisher is not None and not config.reads_fisher:
         raise ValueError(
             "fisher is given, and no term reads it; give lambda_alignment too, or start from GuardConfig.curvature() "
             "(--preset curvature)"
