@@ -34,7 +34,8 @@ class StreamingFisher:
             ``"mc"`` draws the same labels in every pass.
         data: options of the data; by default those that ``kind`` and ``keywords`` make.
         side: ``"output"``: 1/N Σ G_i G_iᵀ; ``"input"``: 1/N Σ G_iᵀ G_i; ``"both"``: 1/N Σ vec(G_i) vec(G_i)ᵀ.
-        layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
+        layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`. By
+            default all, of which those that the first pass never calls are listed by one warning; their products are 0.
         dtype: dtype of products; by default float64 for float64 models, else float32.
         progress: whether a progress bar is shown for every pass.
         verify: hold the gradients captured on the first batch against autograd's, as
@@ -98,6 +99,8 @@ class StreamingFisher:
         weight = next(iter(self.layers.values())).weight
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.device = weight.device
+        self._optional = layers is None and verify  # only the proof tells a layer without a part from one read elsewhere
+        self._unreached: set[str] = set()
         self._layouts = {name: Layout(name, *layer.shape, self.data.unit, side) for name, layer in self.layers.items()}
         self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}
         self._proven: set[str] = set()
@@ -130,7 +133,7 @@ class StreamingFisher:
             KeyError: for a layer that is not there.
             ValueError: for a block of the wrong shape, or batches without a supervised token.
             RuntimeError: if the data are not those of the first pass, by their counts; if ``verify`` finds gradients
-                that are not autograd's.
+                that are not autograd's, or layers that are read without being called.
             FloatingPointError: naming the batch and the layer.
         """
         accumulators: dict[str, ProductAccumulator] = {}
@@ -158,9 +161,12 @@ class StreamingFisher:
 
     def _pass(self, accumulators: Mapping[str, Accumulator]) -> None:
         """Feeds the accumulators once; only their layers get hooks, so back-propagation stops at the first of them."""
-        layers = {name: layer for name, layer in self.layers.items() if name in accumulators}
+        layers = {name: self.layers[name] for name in self.layers if name in accumulators.keys() - self._unreached}
+        if not layers:
+            return
         verify = self.verify and not self._proven.issuperset(layers)
-        sweep = Sweep(self.model, layers, {"": dict(accumulators)}, self.data, verify=verify)
+        fed = {name: accumulators[name] for name in layers}
+        sweep = Sweep(self.model, layers, {"": fed}, self.data, verify=verify, optional=self._optional)
         once = callable(self._batches) and not isinstance(self._batches, Iterable)
         sweep.run(cast(Any, self._batches)() if once else cast(Iterable[Any], self._batches), self.progress)
         if self.passes == 0:
@@ -170,8 +176,14 @@ class StreamingFisher:
                 f"batches changed between passes: {self.examples:g} examples of {self.tokens:g} tokens at first, "
                 f"{sweep.examples:g} of {sweep.tokens:g} now; do not shuffle, sample or drop"
             )
+        if sweep.read_elsewhere:
+            raise RuntimeError(
+                f"layers {sorted(sweep.read_elsewhere)[:4]} are not called, but the objective depends on their weights: "
+                "name the layers that are to be read"
+            )
         self.passes += 1
         self._proven |= set(layers)
+        self._unreached |= layers.keys() - sweep.layers.keys()
 
 
 class StreamingOperator(SymmetricOperator):

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import directions
-from fishergeo.operators import BlackBox, SymmetricOperator, black_box
+from fishergeo.operators import DENSE_LIMIT, BlackBox, SymmetricOperator, black_box
 from fishergeo.spectral.traces import Estimate
 
 
@@ -150,14 +151,16 @@ def spectral_density(
     return SpectralDensity(nodes, rotation[:, 0, :].square(), n, steps)
 
 
-def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, damping: float) -> float:
+def effective_dimension(
+    spectrum: SymmetricOperator | LinearOperator | SpectralDensity | Tensor, damping: float
+) -> float:
     """Σ λ/(λ + damping): how many directions the damping leaves free.
 
     The effective number of parameters of MacKay (1992), the degrees of freedom of ridge regression.
 
     Args:
-        spectrum: an operator, whose eigenvalues are computed; an estimated density; or all eigenvalues, (size,), any
-            floating dtype, of which zeros may be left out. Rounding below zero counts as zero.
+        spectrum: an operator, of SciPy's too, whose eigenvalues are computed; an estimated density; or all eigenvalues,
+            (size,), any floating dtype, of which zeros may be left out. Rounding below zero counts as zero.
         damping: positive, in the unit of the eigenvalues.
 
     Returns:
@@ -165,7 +168,8 @@ def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, 
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: unless damping > 0, or for values that are not finite.
+        ValueError: unless damping > 0, or for values that are not finite, or a SciPy operator that is too large to be
+            made dense: estimate its :func:`spectral_density`.
 
     Examples:
         >>> fg.effective_dimension(torch.tensor([1.0, 1.0, 0.0]), damping=1.0)  # Σ λ/(λ + 1)
@@ -176,6 +180,20 @@ def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, 
     share: Callable[[Tensor], Tensor] = lambda x: x.clamp_min(0) / (x.clamp_min(0) + damping)  # noqa: E731
     if isinstance(spectrum, SpectralDensity):
         return float(spectrum.integrate(share))
-    values = spectrum._eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
+    if isinstance(spectrum, LinearOperator):
+        values = _dense_eigenvalues(spectrum)
+    else:
+        values = spectrum._eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
     check_finite("spectrum", check_tensor("spectrum", values))
     return float(share(values.double()).sum())
+
+
+def _dense_eigenvalues(op: LinearOperator) -> Tensor:
+    product, size, dtype, device = black_box(op)
+    if size > DENSE_LIMIT:
+        raise ValueError(
+            f"an operator of size {size} is not made dense; hand its spectral_density to effective_dimension instead"
+        )
+    dense = product(torch.eye(size, dtype=dtype, device=device))
+    product, *_ = black_box(dense)  # refuses what is not symmetric
+    return torch.linalg.eigvalsh(product(torch.eye(size, dtype=dtype, device=device)))

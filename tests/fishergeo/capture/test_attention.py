@@ -264,3 +264,42 @@ class Tied(nn.Module):
 def test_attentions_with_one_input_projection():
     torch.manual_seed(0)
     check(Tied().double(), batch_of("self"), {"b.in_proj": "a.in_proj_weight", "a.out_proj": "a.out_proj.weight"})
+
+
+class ByHand(nn.Module):
+    """Self-attention of the same weights, its projections three linear maps."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.heads = attn.num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8).double() for _ in range(4))
+        with torch.no_grad():
+            for i, layer in enumerate((self.q, self.k, self.v)):
+                layer.weight.copy_(attn.in_proj_weight[8 * i : 8 * i + 8])
+                layer.bias.copy_(attn.in_proj_bias[8 * i : 8 * i + 8])
+            self.out.weight.copy_(attn.out_proj.weight)
+            self.out.bias.copy_(attn.out_proj.bias)
+
+    def forward(self, batch):
+        x = batch["x"]
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2)).tanh()
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_kfac_of_the_projections_is_that_of_three_linear_maps(structure):
+    attention = Attending(asked={"need_weights": False}).eval()
+    other = ByHand(attention.attn).eval()
+    batch = batch_of("self")
+    batch = batch | {"pad": torch.zeros_like(batch["pad"]), "counts": torch.ones_like(batch["counts"])}
+    got = fg.estimate_fisher(attention, [batch], structure, layers=["attn.in_proj", "attn.out_proj"], loss=loss)
+    want = fg.estimate_fisher(other, [batch], structure, layers=["q", "k", "v", "out"], loss=loss)
+    close = lambda a, b: (a - b).norm() <= 1e-10 * b.norm()
+    assert close(got["attn.out_proj"].to_dense(), want["out"].to_dense())
+    if structure == "ekfac":  # eigenbases of a joint output factor are not those of its blocks
+        return
+    joint = got["attn.in_proj"].to_dense().view(24, 8, 24, 8)
+    for i, name in enumerate("qkv"):
+        block = joint[8 * i : 8 * i + 8, :, 8 * i : 8 * i + 8].reshape(64, 64)
+        assert close(block, want[name].to_dense()), name

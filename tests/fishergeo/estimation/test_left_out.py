@@ -140,3 +140,30 @@ def test_an_encoder_of_torchs_own():
     x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
     fisher, said = found(model, [x], loss=lambda m, b: m(b)[..., 0].square().mean(1))
     assert {"layers.0.linear1", "layers.0.linear2"} <= set(fisher) and len(said) <= 1
+
+
+def test_a_stream_multiplies_what_is_never_called_by_zero_and_says_so_once():
+    model, batch, missing = models()["classifier"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stream = fg.StreamingFisher(model, [batch])
+        blocks = {name: torch.ones(size, 2, dtype=stream.dtype) for name, size in stream.sizes.items()}
+        products, again = stream.multi_matmul(blocks), stream.multi_matmul(blocks)
+    assert len([w for w in caught if "layers=None" in str(w.message)]) == 1
+    fisher, _ = found(model, [batch])
+    idle = set(stream) - set(fisher)
+    assert idle and all(missing in name for name in idle)
+    for name, product in products.items():
+        want = torch.zeros_like(product) if name in idle else fisher[name] @ blocks[name]
+        assert torch.allclose(product, want, rtol=1e-4, atol=1e-7) and torch.equal(product, again[name])
+    name = min(idle)
+    assert not stream.multi_matmul({name: blocks[name]})[name].any() and stream.passes == 2
+
+
+def test_a_stream_refuses_weights_that_are_read_without_a_call():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model.forward = lambda x: model["a"](x) @ model["b"].weight
+    stream = fg.StreamingFisher(model.double(), [X], loss=square)
+    blocks = {name: torch.ones(size, 1, dtype=torch.float64) for name, size in stream.sizes.items()}
+    with pytest.warns(UserWarning, match="layers=None"), pytest.raises(RuntimeError, match=r"'b'.*not called"):
+        stream.multi_matmul(blocks)

@@ -237,6 +237,41 @@ def test_without_the_proof_statistics_of_the_batch_depend_on_the_batching():
     assert (one - two).norm() > 1e-3 * one.norm()
 
 
+def test_without_the_proof_as_many_images_as_examples_are_taken_for_one_each():
+    torch.manual_seed(0)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = hf.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    config = hf.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=59,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    model = hf.LlavaForConditionalGeneration(config).double().eval()
+    ids = torch.randint(1, 50, (2, 14))
+    ids[0, :10] = 59  # two images in the first example, none in the second
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": images(2, 3, 8),
+        "labels": torch.where(ids == 59, -100, ids),
+    }
+    name = "model.multi_modal_projector.linear_1"
+    with pytest.raises((RuntimeError, ValueError), match="linear_1|examples"):
+        fg.estimate_fisher(model, [batch], "diagonal", layers=[name])
+    got = fg.estimate_fisher(model, [batch], "diagonal", layers=[name], verify=False)[name].diagonal()
+    first = {key: value if key == "pixel_values" else value[:1] for key, value in batch.items()}
+    (g,) = torch.autograd.grad(model(**first).loss, model.get_submodule(name).weight)
+    want = (g.square() / 2).flatten()  # the example of text alone adds nothing
+    assert (got - want).norm() > 1e-3 * want.norm()
+
+
 @pytest.mark.parametrize("inside", ["grad", "backward", "jacobian"])
 def test_a_loss_that_differentiates_inside_is_refused_by_name(inside):
     def loss(m, b):

@@ -167,3 +167,15 @@ def test_gradients_that_are_zero_do_not_count_as_underflow(what):
     x = torch.zeros(5, 3) if what == "inputs" else torch.ones(5, 3)
     found = fg.estimate_fisher(torch.nn.Linear(3, 4), [x], "gram", loss=loss)
     assert float(found[""].trace()) == 0
+
+
+def test_the_effective_dimension_of_scipys_operator_is_that_of_its_eigenvalues():
+    want = float((VALUES / (VALUES + 3.0)).sum())
+    for op in (sparse(), column_wise()):
+        assert abs(fg.effective_dimension(op, damping=3.0) - want) < 1e-12 * want
+    lopsided = np.triu(np.ones((4, 4)))
+    with pytest.raises(ValueError, match="not symmetric"):
+        fg.effective_dimension(scipy.sparse.linalg.aslinearoperator(lopsided), damping=1.0)
+    huge = scipy.sparse.linalg.aslinearoperator(scipy.sparse.eye(9000))
+    with pytest.raises(ValueError, match="spectral_density"):
+        fg.effective_dimension(huge, damping=1.0)
