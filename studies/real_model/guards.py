@@ -22,7 +22,8 @@ from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
 
 # What the guard may read: prompts of the sources that aligned the model, answered by the model itself.
-ALIGNMENT = {"unsafe": 176, "borderline": 48, "ordinary": 32}
+MIXED, UNSAFE = "mixed", "unsafe"
+ALIGNMENT = {MIXED: {"unsafe": 176, "borderline": 48, "ordinary": 32}, UNSAFE: {"unsafe": 256}}
 DRIFT = 48  # unsafe prompts of the same sources, of their test split, on whose refusals KL is measured
 TASK_TEST = 100  # rows of the held-out task
 TOKENS = 24  # of an answer that is judged: refusals of this model are told by their first words
@@ -49,7 +50,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def files(model: str | Path, data: str | Path, folder: str | Path, choosing: bool, limit: int) -> dict[str, str]:
+def files(
+    model: str | Path, data: str | Path, folder: str | Path, choosing: bool, limit: int, mixture: str = MIXED
+) -> dict[str, str]:
     """Write what the runs read: alignment rows, rows for KL, prompts, and the task's held-out rows.
 
     Args:
@@ -58,6 +61,7 @@ def files(model: str | Path, data: str | Path, folder: str | Path, choosing: boo
         folder: receives the files; those that are there are taken as they are.
         choosing: ask the foreign sources that settings are chosen by, not those that are reported.
         limit: most prompts of each group.
+        mixture: kinds of alignment rows, a key of ``ALIGNMENT``.
 
     Returns:
         Paths by the names of :class:`studies.bench.Bench`'s fields.
@@ -65,15 +69,18 @@ def files(model: str | Path, data: str | Path, folder: str | Path, choosing: boo
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in ("alignment", "drift", "task_test")}
+    paths["alignment"] = folder / ("alignment.jsonl" if mixture == MIXED else f"alignment-{mixture}.jsonl")
     paths["prompts"] = folder / f"prompts-{'choosing' if choosing else 'reported'}-{limit}.jsonl"
     sources = CHOOSING if choosing else REPORTED
     asked = [row for row in prompt_groups(data, "test", limit) if _asked(row, sources, limit)]
     _write(paths["prompts"], asked)
     _write(paths["task_test"], list(read_jsonl(data_path("task_test")))[:TASK_TEST])
-    if not (paths["alignment"].exists() and paths["drift"].exists()):
+    lacking = [name for name in ("alignment", "drift") if not paths[name].exists()]
+    if lacking:
         loaded, tokenizer = load_model(model)
-        for name, wanted in (("alignment", _alignment(data)), ("drift", _home(data, "test", DRIFT))):
-            found = own_answers(loaded, tokenizer, wanted, path=folder / f"{name}.log", progress=True)
+        for name in lacking:
+            wanted = _alignment(data, ALIGNMENT[mixture]) if name == "alignment" else _home(data, "test", DRIFT)
+            found = own_answers(loaded, tokenizer, wanted, path=paths[name].with_suffix(".log"), progress=True)
             _write(paths[name], found.rows)
     return {name: str(path) for name, path in paths.items()}
 
@@ -98,12 +105,13 @@ def _home(data: str | Path, split: str, count: int) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "category": "unsafe"} for row in found[:count]]
 
 
-def _alignment(data: str | Path) -> list[dict[str, str]]:
-    found = _home(data, "train", ALIGNMENT["unsafe"])
-    contrast = borderline.drawn(borderline.KINDS, "train", ALIGNMENT["borderline"] // 2, 0)
-    hard = [row["prompt"] for row in rows.hashed(rows.hard(data, "train"), 0)[: ALIGNMENT["borderline"] // 2]]
+def _alignment(data: str | Path, counts: Mapping[str, int]) -> list[dict[str, str]]:
+    found = _home(data, "train", counts["unsafe"])
+    half = counts.get("borderline", 0) // 2
+    contrast = borderline.drawn(borderline.KINDS, "train", half, 0) if half else []
+    hard = [row["prompt"] for row in rows.hashed(rows.hard(data, "train"), 0)[:half]]
     found += [{"prompt": prompt, "category": "borderline"} for prompt in (*contrast, *hard)]
-    everyday = rows.hashed(rows.ordinary(data, 0), 0)[: ALIGNMENT["ordinary"]]
+    everyday = rows.hashed(rows.ordinary(data, 0), 0)[: counts.get("ordinary", 0)]
     return found + [{"prompt": row["prompt"], "category": "ordinary"} for row in everyday]
 
 
@@ -148,11 +156,12 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--seeds", nargs="+", type=int, default=[0])
     cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
+    cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="kinds of alignment rows")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     cli.add_argument("--out", type=Path, help="summary as JSON")
     args = cli.parse_args(argv)
-    made = files(args.model, args.data, args.folder, args.choosing, args.limit)
+    made = files(args.model, args.data, args.folder, args.choosing, args.limit, args.rows)
     bench = Bench(
         str(args.model), str(data_path("task_train")), made["task_test"], made["alignment"], made["drift"],
         made["prompts"], training=dict(TRAINING), lora=dict(LORA), tokens=TOKENS,
@@ -160,7 +169,8 @@ def main(argv: Sequence[str]) -> None:
     changed = {"max_steps": args.steps, "learning_rate": args.learning_rate}
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
     jobs = [_job(name, seed, changed) for seed in args.seeds for name in args.methods]
-    ledger = Ledger(args.folder / f"runs-{Path(made['prompts']).stem}.jsonl", bench.describe())
+    name = f"runs-{Path(made['prompts']).stem}" + ("" if args.rows == MIXED else f"-{args.rows}")
+    ledger = Ledger(args.folder / f"{name}.jsonl", bench.describe())
     run_jobs(jobs, _Work(bench), ledger, progress=True)
     told = summary(ledger.rows, made["prompts"])  # of earlier calls too
     for row in told:
@@ -169,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
     if args.out is not None:
         where = {str(args.model): "MODEL", str(args.data): "DATA", str(args.folder): "FOLDER", str(args.out): "OUT"}
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
-        settings = {"training": TRAINING, "lora": LORA, "alignment": ALIGNMENT, "tokens": TOKENS, "limit": args.limit}
+        settings = {"training": TRAINING, "lora": LORA, "alignment": ALIGNMENT[args.rows], "tokens": TOKENS, "limit": args.limit}
         write_text(
             args.out,
             json.dumps(

@@ -113,7 +113,8 @@ def test_fetch_says_how_to_install(monkeypatch, tmp_path):
 def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(guards, "TRAINING", {**guards.TRAINING, "max_steps": 2, "per_device_train_batch_size": 2})
     monkeypatch.setattr(guards, "LORA", {"r": 2})
-    monkeypatch.setattr(guards, "ALIGNMENT", {"unsafe": 4, "borderline": 2, "ordinary": 2})
+    mixtures = {guards.MIXED: {"unsafe": 4, "borderline": 2, "ordinary": 2}, guards.UNSAFE: {"unsafe": 4}}
+    monkeypatch.setattr(guards, "ALIGNMENT", mixtures)
     monkeypatch.setattr(guards, "TASK_TEST", 4)
     prompts = [{"prompt": row["prompt"], "category": "unsafe"} for row in packaged_prompts()[:4]]
     monkeypatch.setattr(guards, "_home", lambda data, split, count: prompts)  # what the packaged model does refuse
@@ -130,3 +131,6 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert not set(guards.CHOOSING) & set(guards.REPORTED)
     capsys.readouterr()
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
+    guards.main([*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2"])
+    assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {"unsafe"}
+    assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 2  # a ledger of its own
