@@ -18,7 +18,18 @@ import fishergeo
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FIGURE = re.compile(r"<figure>\s*<svg[^>]*>\s*<title[^>]*>([^<]{40,})</title>")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+# Tutorials that still wait for their pictures, reasons and exercises: a name goes when its page is rewritten.
+PLAIN = {
+    *("collision", "directions", "drift-budget", "driftcheck", "eigensolvers", "fisher", "full", "guard", "machines"),
+    *("penalty", "projectors", "spectrum", "trl"),
+}
+
+
+def is_lesson(page):
+    return page.parent.name == "tutorials" and page.stem not in PLAIN
 
 
 @pytest.mark.parametrize("package", [fishergeo, alignguard], ids=lambda package: package.__name__)
@@ -31,13 +42,25 @@ def test_every_public_name_is_in_the_reference(package):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_code_of_a_page_runs(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    space = {"__name__": "__docs__"}
+    space, figures = {"__name__": "__docs__"}, []
     for options, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         assert 'exec="on"' in options, "every python block is executed when the site is built"
         assert "sep=" not in code, "the site's print joins by blanks whatever sep says; join the words yourself"
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(compile(code, str(page), "exec"), space)
         assert said.getvalue() or 'result="text"' not in options, "the page would show an empty box"
+        figures += FIGURE.findall(said.getvalue())
+    assert not is_lesson(page) or len(figures) >= 2, (
+        "a tutorial shows at least two figures, each with alt text that says what is seen"
+    )
+
+
+def test_tutorials_have_a_length_that_one_reads_and_exercises():
+    pages = {page: page.read_text(encoding="utf-8") for page in (DOCS / "tutorials").glob("*.md") if is_lesson(page)}
+    for page, text in pages.items():
+        assert 700 <= len(BLOCK.sub("", text).split()) <= 1500, f"{page.name}: words of its own"
+        assert text.count('??? question "') >= 2, f"{page.name}: exercises whose answers are folded"
+    assert {path.stem for path in (DOCS / "tutorials").glob("*.md")} >= PLAIN, "a name that is no page's"
 
 
 def public(package):

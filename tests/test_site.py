@@ -109,11 +109,17 @@ def test_mathematics_is_set(page):
 FAULTS = """(() => {
     const all = selector => [...document.querySelectorAll(`article ${selector}`)];
     const scrolls = e => e.tagName !== 'ARTICLE' && (getComputedStyle(e).overflowX !== 'visible' || scrolls(e.parentElement));
+    const covers = svg => {
+        const boxes = [...svg.querySelectorAll('text')].map(t => t.getBoundingClientRect()).filter(b => b.width);
+        const apart = (a, b) => a.right < b.left + 1 || b.right < a.left + 1 || a.bottom < b.top + 2 || b.bottom < a.top + 2;
+        return boxes.some((a, i) => boxes.slice(i + 1).some(b => !apart(a, b)));
+    };
     const faults = {
         'wider than the window': document.documentElement.scrollWidth > innerWidth,
         'cut off': all('*').some(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.katex') && !scrolls(e)),
         'a broken image': [...document.images].some(i => !i.complete || !i.naturalWidth),
         'an image without words': all('img').some(i => !i.alt) || all('figure svg').some(s => !s.querySelector('title')),
+        'words of a figure over one another': all('figure svg').some(covers),
         'broken mathematics': all('.katex-error').length > 0 || all('.arithmatex').some(m => !m.querySelector('.katex')),
         'a role of another markup': /:(func|class|meth|attr|data):/.test(document.querySelector('article').innerText),
     };

@@ -2,6 +2,20 @@
 
 from alignguard.pages.demo_page import write_report
 from alignguard.pages.drift_page import compare_text, render_drift, write_drift
-from alignguard.pages.plots import DIM, INK, PALETTE, draw_svg, finite
+from alignguard.pages.figures import DIM, INK, LINE, PALETTE, SHADES, draw_figure, draw_svg
+from alignguard.pages.plots import finite
 
-__all__ = ["DIM", "INK", "PALETTE", "compare_text", "draw_svg", "finite", "render_drift", "write_drift", "write_report"]
+__all__ = [
+    "DIM",
+    "INK",
+    "LINE",
+    "PALETTE",
+    "SHADES",
+    "compare_text",
+    "draw_figure",
+    "draw_svg",
+    "finite",
+    "render_drift",
+    "write_drift",
+    "write_report",
+]

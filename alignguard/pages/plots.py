@@ -1,83 +1,18 @@
-"""Plots as inline SVG whose colours follow the page, so that they read in light and in dark."""
+"""Plots of a run's history, spectra and answers, for its report."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Matplotlib draws in these stand-ins; in the SVG they become variables of the page's style sheet.
-INK, DIM, LINE = "#010203", "#040506", "#070809"
-
-MODELS = {"base": "#0a0b0c", "plain": "#0d0e0f", "guarded": "#101112"}
-
-_VARIABLES = {INK: "ink", DIM: "dim", LINE: "line"} | {colour: name for name, colour in MODELS.items()}
-
-PALETTE = [
-    "#4c8bf5",
-    "#e0823d",
-    "#2fa36b",
-    "#c65bb4",
-    "#8f7ae5",
-    "#b79b2c",
-    "#d9536a",
-    "#3aa6b9",
-]  # read on both grounds
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": DIM,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": DIM,
-    "ytick.labelcolor": DIM,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.7,
-    "lines.solid_capstyle": "round",
-}
-
-
-def draw_svg(draw: Callable[[Figure], None], name: str, alt: str, width: float = 5.2, height: float = 3.0) -> str:
-    """Draw a figure and return it as one <svg> element with a title, ids of its own and the page's colours."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    box = re.search(r'viewBox="[^"]*"', text)
-    head = f'<svg {box[0] if box else ""} role="img" aria-labelledby="{name}-title" xmlns="http://www.w3.org/2000/svg" '
-    head += f'xmlns:xlink="http://www.w3.org/1999/xlink"><title id="{name}-title">{escape(alt)}</title>'
-    return head + text[text.index(">") + 1 :].strip()
+from alignguard.pages.figures import DIM, INK, MODELS, PALETTE, draw_svg
 
 
 def finite(value: Any) -> bool:

@@ -8,6 +8,7 @@ from mkdocs.structure.files import File
 FOLDER = "tutorials/"
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\)")
+PRINT = re.compile(r"^print\((.*|(?:\n .*)+\n)\)$", re.MULTILINE)  # on one line, or closed on a line of its own
 SHOW = "from IPython.display import HTML, display\n\n"
 
 
@@ -29,7 +30,7 @@ def notebook(markdown):
         parts.append(("markdown", PAGE_LINK.sub(r"\1", markdown[last : block.start()])))
         options, code = block.groups()
         if 'html="1"' in options:  # a page prints its figures as HTML, a notebook displays them
-            code = SHOW + re.sub(r"^print\((.*)\)$", r"display(HTML(\1))", code, flags=re.MULTILINE)
+            code = SHOW + PRINT.sub(r"display(HTML(\1))", code)
         parts.append(("code", code))
         last = block.end()
     parts.append(("markdown", PAGE_LINK.sub(r"\1", markdown[last:])))
