@@ -99,7 +99,9 @@ class StreamingFisher:
         weight = next(iter(self.layers.values())).weight
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.device = weight.device
-        self._optional = layers is None and verify  # only the proof tells a layer without a part from one read elsewhere
+        self._optional = (
+            layers is None and verify
+        )  # only the proof tells a layer without a part from one read elsewhere
         self._unreached: set[str] = set()
         self._layouts = {name: Layout(name, *layer.shape, self.data.unit, side) for name, layer in self.layers.items()}
         self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}

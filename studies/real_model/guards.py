@@ -179,7 +179,13 @@ def main(argv: Sequence[str]) -> None:
     if args.out is not None:
         where = {str(args.model): "MODEL", str(args.data): "DATA", str(args.folder): "FOLDER", str(args.out): "OUT"}
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
-        settings = {"training": TRAINING, "lora": LORA, "alignment": ALIGNMENT[args.rows], "tokens": TOKENS, "limit": args.limit}
+        settings = {
+            "training": TRAINING,
+            "lora": LORA,
+            "alignment": ALIGNMENT[args.rows],
+            "tokens": TOKENS,
+            "limit": args.limit,
+        }
         write_text(
             args.out,
             json.dumps(

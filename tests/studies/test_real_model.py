@@ -132,5 +132,7 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     capsys.readouterr()
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
     guards.main([*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2"])
-    assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {"unsafe"}
+    assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
+        "unsafe"
+    }
     assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 2  # a ledger of its own
