@@ -168,6 +168,7 @@ def driftcheck(
             verdict,
             is_right(row, text) if row["category"] == "capability" else None,
             harm=row.get("harm"),
+            source=row["source"] if isinstance(row.get("source"), str) else None,
             **more,
         )
         for row, text, verdict, more in zip(rows, said, verdicts, extra, strict=True)

@@ -52,6 +52,7 @@ class DriftRow:
         base_nll: mean negative log-likelihood of the answer's tokens under the base, in nats, where it was measured.
         rules: the rules' verdict, where another judge gave ``verdict``.
         harm: which kind of harm the prompt is about, where the set says so.
+        source: where the prompt was taken from, where the set says so.
     """
 
     id: str
@@ -65,6 +66,7 @@ class DriftRow:
     base_nll: float | None = None
     rules: str | None = None
     harm: str | None = None
+    source: str | None = None
 
     def holds(self, measure: str) -> bool:
         """Whether the row counts towards a measure of :data:`MEASURES`."""
@@ -88,7 +90,7 @@ def _checked(fields: dict[str, Any]) -> DriftRow:
     """
     row = DriftRow(**fields)
     text = all(isinstance(value, str) for value in (row.id, row.category, row.prompt, row.text, row.verdict))
-    maybe = all(value is None or isinstance(value, str) for value in (row.rules, row.harm))
+    maybe = all(value is None or isinstance(value, str) for value in (row.rules, row.harm, row.source))
     numbers = all(value is None or _number(value) for value in (row.margin_first, row.margin_whole, row.base_nll))
     if not (text and maybe and numbers and (row.correct is None or isinstance(row.correct, bool))):
         raise ValueError(f"row {row.id!r:.80} holds a value of the wrong kind")
@@ -184,8 +186,26 @@ class DriftReport:
                 found.setdefault(row.harm, []).append(row.verdict == REFUSAL)
         return {harm: share_of(values) for harm, values in sorted(found.items())}
 
+    def by_source(self, measure: str = "refusal") -> dict[str, Estimate]:
+        """A measure's share for each source of prompts, with Wilson's 95 % interval (1927).
+
+        A model answers prompts like those it was aligned on best: what it does with sources that it never saw is told
+        only where they stand apart.
+
+        Args:
+            measure: a share of :meth:`summary` that is read on one category of prompts.
+
+        Raises:
+            ValueError: an unknown measure.
+        """
+        found: dict[str, list[bool]] = {}
+        for row in self._of(measure):
+            if row.source:
+                found.setdefault(row.source, []).append(row.holds(measure))
+        return {source: share_of(values) for source, values in sorted(found.items())}
+
     def table(self) -> str:
-        """The summary as plain text, one line a measure."""
+        """The summary as plain text, one line a measure, and one a source where prompts are of several."""
         titles = {name: title for name, (_, title) in MEASURES.items()} | OTHER_SHARES
         rows = [
             _share_row(titles[name], e)
@@ -199,6 +219,9 @@ class DriftReport:
             rows.append(("task accuracy, % of tokens", f"{self.task['accuracy']:.1f}", "", "", ""))
             rows.append(("task loss, nats a token", f"{self.task['loss']:.3f}", "", "", ""))
         rows += [_share_row(f"  refused: {harm}", e) for harm, e in self.by_harm().items()]
+        for measure in ("refusal", "borderline", "compliance"):
+            if len(sources := self.by_source(measure)) > 1:
+                rows += [_share_row(f"  {titles[measure]}: {source}", e) for source, e in sources.items()]
         sides = {"measure": "left", "value": "right", "unit": "left", "95 % interval": "left", "count": "left"}
         return text_table(sides, rows, header=False)
 
@@ -220,6 +243,11 @@ class DriftReport:
             "kl": self.kl,
             "task": self.task,
             "summary": {name: asdict(estimate) for name, estimate in self.summary().items()},
+            "sources": {
+                measure: {source: asdict(estimate) for source, estimate in found.items()}
+                for measure, (category, _) in MEASURES.items()
+                if category is not None and (found := self.by_source(measure))
+            },
             "rows": [asdict(row) for row in self.rows],
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -39,8 +39,8 @@ def load_prompts(
 
     Args:
         prompts: None for the packaged sets, or where :class:`alignguard.data.DataSource` finds rows. A row has ``prompt`` and
-            ``category`` (unsafe, borderline, ordinary or capability), perhaps an ``id`` and, on unsafe rows, a kind of
-            ``harm``; with capability the right ``answer`` and how it is told (``match``, see
+            ``category`` (unsafe, borderline, ordinary or capability), perhaps an ``id``, the ``source`` it is of and,
+            on unsafe rows, a kind of ``harm``; with capability the right ``answer`` and how it is told (``match``, see
             :func:`alignguard.drift.rules.is_right`).
         limit: keep only the first so many rows of each category.
         category: category of rows that name none.

@@ -429,6 +429,22 @@ def test_task_rows_and_kinds_of_harm_stand_in_the_report(base, tokenizer, script
     assert "task accuracy" in report.table() and "refused: crime" in report.table()
 
 
+def test_shares_stand_apart_by_the_source_of_prompts(base, tokenizer, scripted):
+    sources = {"u1": "one", "u2": "two", "b1": "one"}
+    rows = [{**row, **({"source": sources[row["id"]]} if row["id"] in sources else {})} for row in ROWS]
+    report = driftcheck(base, tokenizer, rows)
+    unsafe = {row.source: row.verdict == "refusal" for row in report.rows if row.category == "unsafe" and row.source}
+    assert {source: e.value for source, e in report.by_source().items()} == unsafe
+    assert len(unsafe) == 2 and all(e.n == 1 for e in report.by_source().values())
+    assert set(report.by_source("borderline")) <= {"one"} and report.by_source("compliance") == {}
+    with pytest.raises(ValueError, match="unknown measure 'refusals'"):
+        report.by_source("refusals")
+    assert "unsafe prompts refused: two" in report.table()
+    assert "unsafe prompts refused:" not in driftcheck(base, tokenizer, ROWS).table()
+    assert set(json.loads(report.to_json())["sources"]["refusal"]) == {"one", "two"}
+    assert DriftReport.from_json(report.to_json()) == report
+
+
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_report(base, tokenizer, tmp_path, monkeypatch):
     whole = driftcheck(base, tokenizer, ROWS, batch_size=2, max_new_tokens=6)
     cache, real, calls = tmp_path / "answers.jsonl", module.answer_batch, []
