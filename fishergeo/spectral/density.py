@@ -176,6 +176,6 @@ def effective_dimension(spectrum: SymmetricOperator | SpectralDensity | Tensor, 
     share: Callable[[Tensor], Tensor] = lambda x: x.clamp_min(0) / (x.clamp_min(0) + damping)  # noqa: E731
     if isinstance(spectrum, SpectralDensity):
         return float(spectrum.integrate(share))
-    values = spectrum._eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
+    values = spectrum.eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
     check_finite("spectrum", check_tensor("spectrum", values))
     return float(share(values.double()).sum())
