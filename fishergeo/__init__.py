@@ -82,6 +82,7 @@ from fishergeo.updates import (
     stacked_congruence,
     stacked_quadratic,
 )
+from fishergeo.uses import QuadraticPenalty
 
 __version__ = "0.1.0"
 
@@ -113,6 +114,7 @@ __all__ = [
     "NystromSketch",
     "Plan",
     "Projector",
+    "QuadraticPenalty",
     "SampledOverlap",
     "SketchOperator",
     "SoftProjector",

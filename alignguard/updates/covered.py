@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from alignguard.tables import text_table
-from alignguard.updates.matrices import plain_name
 from alignguard.updates.weight_updates import WeightUpdates
+from fishergeo.capture import plain_name
 
 NUMBER = re.compile(r"\.\d+(?=\.|$)")  # of a layer or an expert
 

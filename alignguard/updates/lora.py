@@ -11,7 +11,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 import fishergeo as fg
-from alignguard.updates.matrices import check_untied, is_conv1d, plain_name, whole
+from alignguard.updates.matrices import check_untied, is_conv1d, whole
+from fishergeo.capture import plain_name
 
 
 def base_name(name: str) -> str:

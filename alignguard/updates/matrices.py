@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -11,18 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fishergeo as fg
-
-WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+(?=\.|$)")
+from fishergeo.capture import plain_name
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's Conv1D: a linear map whose weight is stored (q, p)."""
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what peft puts around it."""
-    return WRAPPING.sub("", name)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ from alignguard.updates.matrices import (
     is_conv1d,
     oriented,
     owners,
-    plain_name,
     plain_weight,
     turned,
     whole,
 )
+from fishergeo.capture import plain_name
 
 OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 

@@ -5,7 +5,8 @@ from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask,
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
-from fishergeo.capture.model_adapters import is_encoder_decoder
+from fishergeo.capture.matrices import gradient_matrix, weight_matrix, write_matrix
+from fishergeo.capture.model_adapters import adapter_factors, is_encoder_decoder, plain_name
 from fishergeo.capture.objectives.by_kind import (
     KINDS,
     REDUCTIONS,
@@ -31,15 +32,18 @@ __all__ = [
     "Objective",
     "Record",
     "WeightSource",
+    "adapter_factors",
     "check_model",
     "checked_example_weights",
     "example_objectives",
     "fingerprint",
+    "gradient_matrix",
     "header_fields",
     "indexed",
     "is_encoder_decoder",
     "label_alignment",
     "padding_mask",
+    "plain_name",
     "provable",
     "select_layers",
     "sized",
@@ -47,4 +51,6 @@ __all__ = [
     "take_weights",
     "target_mask",
     "to_device",
+    "weight_matrix",
+    "write_matrix",
 ]

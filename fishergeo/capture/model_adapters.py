@@ -7,12 +7,15 @@ plain one.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 _LORA = "lora_"
+_BASE = ".base_layer"
+_WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|\+|$)|\.modules_to_save\.[^.]+(?=\.|$)")
 _PARAMETER_WRAPPER = "ParamWrapper"
 _UNSHIFTED = ("MaskedLM", "TokenClassification")
 _CLASSIFIERS = ("SequenceClassification", "ImageClassification", "VideoClassification", "AudioClassification")
@@ -112,3 +115,46 @@ def is_mere_storage(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a module is half of a LoRA on a bare parameter (peft's target_parameters): an nn.Linear never called."""
     owner = name.split(f".{_LORA}")[0]
     return owner != name and type(modules.get(owner)).__name__ == _PARAMETER_WRAPPER
+
+
+def plain_name(name: str) -> str:
+    """A layer's or parameter's name without what peft puts around it."""
+    return _WRAPPING.sub("", name)
+
+
+def adapter_factors(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
+    """What the active LoRA adapters add to the weight of a layer: their ΔW = left @ right, as factors.
+
+    Args:
+        model: any module.
+        name: name of the layer; only one that ends in ``base_layer`` is adapted.
+
+    Returns:
+        (left (p, r), right (r, q)) of each active adapter, the scaling in the left one, attached to its parameters; none
+        where nothing is added.
+
+    Raises:
+        ValueError: if an adapter is merged, or its ΔW is something else than scaling·B·A.
+    """
+    owner, found, tail = name.rpartition(_BASE)
+    if not found or tail == ".bias":
+        return []
+    wrapper = cast(Any, model.get_submodule(owner))
+    if wrapper.merged:
+        raise ValueError(f"the adapter of layer {name!r} is merged into its base; call model.unmerge_adapter() first")
+    if wrapper.disable_adapters:
+        return []
+    pairs = []
+    for adapter in wrapper.active_adapters:
+        if adapter not in getattr(wrapper, "lora_A", {}):
+            if adapter in getattr(wrapper, "lora_embedding_A", {}) or not hasattr(wrapper, "lora_A"):
+                raise ValueError(f"layer {name!r} is adapted by a {type(wrapper).__name__}, which is not plain LoRA")
+            continue
+        if tail or getattr(wrapper, "lora_variant", {}).get(adapter) is not None:
+            raise ValueError(
+                f"layer {name!r} is adapted, and its update is not scaling·B·A of a weight (DoRA, or weight and bias "
+                "together); merge the adapter first"
+            )
+        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+        pairs.append((b.flatten(1) * wrapper.scaling[adapter], a.flatten(1)))
+    return pairs

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fishergeo.capture.layers import Layer
+from fishergeo.capture.matrices import sources, stored, viewed
 
 Reader = Callable[[str, slice, Tensor], None]
 """``(layer, columns, part)``: these columns of the layer's (p, q) gradient, or a part of their sum."""
@@ -29,7 +30,7 @@ def provable(layer: Layer) -> bool:
     """
     return all(
         tensor is not None and tensor.is_floating_point() and not is_traceable_wrapper_subclass(tensor.data)
-        for tensor in (_stored(module, attribute) for module, attribute, _ in _sources(layer))
+        for tensor in (stored(module, attribute) for module, attribute, _ in sources(layer))
     )
 
 
@@ -46,8 +47,8 @@ def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> It
     with contextlib.ExitStack() as stack:
         stack.enter_context(parametrize.cached())
         for name, layer in layers.items():
-            for module, attribute, columns in _sources(layer):
-                tensor = cast(Tensor, _stored(module, attribute))
+            for module, attribute, columns in sources(layer):
+                tensor = cast(Tensor, stored(module, attribute))
                 readers.setdefault(tensor, []).append(_reader(name, layer, columns, read))
         leaves: dict[Tensor, Tensor] = {}
         for tensor, reading in readers.items():
@@ -63,37 +64,11 @@ def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> It
         yield
 
 
-def _sources(layer: Layer) -> list[tuple[nn.Module, str, slice]]:
-    """The parameters that make up a layer: (module, attribute, columns of the view)."""
-    use = next(use for use in layer.uses if not use.flipped)
-    if layer.expert is not None:
-        return [(use.module, layer.expert.parameter, slice(None))]
-    if layer.part == "bias":
-        return [(use.module, "bias", slice(None))]
-    if layer.part == "weight":
-        return [(use.module, "weight", slice(None))]
-    return [(use.module, "weight", slice(None, -1)), (use.module, "bias", slice(-1, None))]
-
-
-def _stored(module: nn.Module, attribute: str) -> Tensor | None:
-    if parametrize.is_parametrized(module, attribute):
-        return getattr(module, attribute)
-    return module._parameters.get(attribute)
-
-
 def _reader(name: str, layer: Layer, columns: slice, read: Reader) -> Callable[[Tensor], None]:
     """Hands on a gradient as it is stored, seen as (p, columns)."""
-    use = next(use for use in layer.uses if not use.flipped)
 
     def view(gradient: Tensor) -> None:
-        if layer.expert is not None:
-            one = gradient[layer.expert.index]
-            read(name, columns, one.mT if layer.expert.transposed else one)
-        elif gradient.ndim == 1 or columns.start == -1 or layer.part == "bias":
-            read(name, columns, gradient[:, None])
-        else:
-            assert use.kind is not None
-            read(name, columns, use.kind.view(gradient))
+        read(name, columns, viewed(layer, gradient, columns))
 
     return view
 

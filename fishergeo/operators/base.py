@@ -182,6 +182,33 @@ class SymmetricOperator(abc.ABC):
         self._check_delta(left.shape[0], right.shape[-1])
         return self._quadratic_factored(left.to(self.dtype), right.to(self.dtype))
 
+    def apply(self, delta: Tensor) -> Tensor:
+        """F as it acts on weights: the update whose inner product with ΔW is :meth:`quadratic`, differentiable.
+
+        One-sided, ``side="output"``: F ΔW; ``side="input"``: ΔW F. Two-sided: F vec(ΔW), as a matrix again.
+
+        Args:
+            delta: ΔW, (p, q), or several of them, (..., p, q); any floating dtype.
+
+        Returns:
+            The same shape, in the operator's dtype.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        p, q = delta.shape[-2:]
+        self._check_delta(p, q)
+        batch = delta.to(self.dtype).reshape(-1, p, q)
+        if self.side == "output":
+            return (
+                self._matmat(batch.transpose(0, 1).reshape(p, -1))
+                .reshape(p, -1, q)
+                .transpose(0, 1)
+                .reshape(delta.shape)
+            )
+        width = q if self.side == "input" else p * q
+        return self._matmat(batch.reshape(-1, width).T).T.reshape(delta.shape)
+
     def _check_delta(self, rows: int, columns: int) -> None:
         size = {"output": rows, "input": columns}.get(self.side, rows * columns)
         if size != self.shape[0]:
@@ -209,8 +236,8 @@ class SymmetricOperator(abc.ABC):
         values, vectors = torch.linalg.eigh(self.to_dense().double())
         return DenseOperator(((vectors * function(values)) @ vectors.T).to(self.dtype), self.side)
 
-    def _eigenvalues(self) -> Tensor:
-        """All eigenvalues in float64, in any order."""
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, (size,) float64, in any order."""
         return torch.linalg.eigvalsh(self.to_dense().double())
 
     def power(self, exponent: float, damping: float = 0.0) -> SymmetricOperator:
@@ -273,7 +300,7 @@ class SymmetricOperator(abc.ABC):
             ValueError: for a negative damping.
         """
         _check_damping(damping)
-        return (self._eigenvalues().clamp_min(0) + damping).log().sum().to(self.dtype)
+        return (self.eigenvalues().clamp_min(0) + damping).log().sum().to(self.dtype)
 
     def __mul__(self, factor: float) -> SymmetricOperator:
         if isinstance(factor, SymmetricOperator) or not isinstance(factor, int | float):

@@ -77,5 +77,6 @@ class DiagonalOperator(SymmetricOperator):
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         return DiagonalOperator(function(self.entries.double()).to(self.dtype))
 
-    def _eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Tensor:
+        """The entries, (pq,) float64."""
         return self.entries.double().flatten()

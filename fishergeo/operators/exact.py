@@ -129,22 +129,35 @@ class ExactOperator(SymmetricOperator):
         """N."""
         return len(self.lengths)
 
+    def weight_gradients(self) -> Tensor:
+        """G_i = D_iᵀA_i of every example, dense, (N, p, q), in the order in which the examples were given."""
+        every = torch.cat([g for _, g in self._weight_gradients()])
+        return every[self._places].reshape(-1, *self.layer_shape)
+
     def inner(self, delta: Any) -> Tensor:
         """The first-order change of each example's objective, ⟨G_i, ΔW⟩, differentiable in the update.
 
+        Several updates at once meet every example in the cheaper of two ways: through its factors, or through its
+        weight gradient, which is formed for a few examples at a time.
+
         Args:
-            delta: ΔW, a (p, q) tensor, or factors with ``.left`` (p, r) and ``.right`` (r, q).
+            delta: ΔW, a (p, q) tensor, several, (Q, p, q), or factors with ``.left`` (p, r) and ``.right`` (r, q).
 
         Returns:
-            (N,), of the operator's dtype, in the order in which the examples were given.
+            (N,), or (Q, N) for several, of the operator's dtype, in the order in which the examples were given.
 
         Raises:
             ValueError: if the shape does not fit.
         """
         p, q = self.layer_shape
         if isinstance(delta, Tensor):
-            self._check_delta(delta.shape[0], delta.shape[-1])
+            self._check_delta(delta.shape[-2], delta.shape[-1])
             dense = delta.to(self.dtype)
+            if delta.ndim == 3 and len(delta) * (len(self.inputs) - self.examples) > len(self.inputs):
+                columns = dense.flatten(1).T
+                return torch.cat([g @ columns for _, g in self._weight_gradients()])[self._places].T
+            if delta.ndim == 3:
+                return torch.stack([self.inner(one) for one in dense])
             parts = [((a @ dense.T) * d).sum((1, 2)) for _, d, a in self._factors(p + q)]
         else:
             left, right = delta.left.to(self.dtype), delta.right.to(self.dtype)
@@ -218,9 +231,10 @@ class ExactOperator(SymmetricOperator):
         values, vectors = self.eigh()
         return SpectralOperator(values, vectors, side=self.side)._map(function)
 
-    def _eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, (pq,) float64, zeros among them; through the dual matrix where N < pq."""
         if self.shape[0] <= len(self.lengths):
-            return super()._eigenvalues()
+            return super().eigenvalues()
         values = self._dual_pairs()[0]
         return torch.cat([values, values.new_zeros(self.shape[0] - len(values))])
 

@@ -64,11 +64,11 @@ class JointFisher:
         """The first-order change of each example's objective, Σ_l ⟨G_il, ΔW_l⟩, differentiable in the updates.
 
         Args:
-            updates: layer name -> ΔW: a (p, q) tensor, or factors with ``.left`` (p, r) and ``.right`` (r, q). Layers
-                left out do not move.
+            updates: layer name -> ΔW: a (p, q) tensor, or factors with ``.left`` (p, r) and ``.right`` (r, q); or Q
+                updates of every layer at once, (Q, p, q). Layers left out do not move.
 
         Returns:
-            (N,), of the operators' dtype, in the order of the examples.
+            (N,), or (Q, N), of the operators' dtype, in the order of the examples.
 
         Raises:
             ValueError: no update, a layer that this Fisher does not have, or an update of another shape.

@@ -50,8 +50,9 @@ class FactoredKronecker(SymmetricOperator):
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         return self.rotated()._map(function)
 
-    def _eigenvalues(self) -> Tensor:
-        return self.rotated()._eigenvalues()
+    def eigenvalues(self) -> Tensor:
+        """The products of the factors' eigenvalues, (pq,) float64."""
+        return self.rotated().eigenvalues()
 
     def _check_delta(self, rows: int, columns: int) -> None:
         check_layer_shape(self.output_factor.shape[0], self.input_factor.shape[0], rows, columns)
@@ -203,7 +204,8 @@ class EigenKroneckerOperator(SymmetricOperator):
         values = function(self.values.double()).to(self.dtype)
         return EigenKroneckerOperator(self.output_basis, self.input_basis, values)
 
-    def _eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Tensor:
+        """The values, (pq,) float64."""
         return self.values.double().flatten()
 
     def _check_delta(self, rows: int, columns: int) -> None:

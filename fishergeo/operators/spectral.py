@@ -102,7 +102,8 @@ class SpectralOperator(SymmetricOperator):
         order = values.argsort(descending=True)
         return SpectralOperator(values[order], self.vectors[:, order], None, self.side, rest)
 
-    def _eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, (size,) float64, those that are known first."""
         others = self.values.new_full((self.shape[0] - len(self.values),), self.rest)
         return torch.cat([self.values, others]).double()
 

@@ -183,7 +183,7 @@ def effective_dimension(
     if isinstance(spectrum, LinearOperator):
         values = _dense_eigenvalues(spectrum)
     else:
-        values = spectrum._eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
+        values = spectrum.eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
     check_finite("spectrum", check_tensor("spectrum", values))
     return float(share(values.double()).sum())
 

@@ -173,6 +173,34 @@ def test_second_derivatives_of_a_kronecker_quadratic(factors_train):
         assert_close(gradient, (left @ right) @ a @ (left @ right).T, 1e-12)
 
 
+def test_what_it_does_to_weights_is_half_the_gradient_of_the_quadratic_form(operator):
+    deltas = random(2, 3, P, Q, seed=4)
+    moved = operator.apply(deltas)
+    for place in ((0, 0), (1, 2)):
+        leaf = deltas[place].clone().requires_grad_(True)
+        (half,) = torch.autograd.grad(0.5 * operator.quadratic(leaf), leaf)
+        assert_close(moved[place], half, 1e-11)
+        assert_close(operator.apply(deltas[place]), moved[place], 1e-12)
+    with pytest.raises(ValueError, match="does not fit"):
+        operator.apply(random(P + 1, Q + 1))
+
+
+def test_eigenvalues_are_those_of_the_dense_matrix(operator):
+    found = operator.eigenvalues().sort().values
+    assert found.dtype == torch.float64
+    assert_close(found, torch.linalg.eigvalsh(operator.to_dense()), 1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_several_updates_meet_every_example_at_once(count):
+    operator = exact(7)
+    deltas = random(count, P, Q, seed=6)
+    every = torch.stack([operator.inner(delta) for delta in deltas])
+    assert_close(operator.inner(deltas), every, 1e-12)
+    assert_close(torch.einsum("npq,kpq->kn", operator.weight_gradients(), deltas), every, 1e-12)
+    assert_close(torch.einsum("npq,npq->", *[operator.weight_gradients()] * 2) / 7, operator.trace(), 1e-12)
+
+
 def test_quadratic_forms_refuse_what_does_not_fit(operator):
     with pytest.raises(ValueError, match="does not fit"):
         operator.quadratic(random(P + 1, Q + 1))

@@ -1,0 +1,112 @@
+"""What every use of a Fisher asks of a model: the layers that it is of, their weights, and inverses that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishergeo._checks import check_number
+from fishergeo.capture import Layer, adapter_factors, fingerprint, select_layers, weight_matrix
+from fishergeo.estimation import Fisher
+from fishergeo.operators import SymmetricOperator
+from fishergeo.updates import LowRank
+
+Curvature = Mapping[str, SymmetricOperator]
+"""Layer -> operator: a :class:`fishergeo.Fisher`, or any mapping of one's own."""
+
+
+def layers_of(model: nn.Module, fisher: Curvature, argument: str = "fisher") -> dict[str, Layer]:
+    """The layers of ``model`` that a Fisher is of.
+
+    Args:
+        model: any module.
+        fisher: Fisher of the model as it is now, held against its fingerprint; of a plain mapping shapes alone are known.
+        argument: its name, for the message.
+
+    Raises:
+        ValueError: if it is of another model, of no layer, or an operator does not fit its layer; by name.
+    """
+    if not len(fisher):
+        raise ValueError(f"{argument} has no layer")
+    if isinstance(fisher, Fisher):
+        try:
+            fisher.check_model(model)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
+    layers = select_layers(model, list(fisher))
+    for name, layer in layers.items():
+        if not isinstance(fisher, Fisher):
+            check_fits(name, fisher[name], layer.shape, argument)
+    return layers
+
+
+def check_fits(name: str, operator: SymmetricOperator, shape: tuple[int, int], argument: str = "fisher") -> None:
+    """Refuses an operator that cannot act on a (p, q) weight.
+
+    Raises:
+        ValueError: naming the layer and both shapes.
+    """
+    p, q = shape
+    if operator.shape[0] != {"output": p, "input": q}.get(operator.side, p * q):
+        raise ValueError(
+            f"{argument}: layer {name!r} has shape ({p}, {q}), which an operator of shape {operator.shape}, side "
+            f"{operator.side!r}, does not fit"
+        )
+
+
+def check_same_layers(first: str, ours: Mapping[str, object], second: str, theirs: Mapping[str, object]) -> None:
+    """Refuses two mappings of different layers.
+
+    Raises:
+        ValueError: naming the first layer that one of them lacks.
+    """
+    for name, lacking in [(n, second) for n in ours if n not in theirs] + [(n, first) for n in theirs if n not in ours]:
+        raise ValueError(f"{lacking} lacks layer {name!r}, which {first if lacking == second else second} has")
+
+
+def effective(model: nn.Module, layer: Layer) -> Tensor:
+    """A layer's weight with what the active adapters add to it, (p, q), differentiable."""
+    weight = weight_matrix(layer)
+    for left, right in adapter_factors(model, layer.name):
+        weight = weight + (left @ right).to(weight.dtype)
+    return weight
+
+
+def adapter_update(model: nn.Module, layer: Layer) -> LowRank | None:
+    """What the active adapters add to a frozen weight, in factors; None where the weight itself trains or has none."""
+    pairs = adapter_factors(model, layer.name)
+    if not pairs or layer.weight.requires_grad:
+        return None
+    return LowRank(torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0))
+
+
+def mark_of(model: nn.Module, fisher: Curvature) -> str:
+    """The fingerprint under which results of these two are kept."""
+    return fisher.header.fingerprint if isinstance(fisher, Fisher) else fingerprint(model)
+
+
+def damped_inverse(name: str, operator: SymmetricOperator, damping: float, scale: float = 1.0) -> SymmetricOperator:
+    """(scale·F + damping·I)⁻¹ / scale⁻¹ as a multiple of the operator's own inverse: (F + damping/scale·I)⁻¹.
+
+    Args:
+        name: name of the layer, for the message.
+        operator: F, positive semi-definite.
+        damping: not negative, in the unit of ``scale`` times the eigenvalues.
+        scale: positive.
+
+    Raises:
+        ValueError: if the damped operator is singular to the precision of its dtype, naming the layer and the damping that
+            would do.
+    """
+    damping = check_number("damping", damping, low=0.0) / scale
+    values = operator.eigenvalues().clamp_min(0) + damping
+    least, largest = float(values.min()), float(values.max())
+    floor = largest * torch.finfo(operator.dtype).eps
+    if not least > floor:
+        raise ValueError(
+            f"damping={damping * scale:g} leaves layer {name!r} singular: its eigenvalues reach from {least:.3g} to "
+            f"{largest:.3g}; pass damping of at least {max(largest * scale, 1e-300) * 1e-6:.1g}"
+        )
+    return operator.inverse(damping)
