@@ -2,9 +2,10 @@
 
 from alignguard.drift import DriftReport, driftcheck
 from alignguard.guard import Guard, GuardConfig
-from alignguard.training import FitResult, GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, fit
+from alignguard.training import DriftCallback, FitResult, GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, fit
 
 __all__ = [
+    "DriftCallback",
     "DriftReport",
     "FitResult",
     "Guard",

@@ -1,6 +1,7 @@
 """A guarded fine-tuning run: prepared, trained, saved, resumed."""
 
 from alignguard.training.checkpoint import check_complete, latest_checkpoint
+from alignguard.training.drift_callback import DriftCallback
 from alignguard.training.dry_run import activation_bytes, plan_text, seconds_of_step
 from alignguard.training.fisher_file import load_fisher, origin_path, write_fisher
 from alignguard.training.hooks import Hooks
@@ -13,6 +14,7 @@ from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTr
 
 __all__ = [
     "DEFAULT_TRAINING",
+    "DriftCallback",
     "FitResult",
     "GuardMixin",
     "GuardSeq2SeqTrainer",

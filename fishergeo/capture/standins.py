@@ -75,8 +75,9 @@ def _reader(name: str, layer: Layer, columns: slice, read: Reader) -> Callable[[
 
 def _handed_on(readers: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
     def hook(leaf: Tensor) -> None:
-        gradient = cast(Tensor, leaf.grad)
-        leaf.grad = None
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is None:  # an autograd function of someone's own that gives frozen weights none
+            return
         with torch.no_grad():
             for reader in readers:
                 reader(gradient)

@@ -6,12 +6,14 @@ from fishergeo.estimation.fisher import Fisher, FisherHeader
 from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
 from fishergeo.estimation.shards import sketch_shards
 from fishergeo.estimation.streaming import StreamingFisher
+from fishergeo.estimation.verify import NeverCalled
 
 __all__ = [
     "DataKeywords",
     "DataOptions",
     "Fisher",
     "FisherHeader",
+    "NeverCalled",
     "StreamingFisher",
     "all_reduce",
     "chosen_options",

@@ -41,7 +41,7 @@ from fishergeo.capture import (
 from fishergeo.estimation.checkpoint import SweepState
 from fishergeo.estimation.fisher import named_once
 from fishergeo.estimation.options import DataOptions
-from fishergeo.estimation.verify import Proof
+from fishergeo.estimation.verify import NeverCalled, Proof, never_called
 
 _WITH_INPUTS = (KfacAccumulator, KfacSketchAccumulator)
 
@@ -112,7 +112,8 @@ class Sweep:
         Raises:
             FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
             RuntimeError: if what is captured on the first batch are not the gradients, naming the layers.
-            ValueError: if there was no supervised token, or a layer received no gradient.
+            ValueError: if there was no supervised token, or a layer received no gradient (:class:`NeverCalled` if its
+                modules were not called while others were).
         """
         with self.autocast.aside(), Capture(self.model, self.layers) as capture:
             for number, batch in tqdm(indexed(batches), total=sized(batches), desc="fisher", disable=not progress):
@@ -129,14 +130,17 @@ class Sweep:
                 if after is not None:
                     after()
         with self.autocast.aside():
-            self._finish()
+            self._finish(capture)
 
-    def _finish(self) -> None:
+    def _finish(self, capture: Capture) -> None:
         """Checks the sums after the last batch, and leaves out layers that nobody named and nothing reached."""
         if self.examples == 0:
             raise ValueError("batches held no example with a supervised token")
         unseen = [name for name in self.layers if name not in self.seen]
         if unseen and (not self.optional or len(unseen) == len(self.layers)):
+            missed = never_called(capture, unseen)
+            if missed and len(unseen) < len(self.layers):
+                raise NeverCalled(missed, len(self.layers) - len(unseen))
             raise ValueError(f"layers {unseen[:4]} received no gradient in any batch; leave them out")
         if both := sorted(self.read_elsewhere.intersection(self.seen)):
             raise RuntimeError(

@@ -10,7 +10,7 @@ on its company. Either way every example of the batch runs once more, and only o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,37 @@ _APART = (
     "examples act on each other (statistics or losses over the batch), padding counts (supervised pads, positions "
     "counted from a padded edge, a mask that is not this layer's), or rows are laid under the wrong examples"
 )
+
+
+class NeverCalled(ValueError):
+    """Layers whose modules were not called while others were, so that nothing could be captured of them.
+
+    Args:
+        layers: their names.
+        others: number of the layers that were called.
+
+    Attributes:
+        layers: their names, sorted.
+        others: number of the layers that were called.
+    """
+
+    def __init__(self, layers: Iterable[str], others: int) -> None:
+        self.layers, self.others = sorted(layers), others
+        more = f" and {len(self.layers) - 4} more" if len(self.layers) > 4 else ""
+        super().__init__(
+            f"layers {self.layers[:4]}{more} received no gradient: never called, while {others} others were. The batches do not reach them, or "
+            "something (a fused kernel) reads their weights in their place; switch that off, or leave them out"
+        )
+
+
+def never_called(capture: Capture, names: Iterable[str]) -> list[str]:
+    """Those of the layers none of whose modules was called in any batch so far; experts, called or not, left out."""
+    uses = {name: capture.layers[name] for name in names}
+    return [
+        name
+        for name, layer in uses.items()
+        if layer.expert is None and not any(use.path in capture.called for use in layer.uses)
+    ]
 
 
 @dataclass
@@ -163,6 +194,7 @@ class Proof:
             Whether there was anything to compare.
 
         Raises:
+            NeverCalled: those that disagree are named by the caller and were never called.
             RuntimeError: naming the layers that disagree, and what may be the cause.
         """
         if not any(self._counted) or not any(self._provable.values()):
@@ -266,13 +298,15 @@ class Proof:
         if bool((error <= most * size).all()):
             return
         wrong = torch.nonzero(~(error <= most * size))[:, 0].tolist()
+        apart = set(never_called(self.capture, [names[i] for i in wrong]))
         if self.optional:
-            called, layers = self.capture.called, self.capture.layers
-            apart = {names[i] for i in wrong if not any(use.path in called for use in layers[names[i]].uses)}
             self.read_elsewhere |= apart
             wrong = [i for i in wrong if names[i] not in apart]
             if not wrong:
                 return
+        if len(apart) == len(wrong):
+            missed = never_called(self.capture, self.capture.layers)
+            raise NeverCalled(missed, len(self.capture.layers) - len(missed))
         shown = ", ".join(f"{names[i]!r} ({float(error[i] / size[i]):.2g} of its size)" for i in wrong[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise RuntimeError(

@@ -19,6 +19,14 @@ from alignguard.guard.schedule import DriftBudget
 from alignguard.guard.terms import CurvatureTerms
 from alignguard.updates import Matrix, WeightUpdates
 from fishergeo.accumulators import ACCUMULATORS
+from fishergeo.estimation import NeverCalled
+
+FUSED = (
+    "A fused kernel that computes with a layer's weights without calling it hides it from the Fisher. Switch it off: "
+    "lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel and lora_embedding_kernel: false in axolotl, lora_dropout above 0 in "
+    "unsloth, use_liger_kernel=False in transformers. GuardConfig() as it is charges KL alone, which reads no layer and "
+    "holds under such kernels. If the alignment examples cannot reach these layers, leave them out"
+)
 
 
 class CurvatureLeg(Leg):
@@ -91,20 +99,30 @@ class CurvatureLeg(Leg):
             rows: examples that this process reads.
             step: optimizer steps done, from which random draws are seeded.
             progress: show a bar.
+
+        Raises:
+            ValueError: guarded layers that never fire while others do; names them, and what may be switched off.
         """
         c = self.config
-        fisher = fg.estimate_fisher(
-            self.rows.model,
-            [self.rows.batch(rows[i : i + c.batch_size]) for i in range(0, len(rows), c.batch_size)],
-            structure=c.structure,
-            kind=c.kind,
-            rank=c.sketch_rank,
-            layers=[matrix.layer for matrix in self.updates.matrices.values()],
-            reduction="sum",  # of whole responses, so that the quadratic is in nats a response
-            progress=progress,
-            seed=c.seed + step + 1_000_003 * world()[0],  # what is drawn for one share is not drawn for the next
-            verify=not self._proven,
-        )
+        try:
+            fisher = fg.estimate_fisher(
+                self.rows.model,
+                [self.rows.batch(rows[i : i + c.batch_size]) for i in range(0, len(rows), c.batch_size)],
+                structure=c.structure,
+                kind=c.kind,
+                rank=c.sketch_rank,
+                layers=[matrix.layer for matrix in self.updates.matrices.values()],
+                reduction="sum",  # of whole responses, so that the quadratic is in nats a response
+                progress=progress,
+                seed=c.seed + step + 1_000_003 * world()[0],  # what is drawn for one share is not drawn for the next
+                verify=not self._proven,
+            )
+        except NeverCalled as error:
+            names = sorted(m.plain for m in self.updates.matrices.values() if m.layer in error.layers)
+            raise ValueError(
+                f"{len(names)} guarded layers never fire while {error.others} others do: {', '.join(names[:4])}"
+                f"{', ...' if len(names) > 4 else ''}. {FUSED} (exclude={names[0]!r})"
+            ) from error
         self._proven = True  # the modules stay what they are, so once in a run is enough
         return fisher
 
