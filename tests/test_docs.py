@@ -97,6 +97,34 @@ def test_a_tutorials_notebook_holds_its_code():
             assert ("display(HTML(" in cell) if "html=" in options else (cell == source.strip("\n"))
 
 
+GLOSSARY = runpy.run_path(str(DOCS / "assets" / "glossary.py"))
+
+
+def test_the_first_use_of_a_word_leads_to_its_entry_and_nothing_else_does():
+    words = GLOSSARY["entries"](
+        '**KL divergence.** How far. More.\n{ #kl data-words="KL|KL divergence" }\n\n'
+        '**Drift.** It is \\(x\\).\n{ #drift data-words="drift" }\n'
+    )
+    html = (
+        "<h2>Drift and KL</h2><p><code>KL</code> <a href='x'>KL</a> \n"
+        'Drift-like <span class="arithmatex">\\(KL\\)</span> in KL\ndivergence; KL. Drift, drift</p><pre>drift</pre>'
+    )
+    assert GLOSSARY["linked"](html, words, "../g.html") == (
+        "<h2>Drift and KL</h2><p><code>KL</code> <a href='x'>KL</a> \n"
+        'Drift-like <span class="arithmatex">\\(KL\\)</span> in <a class="term" href="../g.html#kl" title="How far.">KL\n'
+        'divergence</a>; KL. <a class="term" href="../g.html#drift">Drift</a>, drift</p><pre>drift</pre>'
+    )
+
+
+def test_the_glossary_is_read_whole_and_its_words_are_its_own():
+    found = GLOSSARY["entries"]((DOCS / "glossary.md").read_text(encoding="utf-8"))
+    assert {"fisher", "kfac", "sketch", "drift", "refusal", "over-refusal"} <= set(found)
+    with pytest.raises(ValueError, match="an entry is"):
+        GLOSSARY["entries"]("**Word.** Without an anchor.\n")
+    with pytest.raises(ValueError, match="claim \\['kl'\\]"):
+        GLOSSARY["entries"]('**A.** a.\n{ #a data-words="kl" }\n\n**B.** b.\n{ #b data-words="kl" }\n')
+
+
 def test_no_page_loads_anything_from_another_host():
     texts = {page: page.read_text(encoding="utf-8") for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.css")]}
     outside = [
