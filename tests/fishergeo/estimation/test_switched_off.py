@@ -263,7 +263,7 @@ def test_without_the_proof_as_many_images_as_examples_are_taken_for_one_each():
         "labels": torch.where(ids == 59, -100, ids),
     }
     name = "model.multi_modal_projector.linear_1"
-    with pytest.raises((RuntimeError, ValueError), match="linear_1|examples"):
+    with pytest.raises((RuntimeError, ValueError), match=r"linear_1|examples"):
         fg.estimate_fisher(model, [batch], "diagonal", layers=[name])
     got = fg.estimate_fisher(model, [batch], "diagonal", layers=[name], verify=False)[name].diagonal()
     first = {key: value if key == "pixel_values" else value[:1] for key, value in batch.items()}
