@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import fishergeo as fg
 
@@ -30,6 +30,13 @@ def agreed(value: float) -> float:
     told = torch.tensor([value], dtype=torch.float64, device=_device())
     dist.broadcast(told, 0)
     return float(told)
+
+
+def same_everywhere(tensor: Tensor) -> Tensor:
+    """The first process's values, in the tensor's own memory, as :func:`agreed`."""
+    if world()[1] > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
 
 
 def pooled_mean(items: Sequence[Any], model: nn.Module, mean: Callable[[Sequence[Any]], float]) -> float:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.curvature import LayerCurvature
 from alignguard.guard.distributed import agreed, pooled_mean
-from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg
+from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg, measures, metric_of
 from alignguard.guard.reference import Reference
 from alignguard.guard.report import DriftGauge, Report
 from alignguard.guard.rows import AlignmentRows, Encoded, shortened
@@ -37,6 +38,7 @@ class Guard:
     In a loop of one's own:
 
         guard = Guard.from_alignment(model, rows, config, pad_token_id=tokenizer.pad_token_id)
+        guard.attach(optimizer)
         guard.begin_run(len(batches))
         for step, batch in enumerate(batches):
             guard.begin_step(step)
@@ -104,6 +106,7 @@ class Guard:
         self.gauge = DriftGauge()
         self.report = Report(self.curvature, self.schedule, self.budget, self.gauge, self.predicted_drift)
         self.terms: dict[str, Tensor] = {}
+        self._attached: RemovableHandle | None = None
 
     def _reference(self, rows: Sequence[Encoded]) -> Reference:
         limit = self.config.kl_cache_mb << 20
@@ -187,6 +190,37 @@ class Guard:
             ValueError: no positive number of steps.
         """
         self.schedule.begin_run(steps)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Let what KL remembers move the weights after each step of the optimizer, no longer through the loss.
+
+        Its gradients then neither slow Adam's steps for the task nor share its clipping
+        (:meth:`alignguard.guard.legs.memory.Memory.step`). A Trainer's guard is attached when training begins.
+
+        Args:
+            optimizer: the one that trains the model; torch's SGD, Adam or AdamW, as it is or wrapped by accelerate. With
+                any other, and where nothing is remembered, the term stays in the loss.
+
+        Returns:
+            Whether the term has left the loss.
+        """
+        self.detach()
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        kl = self.legs.get(KLLeg.name)
+        if not isinstance(kl, KLLeg) or not kl.remembers() or not measures(inner, kl.trained()):
+            return False
+        self._attached = inner.register_step_post_hook(lambda *_: kl.step(metric_of(inner, kl.trained())))
+        kl.apart = True
+        return True
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+        kl = self.legs.get(KLLeg.name)
+        if isinstance(kl, KLLeg):
+            kl.apart = False
 
     def begin_step(self, step: int, task_examples: int | None = None) -> None:
         """Tell the guard which optimizer step begins; measures drift and estimates the curvature anew when due.

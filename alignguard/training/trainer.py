@@ -69,6 +69,11 @@ class _GuardCallback(TrainerCallback):
         if self.trainer.guard is not None:
             self.trainer.check_guard()  # once more: model_init has made a new model since
             self.trainer.guard.begin_run(state.max_steps)
+            self.trainer.guard.attach(kwargs["optimizer"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.guard is not None:
+            self.trainer.guard.detach()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._step_started = time.perf_counter()

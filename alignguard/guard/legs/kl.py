@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alignguard.guard.config import GuardConfig
+from alignguard.guard.distributed import same_everywhere
 from alignguard.guard.legs.base import Leg
+from alignguard.guard.legs.memory import Memory
+from alignguard.guard.legs.optimizers import Metric
 from alignguard.guard.reference import Reference
 from alignguard.guard.rows import AlignmentRows
 from alignguard.guard.schedule import DriftBudget
@@ -23,32 +25,17 @@ _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth 
 _RECENT = 4  # readings whose mean is what the leg believes the drift to be
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A divergence that was read, and its slope there.
-
-    Attributes:
-        value: KL, nats a response token.
-        gradient: slope in the trainable weights end to end, (weights,).
-        offset: ⟨gradient, weights⟩ where it was read.
-    """
-
-    value: float
-    gradient: Tensor
-    offset: float
-
-
 class KLLeg(Leg):
     """λ_KL KL(start ‖ present) a response token, on a few examples in rotation (Li and Hoiem 2017).
 
     With a memory the last evaluations go on charging between two readings, each by the Gauss-Newton model of its own
-    divergence along its own gradient (this project's own): KL is half a square to second order, so with K and g its
-    value and gradient at the weights where it was read and d = ⟨g, θ − θ_read⟩,
+    divergence along its own gradient (:class:`~alignguard.guard.legs.memory.Memory`, this project's own). It costs some
+    inner products with the trainable weights, no pass through the model.
 
-        ½ (√(2K) + d/√(2K))² = K + d + d²/(4K),
-
-    whose value and slope are right where it was read and which bends upward across all layers at once. It costs two inner
-    products with the trainable weights, no pass through the model.
+    Where the optimizer is known (:meth:`Guard.attach`) what is remembered is no part of the loss: it moves the weights
+    after each of the optimizer's steps. Inside the loss its gradients would enter the mean squares by which Adam divides,
+    so that the task is learned at a lower rate, and would be clipped together with the task's. AdamW parts weight decay
+    from them for the same reason (Loshchilov and Hutter 2019).
 
     Args:
         rows: alignment examples.
@@ -71,7 +58,8 @@ class KLLeg(Leg):
         super().__init__(rows, config, budget)
         self.reference, self._remembers = reference, remembers
         memory = config.kl_schedule(remembers)[1]
-        self._memory: deque[_Reading] = deque(maxlen=memory)
+        self._memory = Memory(memory)
+        self.apart = False  # what is remembered acts beside the loss
         self._read_before: deque[float] = deque(maxlen=_RECENT)  # nats a response
         self._compared: deque[tuple[float, float]] = deque(maxlen=2 * _RECENT)
 
@@ -82,24 +70,42 @@ class KLLeg(Leg):
             ValueError: a memory is asked for, and the trainable weights are sharded.
         """
         every, memory = self._schedule()
-        strength = self.config.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)
         if not memory:
-            return {"kl": strength * every * self._read(step // every)} if step % every == 0 else {}
+            return {"kl": self._strength() * every * self._read(step // every)} if step % every == 0 else {}
         # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
         if step < every or step % every == 0:
             self._remember(self._read(min(step, every - 1) + step // every))
-        return {"kl": strength * self._recalled()} if self._memory else {}
+        if not len(self._memory):
+            return {}
+        value = self._strength() * self._memory.value(self.trained())
+        return {"kl": value.detach() if self.apart else value}
+
+    def step(self, metric: Sequence[Metric]) -> None:
+        """Move the trainable weights by what is remembered, after a step of the optimizer.
+
+        Args:
+            metric: the optimizer's, one a trainable weight.
+        """
+        self._memory.step(self.trained(), metric, self._strength())
+
+    def _strength(self) -> float:
+        return self.config.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)
 
     def _schedule(self) -> tuple[int, int]:
         """Steps between two readings, and readings remembered."""
-        sharded = any(isinstance(p, DTensor) for p in self._trained())
+        sharded = any(isinstance(p, DTensor) for p in self.trained())
         if sharded and self.config.kl_memory:
             raise ValueError(
                 "kl_memory keeps gradients of the trainable weights, which are sharded here; leave it out, or set it to 0"
             )
         return self.config.kl_schedule(self._remembers and not sharded)
 
-    def _trained(self) -> list[nn.Parameter]:
+    def remembers(self) -> bool:
+        """Whether readings are remembered, as the weights stand now."""
+        return self._schedule()[1] > 0
+
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that train."""
         # Asked anew each time: sharding puts other parameters in the place of those that the guard was made on.
         return [p for p in self.rows.model.parameters() if p.requires_grad]
 
@@ -115,23 +121,13 @@ class KLLeg(Leg):
         return nats.mean()
 
     def _remember(self, value: Tensor) -> None:
-        if float(value.detach()) < _SETTLED:
-            return
-        trained = self._trained()
+        trained = self.trained()
         found = torch.autograd.grad(value, trained, allow_unused=True)
         slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
-        gradient = torch.cat([slope.flatten() for slope in slopes])
-        self._memory.append(_Reading(float(value.detach()), gradient, float(gradient @ self._weights().detach())))
-
-    def _weights(self) -> Tensor:
-        return torch.cat([p.flatten() for p in self._trained()])
-
-    def _recalled(self) -> Tensor:
-        """Mean over the memory of ½ (√(2K) + d/√(2K))², in nats a token."""
-        weights = self._weights()
-        moved = torch.stack([one.gradient @ weights - one.offset for one in self._memory])
-        root = (2 * weights.new_tensor([one.value for one in self._memory])).sqrt()
-        return (root + moved / root).square().mean() / 2
+        read = same_everywhere(value.detach().clone())
+        gradient = same_everywhere(torch.cat([slope.flatten() for slope in slopes]))
+        if float(read) >= _SETTLED:
+            self._memory.add(float(read), gradient, trained)
 
     def drift(self) -> float:
         """What the leg believes the drift to be: the mean of its last readings, nats a response as far as it is read.
@@ -153,7 +149,7 @@ class KLLeg(Leg):
     def state_dict(self) -> dict[str, Any]:
         """The memory, its values, offsets and gradients; the last readings, and what was believed before each."""
         return {
-            "kl_memory": [dict(vars(one)) for one in self._memory],
+            "kl_memory": self._memory.state(),
             "kl_compared": [list(pair) for pair in self._compared],
             "kl_read": list(self._read_before),
         }
@@ -165,12 +161,7 @@ class KLLeg(Leg):
             KeyError, TypeError: a value is missing, or is of another kind.
             ValueError: gradients of other weights.
         """
-        size = sum(p.numel() for p in self._trained())
-        self._memory.clear()
-        for kept in state["kl_memory"]:
-            if kept["gradient"].shape != (size,):
-                raise ValueError(f"a remembered gradient is of {kept['gradient'].numel()} weights, and {size} train")
-            self._memory.append(_Reading(float(kept["value"]), kept["gradient"], float(kept["offset"])))
+        self._memory.restore(state["kl_memory"], sum(p.numel() for p in self.trained()))
         self._compared.clear()
         self._compared.extend((float(believed), float(read)) for believed, read in state["kl_compared"])
         self._read_before.clear()

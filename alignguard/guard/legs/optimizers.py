@@ -1,0 +1,73 @@
+"""How an optimizer measures a change of the weights, as far as its state says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_TINY = 1e-30  # where a gradient is as small, so is the step
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How an optimizer measures a change of one weight: it steps by rate × gradient / scale.
+
+    Attributes:
+        rate: learning rate.
+        scale: of the weight's shape, the root mean square of its gradients; None for 1.
+    """
+
+    rate: float
+    scale: Tensor | None = None
+
+    def steps(self, rows: Tensor) -> Tensor | float:
+        """Rate / scale, (numel,), where no scale is less than the root mean square of the ``rows`` of gradients.
+
+        A coordinate that the task leaves alone has no scale of its own, and would count as free.
+        """
+        if self.scale is None:
+            return self.rate
+        return self.rate / torch.maximum(self.scale.flatten().to(rows.dtype), rows.square().mean(0).sqrt()).clamp_min(
+            _TINY
+        )
+
+
+def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> bool:
+    """Whether :func:`metric_of` can tell: torch's SGD, Adam and AdamW, which step these very weights.
+
+    Args:
+        optimizer: any.
+        weights: all that train.
+    """
+    known = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
+    if not known or any(group.get("amsgrad") or group["maximize"] for group in optimizer.param_groups):
+        return False
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return held.issuperset(id(p) for p in weights)
+
+
+def metric_of(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[Metric]:
+    """One a weight, after a step; a weight that had no gradient yet has the rate 0.
+
+    Adam divides by √v + ε, v its mean square of gradients, freed of the bias of its start (Kingma and Ba 2015).
+
+    Args:
+        optimizer: one that :func:`measures`.
+        weights: all that train.
+    """
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    return [_of(groups[p], optimizer.state.get(p, {})) for p in weights]
+
+
+def _of(group: dict[str, object], state: dict[str, Tensor]) -> Metric:
+    rate = float(group["lr"])  # type: ignore[arg-type]
+    if "betas" not in group:
+        return Metric(rate)
+    if "exp_avg_sq" not in state:
+        return Metric(0.0)
+    _, decay = group["betas"]  # type: ignore[misc]
+    seen = 1 - float(decay) ** float(state["step"])  # type: ignore[has-type]
+    return Metric(rate, (state["exp_avg_sq"] / seen).sqrt() + group["eps"])

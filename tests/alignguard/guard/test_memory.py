@@ -1,0 +1,213 @@
+"""Readings remembered, and the proximal step that heeds them."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kl import guarded, move, rows, weights
+
+from alignguard.guard import Guard, GuardConfig
+from alignguard.guard.legs.memory import Memory
+from alignguard.guard.legs.optimizers import Metric, measures, metric_of
+
+SHAPES = ((3, 2), (4,), (2, 3))
+
+
+def draw(generator):
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in SHAPES]
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def remembered(seed, count=3, length=5):
+    """A memory, and (value, gradient, where) of each reading."""
+    generator = torch.Generator().manual_seed(seed)
+    memory, read = Memory(length), []
+    for _ in range(count):
+        weights, gradient = draw(generator), flat(draw(generator))
+        value = float(torch.rand((), generator=generator)) + 0.1
+        memory.add(value, gradient, weights)
+        read.append((value, gradient, flat(weights)))
+    return memory, read, draw(generator), [t.square() + 0.3 for t in draw(generator)]
+
+
+def model_of(read, at):
+    """By its definition."""
+    return sum((k + g @ (at - b) + (g @ (at - b)) ** 2 / (4 * k)) for k, g, b in read) / len(read)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 5))
+def test_the_value_and_its_slope_are_those_of_the_quadratics(seed, count):
+    memory, read, weights, _ = remembered(seed, count)
+    at = [w.requires_grad_() for w in weights]
+    (3 * memory.value(at)).backward()
+    want = flat(weights).detach().requires_grad_()
+    (3 * model_of(read, want)).backward()
+    assert float(memory.value(at).detach()) == pytest.approx(float(model_of(read, want).detach()), rel=1e-9)
+    torch.testing.assert_close(flat([w.grad for w in weights]), want.grad, rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), strength=st.sampled_from([0.1, 4.0, 1e6]))
+def test_the_step_ends_where_the_slope_there_is_what_it_took(seed, count, strength):
+    memory, read, weights, scales = remembered(seed, count)
+    floor = torch.stack([g for _, g, _ in read]).square().mean(0).sqrt()
+    step = 0.3 / torch.maximum(flat(scales), floor)
+    before = flat(weights)
+    memory.step(weights, [Metric(0.3, s) for s in scales], strength)
+    after = flat(weights).requires_grad_()
+    (strength * model_of(read, after)).backward()
+    torch.testing.assert_close((after - before).detach(), -step * after.grad, rtol=1e-6, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6), strength=st.sampled_from([1e-3, 1.0, 1e3, 1e9]), rate=st.sampled_from([1e-4, 1.0, 1e4])
+)
+def test_no_strength_and_no_rate_overshoots(seed, strength, rate):
+    memory, _, weights, _ = remembered(seed)
+    before = float(memory.value(weights))
+    memory.step(weights, [Metric(rate)] * len(weights), strength)
+    assert float(memory.value(weights)) <= before * (1 + 1e-9)
+
+
+def test_a_weak_pull_is_gradient_descent():
+    memory, read, weights, _ = remembered(3)
+    before = flat(weights).requires_grad_()
+    model_of(read, before).backward()
+    memory.step(weights, [Metric(1e-7)] * len(weights), 1.0)
+    torch.testing.assert_close(flat(weights) - before.detach(), -1e-7 * before.grad, rtol=1e-4, atol=1e-14)
+
+
+def test_an_endless_pull_meets_every_reading_that_fits():
+    memory, read, weights, _ = remembered(5, count=3)
+    memory.step(weights, [Metric(1.0)] * len(weights), 1e9)
+    assert float(memory.value(weights)) < 1e-9  # three equations, sixteen unknowns
+
+
+def test_a_coordinate_that_the_task_leaves_alone_is_not_free():
+    memory = Memory(1)
+    gradient = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    weights = [torch.zeros(2, dtype=torch.float64)]
+    memory.add(0.5, gradient, weights)
+    scale = torch.tensor([1e-12, 1.0], dtype=torch.float64)
+    memory.step(weights, [Metric(1e-3, scale)], 1.0)
+    assert torch.equal(weights[0][0], weights[0][1]) and -1e-3 <= weights[0][0] < 0
+
+
+def test_nothing_remembered_and_no_rate_move_nothing():
+    weights = [torch.ones(2)]
+    Memory(2).step(weights, [Metric(1.0)], 4.0)
+    memory = Memory(2)
+    memory.add(0.5, torch.ones(2), weights)
+    memory.step(weights, [Metric(0.0)], 4.0)
+    memory.step(weights, [Metric(1.0)], 0.0)
+    assert torch.equal(weights[0], torch.ones(2))
+
+
+def test_gradients_of_float32_weights_are_kept_in_half_their_bytes():
+    memory, gradient = Memory(1), torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    at = [torch.randn(1000, generator=torch.Generator().manual_seed(1))]
+    memory.add(0.5, gradient, at)
+    (kept,) = memory.state()
+    assert kept["gradient"].dtype == torch.bfloat16
+    assert float(memory.value(at)) == pytest.approx(0.5, rel=1e-5)  # the offset is that of what is kept
+
+
+OPTIMIZERS = {
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.0),
+    "adam": lambda ps: torch.optim.Adam(ps, lr=1e-2, betas=(0.8, 0.95), eps=1e-6),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_metric_is_what_the_optimizer_divides_by(name):
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = OPTIMIZERS[name]([p])
+    for _ in range(4):
+        p.grad = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)  # always the same: the means are it and its square
+        before = p.detach().clone()
+        optimizer.step()
+        (one,) = metric_of(optimizer, [p])
+        scale = 1.0 if one.scale is None else one.scale
+        torch.testing.assert_close(p.detach() - before, -one.rate * p.grad / scale, rtol=1e-9, atol=1e-15)
+
+
+def test_which_optimizers_are_known():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    assert all(measures(make([p]), [p]) for make in OPTIMIZERS.values())
+    assert not measures(torch.optim.AdamW([p]), [p, q])  # one that trains elsewhere
+    assert not measures(torch.optim.AdamW([p], amsgrad=True), [p])
+    assert not measures(torch.optim.RMSprop([p]), [p])
+    assert metric_of(torch.optim.AdamW([p]), [p])[0].rate == 0  # no step yet, no scale
+
+
+def trained(attach, steps=6, optimizer=OPTIMIZERS["adamw"], **options):
+    model = guarded(rows(4))[0]
+    chosen = {"kl_every": 2, "kl_memory": 2, "kl_examples": 2, "lambda_kl": 4.0, "kl_tokens": None, **options}
+    guard = Guard(model, rows(4), GuardConfig(**chosen))
+    move(model)
+    made = optimizer(weights(model))
+    assert not attach or guard.attach(made)
+    losses = []
+    for step in range(steps):
+        guard.begin_step(step)
+        task = sum((p - 1).square().sum() for p in weights(model))
+        penalty = guard.penalty()
+        losses.append(penalty.requires_grad)
+        (task + penalty).backward()
+        made.step()
+        made.zero_grad()
+    return model, guard, made, losses
+
+
+def test_an_attached_guard_acts_after_the_optimizers_step_and_no_longer_in_the_loss():
+    _, guard, made, in_the_loss = trained(True)
+    assert not any(in_the_loss) and float(guard.terms["kl"]) > 0
+    guard.detach()
+    guard.begin_step(6)
+    assert guard.penalty().requires_grad
+    before = [p.detach().clone() for p in weights(guard.model)]
+    made.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(guard.model), strict=True))  # the hook is gone
+
+
+def test_the_means_of_the_optimizer_are_those_of_the_task_alone():
+    _, _, made, _ = trained(True, steps=1)
+    _, _, other, _ = trained(True, steps=1, lambda_kl=1000.0)
+    _, _, mixed, _ = trained(False, steps=1)
+    squares = [torch.cat([s["exp_avg_sq"].flatten() for s in o.state.values()]) for o in (made, other, mixed)]
+    assert torch.equal(squares[0], squares[1]) and not torch.allclose(squares[0], squares[2])
+
+
+def test_optimizers_that_say_nothing_leave_the_term_in_the_loss():
+    model, guard = guarded(rows(4), kl_every=2, kl_memory=2, kl_examples=2)
+    assert not guard.attach(torch.optim.RMSprop(weights(model)))
+    move(model)
+    guard.begin_step(0)
+    assert guard.penalty().requires_grad
+    _, plain = guarded(rows(4), kl_every=1, kl_memory=0, kl_examples=2)
+    assert not plain.attach(torch.optim.AdamW(weights(plain.model)))  # nothing remembered
+
+
+def test_a_resumed_run_goes_on_to_the_same_weights():
+    model, guard, made, _ = trained(True, steps=3)
+    twin = copy.deepcopy(model)
+    again = Guard(twin, rows(4), guard.config)
+    again.load_state_dict(guard.state_dict())
+    other = OPTIMIZERS["adamw"](weights(twin))
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    again.attach(other)
+    for one, optimizer in ((guard, made), (again, other)):
+        for step in range(3, 6):
+            one.begin_step(step)
+            (sum((p - 1).square().sum() for p in weights(one.model)) + one.penalty()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(twin), strict=True))
