@@ -40,6 +40,7 @@ NO_FORMULA = {
         ),
         *("LayerPlan", "LayerProducts", "Plan", "SampledOverlap", "Structure", "SumOperator", "all_reduce"),
         *("operator_from_tensors", "plan"),
+        *("Influence", "Merged", "NaturalGradient", "Pruned"),
     ],
     "alignguard": [
         "DriftCallback",

@@ -5,7 +5,7 @@ from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask,
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
-from fishergeo.capture.matrices import gradient_matrix, weight_matrix, write_matrix
+from fishergeo.capture.matrices import gradient_matrix, layer_parameters, weight_matrix, write_matrix
 from fishergeo.capture.model_adapters import adapter_factors, is_encoder_decoder, plain_name
 from fishergeo.capture.objectives.by_kind import (
     KINDS,
@@ -42,6 +42,7 @@ __all__ = [
     "indexed",
     "is_encoder_decoder",
     "label_alignment",
+    "layer_parameters",
     "padding_mask",
     "plain_name",
     "provable",

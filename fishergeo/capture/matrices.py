@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ def weight_matrix(layer: Layer) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def layer_parameters(layer: Layer) -> list[Tensor]:
+    """The parameters that make up a layer."""
+    return [tensor for tensor, _ in _parts(layer)]
+
+
 def gradient_matrix(layer: Layer) -> Tensor | None:
     """What stands in the ``.grad`` of the layer's parameters, (p, q); None if one of them has none."""
     parts = [(tensor.grad, columns) for tensor, columns in _parts(layer)]
@@ -62,8 +67,13 @@ def gradient_matrix(layer: Layer) -> Tensor | None:
 
 
 @torch.no_grad()
-def write_matrix(layer: Layer, matrix: Tensor, gradient: bool = False) -> None:
-    """Writes a (p, q) matrix into the layer's parameters, or into their ``.grad``, in their own dtype.
+def write_matrix(layer: Layer, matrix: Tensor, into: Callable[[Tensor], Tensor] = lambda parameter: parameter) -> None:
+    """Writes a (p, q) matrix into the layer's parameters, in their own dtype and as they are stored.
+
+    Args:
+        layer: whose.
+        matrix: (p, q).
+        into: parameter -> the tensor of its shape that is written in its place, such as its ``.grad``.
 
     Raises:
         ValueError: if the weight is quantised or computed by a parametrisation.
@@ -72,7 +82,7 @@ def write_matrix(layer: Layer, matrix: Tensor, gradient: bool = False) -> None:
         if parametrize.is_parametrized(module, attribute):
             raise ValueError(f"layer {layer.name!r} is computed by a parametrisation, so nothing can be written to it")
     for tensor, columns in _parts(layer):
-        target = cast(Tensor, tensor.grad) if gradient else tensor
+        target = into(tensor)
         block = matrix[:, columns]
         if layer.expert is not None:
             target[layer.expert.index].copy_(block.mT if layer.expert.transposed else block)

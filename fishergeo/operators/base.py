@@ -109,6 +109,22 @@ class SymmetricOperator(abc.ABC):
         """Sum of the diagonal, a scalar tensor."""
         return self.diagonal().sum()
 
+    def partial_trace(self, side: str = "output") -> Tensor:
+        """The one-sided matrix that it implies: E[G Gᵀ] or E[Gᵀ G] where it is E[vec(G) vec(G)ᵀ], the other side traced out.
+
+        Args:
+            side: ``"output"`` or ``"input"``.
+
+        Returns:
+            (p, p) or (q, q), symmetric, of the operator's dtype.
+
+        Raises:
+            ValueError: for the other side of a one-sided operator, or a two-sided one that does not know p and q.
+        """
+        if side != self.side:
+            raise ValueError(f"a {type(self).__name__} of side {self.side!r} says nothing of the side {side!r} alone")
+        return self.to_dense()
+
     def __matmul__(self, other: Tensor) -> Tensor:
         """Product with a vector (size,) or a block (size, k), differentiable in both.
 
@@ -420,6 +436,10 @@ class SumOperator(SymmetricOperator):
     def trace(self) -> Tensor:
         """Sum of the diagonal, a scalar tensor."""
         return self._total(lambda term: term.trace())
+
+    def partial_trace(self, side: str = "output") -> Tensor:
+        """The same sum of the terms' partial traces, (p, p) or (q, q); see :meth:`SymmetricOperator.partial_trace`."""
+        return self._total(lambda term: term.partial_trace(side))
 
     def quadratic(self, delta: Any) -> Tensor:
         """The same sum of the terms' quadratic forms of ``delta``, a scalar; see :meth:`SymmetricOperator.quadratic`."""

@@ -65,6 +65,10 @@ class DiagonalOperator(SymmetricOperator):
         vectors[index, torch.arange(k, device=self.device)] = 1
         return values, vectors
 
+    def partial_trace(self, side: str = "output") -> Tensor:
+        """Sums of the entries' rows, (p, p), or columns, (q, q), on a diagonal, by ``side``."""
+        return torch.diag(self.entries.sum(1 if side == "output" else 0))
+
     def _check_delta(self, rows: int, columns: int) -> None:
         check_layer_shape(self.entries.shape[0], self.entries.shape[1], rows, columns)
 

@@ -124,6 +124,16 @@ class ExactOperator(SymmetricOperator):
         """Σ ‖G_i‖² / N, a scalar tensor."""
         return torch.stack([g.square().sum() for _, g in self._weight_gradients()]).sum() / self.count
 
+    def partial_trace(self, side: str = "output") -> Tensor:
+        """1/N Σ G_i G_iᵀ, (p, p), or 1/N Σ G_iᵀ G_i, (q, q), by ``side``; weight gradients of a few examples at a time."""
+        p, q = self.layer_shape
+        total = self.gradients.new_zeros((p, p) if side == "output" else (q, q))
+        for _, g in self._weight_gradients():
+            cube = g.reshape(-1, p, q)
+            rows = (cube.mT if side == "output" else cube).flatten(0, 1)
+            total.addmm_(rows.T, rows)
+        return total / self.count
+
     @property
     def examples(self) -> int:
         """N."""

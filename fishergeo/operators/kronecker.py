@@ -35,6 +35,12 @@ class FactoredKronecker(SymmetricOperator):
         traces: Tensor = self.output_factor.trace() * self.input_factor.trace()
         return traces
 
+    def partial_trace(self, side: str = "output") -> Tensor:
+        """S·tr(A), (p, p), or A·tr(S), (q, q), by ``side``."""
+        near, far = (self.output_factor, self.input_factor)[:: 1 if side == "output" else -1]
+        dense: Tensor = near if isinstance(near, Tensor) else near.to_dense()
+        return dense * far.trace()
+
     def rotated(self) -> EigenKroneckerOperator:
         """The same operator in the eigenbases of its factors."""
         raise NotImplementedError
@@ -207,6 +213,11 @@ class EigenKroneckerOperator(SymmetricOperator):
     def eigenvalues(self) -> Tensor:
         """The values, (pq,) float64."""
         return self.values.double().flatten()
+
+    def partial_trace(self, side: str = "output") -> Tensor:
+        """U diag(row sums) Uᵀ, (p, p), or V diag(column sums) Vᵀ, (q, q), by ``side``."""
+        basis, sums = (self.output_basis, 1) if side == "output" else (self.input_basis, 0)
+        return (basis * self.values.sum(sums)) @ basis.T
 
     def _check_delta(self, rows: int, columns: int) -> None:
         check_layer_shape(self.values.shape[0], self.values.shape[1], rows, columns)

@@ -50,7 +50,7 @@ class QuadraticPenalty:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> penalty = fg.QuadraticPenalty(model, {"": fg.DiagonalOperator(torch.tensor([[1.0, 3.0]]))}, strength=10.0)
         >>> _ = torch.nn.init.constant_(model.weight, 0.0)
-        >>> float(penalty()) == float(5 * (penalty.anchor(0, "").square() * torch.tensor([[1.0, 3.0]])).sum())
+        >>> penalty().item() == float(5 * (penalty.anchor(0, "").square() * torch.tensor([[1.0, 3.0]])).sum())
         True
     """
 

@@ -66,6 +66,13 @@ def check_same_layers(first: str, ours: Mapping[str, object], second: str, their
         raise ValueError(f"{lacking} lacks layer {name!r}, which {first if lacking == second else second} has")
 
 
+def layer_shapes(fisher: Curvature) -> dict[str, tuple[int, int]]:
+    """Layer -> (p, q), of a Fisher, or of a mapping of operators that know both sides of their layers."""
+    if isinstance(fisher, Fisher):
+        return dict(fisher.header.shapes)
+    return {n: (len(fisher[n].partial_trace("output")), len(fisher[n].partial_trace("input"))) for n in fisher}
+
+
 def effective(model: nn.Module, layer: Layer) -> Tensor:
     """A layer's weight with what the active adapters add to it, (p, q), differentiable."""
     weight = weight_matrix(layer)

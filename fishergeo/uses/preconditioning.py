@@ -1,0 +1,122 @@
+"""Steps by the natural gradient: an optimizer of torch whose gradients the Fisher's inverse turns first."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from fishergeo.capture import gradient_matrix, layer_parameters, write_matrix
+from fishergeo.operators import SymmetricOperator
+from fishergeo.uses.weights import Curvature, damped_inverse, layers_of
+
+
+class NaturalGradient:
+    """What :func:`fishergeo.natural_gradient` puts before every step of an optimizer.
+
+    Args:
+        model: any module.
+        optimizer: optimizer over its parameters.
+        damping: number added to every eigenvalue.
+
+    Attributes:
+        inverses: layer -> (F + damping·I)⁻¹.
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> natural = fg.natural_gradient(model, {"": fg.DiagonalOperator(torch.tensor([[1.0, 4.0]]))}, optimizer)
+        >>> natural.remove()  # plain steps from here on
+        >>> [round(value, 2) for value in natural.inverses[""].diagonal().tolist()]
+        [1.0, 0.25]
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, damping: float) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.damping = damping
+        self.inverses: dict[str, SymmetricOperator] = {}
+        self._handle = optimizer.register_step_pre_hook(self._turn)
+
+    def refresh(self, fisher: Curvature) -> None:
+        """Takes another Fisher, of the model as it is now.
+
+        Args:
+            fisher: Fisher of the model, or a mapping from layers to operators.
+
+        Raises:
+            ValueError: as :func:`fishergeo.natural_gradient`.
+        """
+        layers = layers_of(self.model, fisher)
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, layer in layers.items():
+            if id(layer.weight) not in stepped:
+                raise ValueError(f"the optimizer has no weight of layer {name!r}; leave the layer out of the Fisher")
+        self.inverses = {name: damped_inverse(name, fisher[name], self.damping) for name in layers}
+        self._layers = layers
+
+    @torch.no_grad()
+    def _turn(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for name, inverse in self.inverses.items():
+            gradient = gradient_matrix(self._layers[name])
+            if gradient is not None:
+                write_matrix(self._layers[name], inverse.apply(gradient), lambda parameter: parameter.grad)  # type: ignore[arg-type, return-value]
+
+    def remove(self) -> None:
+        """Leaves the optimizer to its own gradients again."""
+        self._handle.remove()
+
+
+def natural_gradient(
+    model: nn.Module, fisher: Curvature, optimizer: torch.optim.Optimizer, damping: float = 0.0
+) -> NaturalGradient:
+    """Makes every step of an optimizer one along (F + damping·I)⁻¹ ∇L, layer by layer.
+
+    The natural gradient of Amari (1998), with KFAC that of Martens and Grosse (2015). The optimizer stays what it is:
+    schedules, momentum and checkpoints work on the turned gradients. The Fisher stays fixed until
+    :meth:`NaturalGradient.refresh`. Made for experiments: there is no rescaling, no trust region and no running average.
+
+    Args:
+        model: any module.
+        fisher: Fisher of the model as it is now, any structure, or a mapping from layers to operators.
+        optimizer: optimizer over the model's parameters; :class:`torch.optim.SGD` gives the plain natural gradient.
+        damping: number added to every eigenvalue, not negative.
+
+    Returns:
+        NaturalGradient: a handle, to refresh the Fisher or to take it away.
+
+    Raises:
+        ValueError: a Fisher of another model, a layer whose weight the optimizer does not step, or a damping that leaves a
+            layer singular; by name.
+
+    Warns:
+        UserWarning: naming parameters of the optimizer without a Fisher, which keep their plain gradient.
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> natural = fg.natural_gradient(model, {"": fg.DiagonalOperator(torch.tensor([[1.0, 4.0]]))}, optimizer)
+        >>> before = model.weight.detach().clone()
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 2) for value in (before - model.weight.detach())[0].tolist()]
+        [1.0, 0.25]
+    """
+    natural = NaturalGradient(model, optimizer, damping)
+    try:
+        natural.refresh(fisher)
+    except BaseException:
+        natural.remove()
+        raise
+    turned = {id(parameter) for layer in natural._layers.values() for parameter in layer_parameters(layer)}
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    plain = [n for n, p in model.named_parameters() if id(p) in stepped - turned]
+    if plain:
+        warnings.warn(
+            f"{len(plain)} parameters have no Fisher and keep their plain gradient: {', '.join(plain[:6])}"
+            f"{' ...' if len(plain) > 6 else ''}",
+            stacklevel=2,
+        )
+    return natural

@@ -1,0 +1,248 @@
+"""Merged weights against the dense minimiser, the laws of merging, adapters, and what is refused or told."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from architectures import make, merged_weights, move
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uses_cases import (
+    LAYERS,
+    STRUCTURES,
+    classifier,
+    dense_fisher,
+    estimated,
+    examples,
+    factors,
+    moved,
+    psd,
+    random,
+    weights,
+)
+
+import fishergeo as fg
+
+P, Q = 3, 4
+SEEDS = st.integers(0, 999)
+KINDS = {
+    "diagonal": lambda seed: fg.DiagonalOperator(random(P, Q, seed=seed).square() + 0.1),
+    "kfac": lambda seed: fg.KroneckerOperator(psd(P, seed), psd(Q, seed + 1)),
+    "ekfac": lambda seed: fg.KroneckerOperator(psd(P, seed), psd(Q, seed + 1)).rotated(),
+    "output": lambda seed: fg.DenseOperator(psd(P, seed)),
+    "input": lambda seed: fg.DenseOperator(psd(Q, seed), "input"),
+}
+
+
+class One(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.layer = torch.nn.Linear(Q, P, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.layer.weight.copy_(random(P, Q, seed=seed))
+
+
+def dense(operator):
+    """(pq, pq) of an operator on vec(W)."""
+    matrix = operator.to_dense()
+    if operator.side == "output":
+        return torch.kron(matrix, torch.eye(Q, dtype=torch.float64))
+    return torch.kron(torch.eye(P, dtype=torch.float64), matrix) if operator.side == "input" else matrix
+
+
+def minimiser(fishers, points, damping=0.0, shares=None):
+    """(Σ c F)⁻¹ Σ c F w, dense, by least squares where it is singular."""
+    shares = [1.0] * len(points) if shares is None else shares
+    shifted = [f + damping * torch.eye(len(f), dtype=torch.float64) for f in fishers]
+    total = sum(c * f for c, f in zip(shares, shifted, strict=True))
+    pull = sum(c * f @ w.flatten() for c, f, w in zip(shares, shifted, points, strict=True))
+    return torch.linalg.solve(total, pull).reshape(points[0].shape)
+
+
+def merged(models, operators, **options):
+    return fg.merge_weights(models, [{"layer": one} for one in operators], **options)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_estimated_fishers_merge_to_the_dense_minimiser(structure):
+    models, data = [classifier(), moved(classifier(), 0.3)], [examples(40, 0), examples(40, 7)]
+    fishers = [estimated(model, part, structure) for model, part in zip(models, data, strict=True)]
+    found = fg.merge_weights(models, fishers, damping=1e-2, tolerance=1e-13)
+    whole = [dense_fisher(model, part, structure) for model, part in zip(models, data, strict=True)]
+    for name in LAYERS:
+        expected = minimiser([one[name] for one in whole], [weights(model)[name] for model in models], 1e-2)
+        assert (found.weights[name] - expected).norm() <= 1e-8 * expected.norm()
+    twin = classifier()
+    twin.load_state_dict(found.state)
+    assert torch.allclose(weights(twin)["0+bias"], found.weights["0+bias"], atol=1e-15)
+    assert found.averaged == ("2.bias",) and torch.allclose(twin[2].bias, (models[0][2].bias + models[1][2].bias) / 2)
+
+
+@settings(deadline=None, max_examples=25)
+@given(kind=st.sampled_from(sorted(KINDS)), count=st.integers(2, 4), damping=st.sampled_from([0.0, 0.3]), seed=SEEDS)
+def test_operators_of_every_kind_merge_to_the_dense_minimiser(kind, count, damping, seed):
+    models = [One(seed + 10 * place) for place in range(count)]
+    operators = [KINDS[kind](seed + 100 * place) for place in range(count)]
+    shares = [1.0 + place for place in range(count)]
+    found = merged(models, operators, damping=damping, shares=shares, tolerance=1e-14)
+    expected = minimiser([dense(one) for one in operators], [m.layer.weight.detach() for m in models], damping, shares)
+    assert (found.weights["layer"] - expected).norm() <= 1e-8 * expected.norm()
+
+
+@settings(deadline=None, max_examples=15)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=SEEDS)
+def test_equal_models_merge_to_themselves_to_the_bit(kind, seed):
+    model = One(seed)
+    found = merged([model, copy.deepcopy(model)], [KINDS[kind](seed), KINDS[kind](seed + 5)])
+    assert torch.equal(found.state["layer.weight"], model.layer.weight)
+
+
+@settings(deadline=None, max_examples=15)
+@given(kind=st.sampled_from(sorted(KINDS)), count=st.integers(2, 4), seed=SEEDS)
+def test_equal_fishers_give_plain_averaging(kind, count, seed):
+    models = [One(seed + place) for place in range(count)]
+    found = merged(models, [KINDS[kind](seed)] * count)
+    mean = torch.stack([model.layer.weight.detach() for model in models]).mean(0)
+    assert torch.allclose(found.weights["layer"], mean, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=SEEDS)
+def test_an_identity_fisher_gives_plain_averaging(seed):
+    models = [One(seed), One(seed + 1)]
+    found = merged(models, [fg.KroneckerOperator(torch.eye(P).double(), torch.eye(Q).double())] * 2)
+    assert torch.allclose(found.weights["layer"], (models[0].layer.weight + models[1].layer.weight) / 2, atol=1e-14)
+
+
+@settings(deadline=None, max_examples=15)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=SEEDS)
+def test_the_order_of_the_models_does_not_matter(kind, seed):
+    models, operators = [One(seed), One(seed + 1)], [KINDS[kind](seed), KINDS[kind](seed + 9)]
+    there = merged(models, operators, tolerance=1e-14).weights["layer"]
+    back = merged(models[::-1], operators[::-1], tolerance=1e-14).weights["layer"]
+    assert torch.allclose(there, back, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=15)
+@given(kind=st.sampled_from(sorted(KINDS)), factor=st.floats(0.01, 100), seed=SEEDS)
+def test_a_common_factor_of_all_fishers_does_not_matter(kind, factor, seed):
+    models, operators = [One(seed), One(seed + 1)], [KINDS[kind](seed), KINDS[kind](seed + 9)]
+    plain = merged(models, operators, tolerance=1e-14).weights["layer"]
+    scaled = merged(models, operators, shares=[factor, factor], tolerance=1e-14).weights["layer"]
+    assert torch.allclose(plain, scaled, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=10)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=SEEDS)
+def test_much_damping_gives_plain_averaging(kind, seed):
+    models, operators = [One(seed), One(seed + 1)], [KINDS[kind](seed), KINDS[kind](seed + 9)]
+    found = merged(models, operators, damping=1e9).weights["layer"]
+    assert torch.allclose(found, (models[0].layer.weight + models[1].layer.weight) / 2, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=10)
+@given(kind=st.sampled_from(sorted(KINDS)), seed=SEEDS)
+def test_the_merged_weight_costs_no_more_than_the_average_or_any_of_the_models(kind, seed):
+    models, operators = [One(seed), One(seed + 1)], [KINDS[kind](seed), KINDS[kind](seed + 9)]
+    points = [model.layer.weight.detach() for model in models]
+
+    def cost(weight):
+        return sum(float(op.quadratic(weight - point)) for op, point in zip(operators, points, strict=True))
+
+    best = cost(merged(models, operators).weights["layer"])
+    assert all(best <= cost(other) * (1 + 1e-9) for other in (*points, (points[0] + points[1]) / 2))
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=SEEDS, zeros=st.lists(st.booleans(), min_size=P * Q, max_size=P * Q))
+def test_where_no_fisher_has_curvature_the_plain_average_stays(seed, zeros):
+    models = [One(seed), One(seed + 1)]
+    hole = torch.tensor(zeros).reshape(P, Q)
+    operators = [
+        fg.DiagonalOperator((random(P, Q, seed=s).square() + 0.1).masked_fill(hole, 0)) for s in (seed, seed + 3)
+    ]
+    found = merged(models, operators).weights["layer"]
+    mean = (models[0].layer.weight + models[1].layer.weight).detach() / 2
+    assert torch.allclose(found[hole], mean[hole], atol=1e-14)
+
+
+def test_input_grams_are_regression_of_the_means():
+    models, data = [classifier(), moved(classifier(), 0.3)], [examples(40, 0), examples(40, 7)]
+    grams = [fg.input_grams(estimated(m, d, "kfac")) for m, d in zip(models, data, strict=True)]
+    with pytest.warns(UserWarning, match=r"2\.bias"):
+        found = fg.merge_weights(models, grams)
+    for name in LAYERS:
+        inputs = [factors(m, d)[name][1] for m, d in zip(models, data, strict=True)]
+        pull = sum(weights(m)[name] @ gram for m, gram in zip(models, inputs, strict=True))
+        assert torch.allclose(found.weights[name], pull @ torch.linalg.inv(sum(inputs)), atol=1e-9)
+        assert found.steps[name] == 0
+    with pytest.raises(ValueError, match="structure='kfac'"):
+        fg.input_grams(estimated(models[0], data[0], "diagonal"))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_adapters_are_merged_as_the_weights_they_act_with(model):
+    models = [make(model), make(model)]
+    for place, one in enumerate(models):
+        move(one, seed=place)
+    names = [n for n, _ in models[0].named_modules() if n.endswith(("q_proj.base_layer", "c_attn.base_layer"))]
+    base = models[0].get_submodule(names[0]).weight
+    p, q = base.T.shape if model == "gpt2" else base.shape
+    fishers = [{name: fg.KroneckerOperator(psd(p, s), psd(q, s + 1)) for name in names} for s in (0, 5)]
+    with pytest.warns(UserWarning, match="averaged plainly"):
+        found = fg.merge_weights(models, fishers, tolerance=1e-13)
+    plain = [merged_weights(one) for one in models]
+    key = fg.capture.plain_name(names[0]) + ".weight"
+    points = [each[key].T if model == "gpt2" else each[key] for each in plain]
+    expected = minimiser([op[names[0]].to_dense() for op in fishers], points)
+    assert (found.weights[names[0]] - expected).norm() <= 1e-8 * expected.norm()
+    models[0].load_state_dict(found.state)
+    now = merged_weights(models[0])[key]
+    assert torch.allclose(now.T if model == "gpt2" else now, expected, atol=1e-8)
+    assert not any("q_proj.lora" in name or "c_attn.lora" in name for name in found.averaged)
+
+
+def test_parameters_without_a_fisher_are_told_unless_they_are_equal():
+    one, two = classifier(), moved(classifier())
+    two[0].load_state_dict(one[0].state_dict())
+    two[2].bias.data.copy_(one[2].bias)
+    fishers = [{"2": fg.DiagonalOperator(torch.ones(3, 4).double())}] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fg.merge_weights([one, two], fishers).averaged == ()
+    moved(two)
+    with pytest.warns(UserWarning, match=r"3 tensors have no Fisher.*0\.weight"):
+        found = fg.merge_weights([one, two], fishers)
+    assert found.averaged == ("0.weight", "0.bias", "2.bias")
+
+
+def test_conjugate_gradients_that_stop_early_say_so():
+    models = [One(0), One(1)]
+    operators = [fg.KroneckerOperator(psd(P, s), psd(Q, s + 1)) for s in (0, 3)]
+    with pytest.warns(fg.ConvergenceWarning, match="'layer'"):
+        merged(models, operators, max_steps=1)
+
+
+def test_what_is_refused_is_named():
+    one, two, data = classifier(), moved(classifier()), examples()
+    fishers = [estimated(one, data, "kfac"), estimated(two, data, "kfac")]
+    with pytest.raises(ValueError, match=r"fishers\[0\].*fingerprint"):
+        fg.merge_weights([one, two], fishers[::-1])
+    short = {"2": fishers[1]["2"]}
+    with pytest.raises(ValueError, match=r"fishers\[1\] lacks layer '0\+bias'"):
+        fg.merge_weights([one, two], [fishers[0], short])
+    with pytest.raises(ValueError, match=r"fishers\[0\] lacks layer '0\+bias'"):
+        fg.merge_weights([two, one], [short, fishers[0]])
+    with pytest.raises(ValueError, match="two or more"):
+        fg.merge_weights([one], fishers[:1])
+    with pytest.raises(ValueError, match=r"shares\[1\]"):
+        fg.merge_weights([one, two], fishers, shares=[1.0, -1.0])
+    with pytest.raises(ValueError, match="damping"):
+        fg.merge_weights([one, two], fishers, damping=-1.0)
+    wider = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 5)).double()
+    grams = {"0": fg.DenseOperator(psd(3), "input")}
+    with pytest.raises(ValueError, match=r"2\.weight is \(3, 4\) in models\[0\]"):
+        fg.merge_weights([one, wider], [grams, grams])
+    with pytest.raises(ValueError, match=r"lacks layer '3\.weight'"):
+        fg.merge_weights([one, torch.nn.Sequential(*wider, torch.nn.Linear(5, 1).double())], [grams, grams])

@@ -1,0 +1,116 @@
+"""Natural gradient steps against dense inverses, their laws, and what is refused or told."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uses_cases import LAYERS, STRUCTURES, classifier, dense_fisher, estimated, examples, loss, moved, weights
+
+import fishergeo as fg
+
+SEEDS = st.integers(0, 99)
+
+
+def backward(model, data):
+    model.zero_grad()
+    loss(model, data).mean().backward()
+    w, b, v = model[0].weight.grad, model[0].bias.grad, model[2].weight.grad
+    return {"0+bias": torch.cat([w, b[:, None]], 1).clone(), "2": v.clone()}
+
+
+def sgd(model, lr=0.5):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_step_is_the_dense_inverse_times_the_gradient(structure):
+    model, data = classifier(), examples(9)
+    fisher, dense, before = estimated(model, data, structure), dense_fisher(model, data, structure), weights(model)
+    optimizer = sgd(model)
+    with pytest.warns(UserWarning, match=r"1 parameters have no Fisher.*2\.bias"):
+        fg.natural_gradient(model, fisher, optimizer, damping=0.1)
+    bias = model[2].bias.detach().clone()
+    gradient = backward(model, data)
+    plain = model[2].bias.grad.clone()
+    optimizer.step()
+    for name in LAYERS:
+        damped = dense[name] + 0.1 * torch.eye(len(dense[name]), dtype=torch.float64)
+        expected = before[name] - 0.5 * torch.linalg.solve(damped, gradient[name].flatten()).reshape(before[name].shape)
+        assert (weights(model)[name] - expected).norm() <= 1e-8 * expected.norm()
+    assert torch.equal(model[2].bias, bias - 0.5 * plain)
+
+
+@settings(deadline=None, max_examples=6)
+@given(seed=SEEDS, structure=st.sampled_from(STRUCTURES))
+def test_it_is_a_direction_of_descent(seed, structure):
+    model, data = classifier(seed), examples(9, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        natural = fg.natural_gradient(model, estimated(model, data, structure), sgd(model), damping=0.01)
+    gradient = backward(model, data)
+    assert all(float((natural.inverses[name].apply(g) * g).sum()) > 0 for name, g in gradient.items())
+
+
+@settings(deadline=None, max_examples=6)
+@given(seed=SEEDS)
+def test_an_identity_fisher_leaves_the_step_as_it_is(seed):
+    one, two = classifier(seed), classifier(seed)
+    data = examples(5, seed)
+    optimizers = [sgd(one), sgd(two)]
+    fisher = {"2": fg.DiagonalOperator(torch.ones(3, 4).double())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fg.natural_gradient(one, fisher, optimizers[0])
+    for model, optimizer in zip((one, two), optimizers, strict=True):
+        backward(model, data)
+        optimizer.step()
+    assert torch.allclose(weights(one)["2"], weights(two)["2"], atol=1e-15)
+
+
+def test_one_step_of_newton_solves_least_squares():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2, bias=False).double()
+    x, y = torch.randn(30, 4).double(), torch.randn(30, 2).double()
+    squares = lambda model, batch: 0.5 * (model(batch[0]) - batch[1]).square().sum(1)
+    optimizer = sgd(model, lr=1.0)
+    curvature = {"": fg.KroneckerOperator(torch.eye(2).double(), x.T @ x / 30)}
+    fg.natural_gradient(model, curvature, optimizer)
+    squares(model, (x, y)).mean().backward()
+    optimizer.step()
+    assert torch.allclose(model.weight, torch.linalg.lstsq(x, y).solution.T, atol=1e-10)
+
+
+def test_a_fisher_is_refreshed_and_the_handle_taken_away():
+    model, data = classifier(), examples(9)
+    optimizer = sgd(model)
+    with pytest.warns(UserWarning, match="no Fisher"):
+        natural = fg.natural_gradient(model, estimated(model, data, "kfac"), optimizer, damping=0.1)
+    moved(model)
+    with pytest.raises(ValueError, match="fingerprint"):
+        natural.refresh(estimated(classifier(), data, "kfac"))
+    first = natural.inverses["2"].to_dense()
+    natural.refresh(estimated(model, data, "kfac"))
+    assert not torch.allclose(natural.inverses["2"].to_dense(), first)
+    natural.remove()
+    before, gradient = weights(model)["2"], backward(model, data)["2"]
+    optimizer.step()
+    assert torch.allclose(weights(model)["2"], before - 0.5 * gradient, atol=1e-15)
+    optimizer.zero_grad()
+    optimizer.step()  # nothing to turn
+
+
+def test_what_is_refused_is_named():
+    model, data = classifier(), examples()
+    fisher = estimated(model, data, "kfac")
+    with pytest.raises(ValueError, match="fingerprint"):
+        fg.natural_gradient(moved(classifier()), fisher, sgd(model))
+    with pytest.raises(ValueError, match="damping=0 leaves layer '2' singular"):
+        fg.natural_gradient(model, fisher, sgd(model))
+    with pytest.raises(ValueError, match="damping"):
+        fg.natural_gradient(model, fisher, sgd(model), damping=-1.0)
+    optimizer = torch.optim.SGD([model[0].weight, model[0].bias])
+    with pytest.raises(ValueError, match="no weight of layer '2'"):
+        fg.natural_gradient(model, fisher, optimizer, damping=1.0)
+    assert not optimizer._optimizer_step_pre_hooks
