@@ -1,16 +1,19 @@
 """Time of a guarded optimizer step over a plain one, refreshes included, and peak memory of the process (Linux).
 
-    python benchmarks/overhead.py --out benchmarks/results/overhead.json [--large]
+    python benchmarks/overhead.py --out benchmarks/results/overhead.json [--large | --model FOLDER]
 
 Two copies of a model are trained on the same batches in one process, a plain step and a guarded one by turns, so that
 whatever else the machine does meets both. Peak memory is the largest resident set of a process that trains alone, with
 Python and torch in it. ``--large`` takes a random LLaMA of 100 million parameters in place of the embedded model; what
-stands in the file of the other is kept.
+stands in the file of the other is kept. ``--model`` takes a model of one's own, ``--batch`` rows a step.
 
 A refresh is counted at its share, one in as many steps as lie between two: the embedded model is trained for so many steps that
 this is what happens; the large one, whose steps take seconds, for ``--pairs`` around a refresh, and ``overhead`` is then
 (guarded step without refresh + seconds of a refresh / steps between two) / plain step. ``refresh_seconds`` is what the step
 with the refresh takes beyond the others' median, new eigenvectors included.
+
+Where KL is read, ``reading`` tells what the steps with a reading take beyond the plain one, as a share of it and for each
+token that is read over what a token of the task costs: once the base has been read at those rows, and at first.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from alignguard.data import collate, encode_example, read_jsonl
 from alignguard.embedded import data_path, model_path
 from alignguard.files import write_text
 from alignguard.guard import Guard, GuardConfig
+from alignguard.guard.rows import shortened
 from alignguard.loading import adapt, load_model
 from alignguard.training import versions
 
@@ -48,20 +53,28 @@ GUARDS: dict[str, GuardConfig] = {
 }
 
 
-def rows(tokenizer: Any, name: str, count: int) -> list[dict[str, Any]]:
+def rows(tokenizer: Any, name: str, count: int | None) -> list[dict[str, Any]]:
     return [encode_example(tokenizer, r["prompt"], r["response"]) for r in read_jsonl(data_path(name))[:count]]
 
 
-def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], batch: int) -> dict[str, Any]:
+def compare(
+    make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], batch: int, kept: int | None = 256
+) -> dict[str, Any]:
     """Seconds of plain and guarded steps, by turns; ``numbers`` are what the guard is told the steps are."""
     task = rows(tokenizer, "task_train", len(numbers) * batch)
+    alignment = rows(tokenizer, "alignment", kept)
     models = [adapt(make()), adapt(make())]
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in models]
-    guard = Guard(models[1], rows(tokenizer, "alignment", 256), config)
+    guard = Guard(models[1], alignment, config)
+    guard.attach(optimizers[1])
+    read: dict[str, list[float]] = {"known": [], "first": []}
+    task_tokens = 0
     seconds: tuple[list[float], list[float]] = ([], [])
     logging, fresh = 0.0, []
     for place, number in enumerate(numbers):
         data = collate(task[place * batch : (place + 1) * batch], 0)
+        task_tokens += int(data["attention_mask"].sum())
+        readings = guard.examples_read
         for which, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             model.train()
             before = guard.refreshes
@@ -77,6 +90,8 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
             seconds[which].append(time.perf_counter() - start)
             if guard.refreshes > before:
                 fresh.append(place)
+        if config.lambda_kl and guard.examples_read > readings and place >= 2:
+            read["first" if readings < len(alignment) else "known"].append(seconds[1][-1] - seconds[0][-1])
         if number % 5 == 4:  # what a Trainer logs; it is not part of a step
             start = time.perf_counter()
             guard.numbers()
@@ -100,6 +115,19 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
             "refreshes_counted": 1 / config.interval(),
         }
         plain, guarded = plain * (len(numbers) - warm), guarded * (len(numbers) - warm)
+    if config.lambda_kl:
+        cut = [shortened(one, config.kl_tokens, "causal") for one in alignment]
+        read_tokens = config.kl_examples * sum(len(one["input_ids"]) for one in cut) / len(cut)
+        per_token = statistics.mean(seconds[0][warm:]) / (task_tokens / len(numbers))
+        row["reading"] = {
+            when: {
+                "of_plain_step": statistics.median(found) / statistics.median(seconds[0][warm:]),
+                "per_token": statistics.median(found) / read_tokens / per_token,
+                "count": len(found),
+            }
+            for when, found in read.items()
+            if found
+        } | {"tokens": read_tokens, "task_tokens": task_tokens / len(numbers)}
     return row | {
         "median_step_without_refresh": statistics.median(seconds[1][place] / seconds[0][place] for place in usual),
         "refresh_seconds": refresh, "plain_step": plain / (len(numbers) - warm), "guarded_step": guarded / (len(numbers) - warm),
@@ -110,13 +138,14 @@ def compare(make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], 
 def _train(arguments: tuple[Any, GuardConfig | None, list[int], int, int], send: Any) -> None:
     make, config, numbers, batch, threads = arguments
     torch.set_num_threads(threads)
-    _, tokenizer = load_model(model_path())
+    tokenizer = make(tokenizer=True)
     task = rows(tokenizer, "task_train", len(numbers) * batch)
     model = adapt(make())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     guard = None
     if config is not None:
         guard = Guard(model, rows(tokenizer, "alignment", 256), config)
+        guard.attach(optimizer)
     for place, number in enumerate(numbers):
         data = collate(task[place * batch : (place + 1) * batch], 0)
         if guard is not None:
@@ -143,12 +172,15 @@ def peak_bytes(make: Any, config: GuardConfig | None, numbers: list[int], batch:
     return peak
 
 
-def embedded() -> Any:
-    return load_model(model_path())[0]
+def stored(folder: str | Path, tokenizer: bool = False) -> Any:
+    """The model, or its tokenizer."""
+    return load_model(folder)[int(tokenizer)]
 
 
-def large() -> LlamaForCausalLM:
-    """100M parameters."""
+def large(tokenizer: bool = False) -> Any:
+    """100M parameters, and the embedded model's tokenizer."""
+    if tokenizer:
+        return stored(model_path(), tokenizer)
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -161,24 +193,31 @@ def large() -> LlamaForCausalLM:
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--large", action="store_true")
-    cli.add_argument("--steps", type=int, default=102, help="of the embedded model")
+    which = cli.add_mutually_exclusive_group()
+    which.add_argument("--large", action="store_true")
+    which.add_argument("--model", type=Path, help="folder of a causal language model")
+    cli.add_argument("--steps", type=int, default=102, help="of the embedded model, or of that of --model")
     cli.add_argument("--pairs", type=int, default=20, help="of steps of the large model, plain and guarded")
-    cli.add_argument("--batch", type=int, default=16, help="of the large model")
+    cli.add_argument("--batch", type=int, default=16, help="of the large model, or of that of --model")
+    cli.add_argument("--alignment-rows", type=int, default=256, help="alignment rows that the guard may read")
     cli.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
     args = cli.parse_args()
-    _, tokenizer = load_model(model_path())
-    subject, make, batch = ("random LLaMA, 100M", large, args.batch) if args.large else ("embedded", embedded, 16)
+    make, batch, subject = partial(stored, model_path()), 16, "embedded"
+    if args.large:
+        make, batch, subject = large, args.batch, "random LLaMA, 100M"
+    elif args.model is not None:
+        make, batch, subject = partial(stored, args.model), args.batch, f"{args.model.name}, {args.batch} rows"
+    tokenizer = make(tokenizer=True)
     numbers, few = list(range(args.steps)), list(range(12))
     if args.large:
         numbers, few = [0, *range(7, 7 + args.pairs)], [0, 10]
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    command = "OMP_NUM_THREADS=1 python benchmarks/overhead.py [--large]"
+    command = "OMP_NUM_THREADS=1 python benchmarks/overhead.py [--large | --model FOLDER --batch ROWS]"
     result |= {"command": command, "versions": versions(), "threads": torch.get_num_threads()}
     found = result.setdefault(subject, {})
     plain_peak = peak_bytes(make, None, few, batch)
     for name in args.guards:
-        row = compare(make, tokenizer, GUARDS[name], numbers, batch)
+        row = compare(make, tokenizer, GUARDS[name], numbers, batch, args.alignment_rows)
         row["plain_peak_bytes"], row["peak_bytes"] = plain_peak, peak_bytes(make, GUARDS[name], few, batch)
         found[name] = row
         print(
