@@ -64,6 +64,8 @@ def test_no_name_is_at_once_a_module_and_something_else(package):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if found.name.endswith("__main__") or found.name == "fishergeo.updates._triton":
             continue
+        if found.name.startswith("alignguard.integrations."):  # of tools that need not be there
+            continue
         parent, leaf = found.name.rsplit(".", 1)
         module = importlib.import_module(found.name)
         assert isinstance(getattr(importlib.import_module(parent), leaf), types.ModuleType), module

@@ -1,4 +1,4 @@
-"""DriftCheck's prompts: the packaged sets, and any others as JSONL or rows."""
+"""DriftCheck's prompts: the packaged sets, public benchmarks under their own columns, and any others as files or rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.data import DataSource, check_text, read_rows
+from alignguard.drift.prompts.benchmarks import recognised
 from alignguard.drift.rules import MATCHES
 
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
@@ -23,6 +24,8 @@ def _checked(row: Mapping[str, Any], where: str, number: int, default: str | Non
         raise ValueError(f"{where}: no 'prompt' (found the fields {sorted(map(str, row))})")
     check_text(prompt, where)
     category = row.get("category") or default
+    if default is not None and category not in CATEGORIES:  # a kind of harm, as other sets use the word
+        row, category = {**row, "harm": row.get("harm") or str(category)}, default
     if category not in CATEGORIES:
         raise ValueError(f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
     if category == "capability" and not str(row.get("answer", "")).strip():
@@ -41,9 +44,10 @@ def load_prompts(
         prompts: None for the packaged sets, or where :class:`alignguard.data.DataSource` finds rows. A row has ``prompt`` and
             ``category`` (unsafe, borderline, ordinary or capability), perhaps an ``id``, the ``source`` it is of and,
             on unsafe rows, a kind of ``harm``; with capability the right ``answer`` and how it is told (``match``, see
-            :func:`alignguard.drift.rules.is_right`).
+            :func:`alignguard.drift.rules.is_right`). Files of XSTest, StrongREJECT, HarmBench, OR-Bench and SORRY-Bench
+            are read under their own columns (:func:`alignguard.drift.prompts.benchmarks.recognised`).
         limit: keep only the first so many rows of each category.
-        category: category of rows that name none.
+        category: category of rows that name none of these; what they name instead is their kind of harm.
 
     Returns:
         The rows, each with an ``id`` of its own.
@@ -62,7 +66,7 @@ def load_prompts(
     seen: dict[str, str] = {}
     kept = dict.fromkeys(CATEGORIES, 0)
     for number, (where, raw) in enumerate(_packaged() if prompts is None else read_rows(prompts), 1):
-        row = _checked(raw, where, number, category)
+        row = _checked(recognised(raw, where), where, number, category)
         if row["id"] in seen:
             raise ValueError(f"{where}: the id {row['id']!r} stands in {seen[row['id']]} already")
         seen[row["id"]] = where

@@ -1,0 +1,89 @@
+"""Refusal benchmarks under their own column names: XSTest, StrongREJECT, HarmBench, OR-Bench and SORRY-Bench."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OR_BENCH = frozenset(
+    ("deception", "harassment", "harmful", "hate", "illegal", "privacy", "self-harm", "sexual", "unethical", "violence")
+)
+
+CONTEXT = "{context}\n\n---\n\n{prompt}"  # of HarmBench's contextual behaviours
+
+
+def _xstest(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``prompt`` and ``type``; a contrast to a safe prompt is unsafe, and newer files say so in ``label``."""
+    label, kind = str(row.get("label") or ""), str(row["type"])
+    unsafe = label == "unsafe" if label else kind.startswith("contrast")
+    return {
+        "id": str(row.get("id") or f"xstest-{where.rpartition(' ')[2]}"),
+        "prompt": row["prompt"],
+        "category": "unsafe" if unsafe else "borderline",
+    }
+
+
+def _strongreject(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    number = where.rpartition(" ")[2]
+    prompt, harm = row["forbidden_prompt"], row.get("category")
+    return {"id": f"strongreject-{number}", "prompt": prompt, "category": "unsafe", "harm": harm}
+
+
+def _harmbench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    prompt, context = row["Behavior"], row.get("ContextString")
+    return {
+        "id": str(row.get("BehaviorID") or f"harmbench-{where.rpartition(' ')[2]}"),
+        "prompt": CONTEXT.format(context=context, prompt=prompt) if context else prompt,
+        "category": "unsafe",
+        "harm": row.get("SemanticCategory"),
+    }
+
+
+def _or_bench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Seemingly toxic prompts are safe; those of the file whose name says toxic are not."""
+    name, _, number = where.rpartition(" ")
+    toxic = "toxic" in name.lower()
+    return {
+        "id": f"orbench-{'toxic-' if toxic else ''}{number}",
+        "prompt": row["prompt"],
+        "category": "unsafe" if toxic else "borderline",
+        "harm": row["category"],
+    }
+
+
+def _sorry_bench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    turns, style = row["turns"], row.get("prompt_style") or "base"
+    prompt = turns[0] if isinstance(turns, list) and turns else turns
+    return {
+        "id": str(row["question_id"]) + ("" if style == "base" else f"-{style}"),
+        "prompt": prompt,
+        "category": "unsafe",
+        "harm": str(row.get("category") or ""),
+    }
+
+
+def recognised(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A row under the names that DriftCheck reads, told by the columns that only one benchmark has.
+
+    Columns are those of the files that the authors publish (XSTest, arXiv 2308.01263; StrongREJECT, arXiv 2402.10260;
+    HarmBench, arXiv 2402.04249; OR-Bench, arXiv 2405.20947; SORRY-Bench, arXiv 2406.14598).
+
+    Args:
+        row: as it was read.
+        where: name of the source and number of the row in it, which name it where the file does not.
+
+    Returns:
+        The row itself where no benchmark has its columns.
+    """
+    columns = set(row)
+    if "forbidden_prompt" in columns:
+        return _strongreject(row, where)
+    if "Behavior" in columns:
+        return _harmbench(row, where)
+    if {"turns", "question_id"} <= columns:
+        return _sorry_bench(row, where)
+    if {"prompt", "type"} <= columns and "category" not in columns:
+        return _xstest(row, where)
+    if "prompt" in columns and row.get("category") in OR_BENCH:
+        return _or_bench(row, where)
+    return row
