@@ -19,6 +19,7 @@ from alignguard.training.trainer import honours_item_count
 CONFIG = GuardConfig.curvature(
     refresh_every=1, refresh_examples=2, lambda_alignment=5.0, lambda_task=0.5, lambda_collision=0.5, lambda_kl=0.5
 )
+REMEMBERED = GuardConfig(lambda_kl=50.0, kl_examples=2, kl_every=2, kl_memory=2, kl_tokens=None)
 SETTINGS = {
     "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
     "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "seed": 0, "use_cpu": True,
@@ -89,6 +90,51 @@ def test_accumulation_changes_nothing(tmp_path, name):
         other, _ = train(tmp_path, name, n, lengths=lengths)
         assert (other - one).norm() < 1e-4 * (one - plain).norm(), n
     assert trainer.model_accepts_loss_kwargs is (name != "t5")
+
+
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.0, "max_steps": 3}
+
+
+class _Seen(TrainerCallback):
+    """Whether what is remembered stood apart from the loss at each step."""
+
+    def __init__(self):
+        self.apart = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.apart.append(self.trainer.guard.legs["kl"].apart)
+
+
+def test_a_trainer_attaches_its_guard_while_it_trains(tmp_path):
+    seen = _Seen()
+
+    class Watched(GuardTrainer):
+        def __init__(self, **given):
+            super().__init__(**given)
+            seen.trainer = self
+            self.add_callback(seen)
+
+    held, trainer = train(tmp_path, trainer=Watched, config=REMEMBERED, **ADAM)
+    plain, _ = train(tmp_path, guard=False, **ADAM)
+    assert seen.apart == [True] * 3 and not trainer.guard.legs["kl"].apart
+    assert (held - plain).norm() > 1e-3
+    assert any(entry.get("alignguard/kl", 0) > 0 for entry in trainer.state.log_history)
+    for n in (2, 4):
+        other, _ = train(tmp_path, accumulate=n, config=REMEMBERED, **ADAM)
+        assert (other - held).norm() < 1e-3 * (held - plain).norm(), n
+
+
+def _remembering(folder):
+    found, trainer = train(folder, world=2, config=REMEMBERED, ddp_backend="gloo", **ADAM)
+    save_file({"weights": found}, str(folder / f"weights-{trainer.args.process_index}.safetensors"))
+
+
+def test_two_processes_that_remember_take_the_steps_of_one(tmp_path):
+    one, _ = train(tmp_path, config=REMEMBERED, **ADAM)
+    assert distributed(_remembering, 2, 29549, tmp_path) == [0, 0]
+    first, second = (load_file(tmp_path / f"weights-{rank}.safetensors")["weights"] for rank in range(2))
+    assert torch.equal(first, second)
+    assert (one - first).norm() < 1e-4 * one.norm()
 
 
 def test_without_the_probe_accumulation_scales_t5_gradients(tmp_path):
