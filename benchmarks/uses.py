@@ -424,6 +424,7 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             peers[name] = "absent"
     command = f"python benchmarks/uses.py --examples {args.examples} --queries {args.queries} --epochs {args.epochs}"
+    command += f" --only {' '.join(args.only)}"
     result: dict[str, Any] = {
         "command": command,
         "versions": {**versions(), **peers},
