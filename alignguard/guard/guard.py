@@ -332,7 +332,7 @@ class Guard:
     def predicted_drift(self) -> float:
         """The drift from the start in nats a response, as the penalty believes it to be.
 
-        ½ Σ tr(ΔWᵀFΔW) over the matrices, the drift to second order; without a term of the curvature the mean of KL's last
+        ½ Σ tr(ΔWᵀFΔW) over the matrices, the drift to second order; without a term of the curvature the trend of KL's last
         readings, of the response tokens that it reads.
         """
         kl = self.legs.get(KLLeg.name)

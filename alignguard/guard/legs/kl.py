@@ -22,7 +22,9 @@ from alignguard.guard.schedule import DriftBudget
 _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth remembering
 
 
-_RECENT = 4  # readings whose mean is what the leg believes the drift to be
+_RECENT = 6  # readings by whose trend the leg believes the drift to be what it is
+
+_COMPARED = 8  # readings over which belief and drift are compared
 
 
 class KLLeg(Leg):
@@ -61,7 +63,7 @@ class KLLeg(Leg):
         self._memory = Memory(memory)
         self.apart = False  # what is remembered acts beside the loss
         self._read_before: deque[float] = deque(maxlen=_RECENT)  # nats a response
-        self._compared: deque[tuple[float, float]] = deque(maxlen=2 * _RECENT)
+        self._compared: deque[tuple[float, float]] = deque(maxlen=_COMPARED)
 
     def terms(self, step: int) -> dict[str, Tensor]:
         """The term ``kl``: where it is due its own, ``kl_every`` times as heavy; with a memory the mean of its models.
@@ -130,11 +132,18 @@ class KLLeg(Leg):
             self._memory.add(float(read), gradient, trained)
 
     def drift(self) -> float:
-        """What the leg believes the drift to be: the mean of its last readings, nats a response as far as it is read.
+        """What the leg believes the drift to be, nats a response as far as it is read.
 
-        What the memory comes to is no such belief: the run undoes what is remembered before it undoes the rest.
+        The trend of its last readings, a straight line through their square roots, which is how KL grows while the weights
+        move steadily. What the memory comes to is no such belief: the run undoes what is remembered before it undoes the
+        rest.
         """
-        return sum(self._read_before) / len(self._read_before) if self._read_before else 0.0
+        roots = [max(0.0, read) ** 0.5 for read in self._read_before]
+        if len(roots) < 2:
+            return sum(roots) ** 2
+        mean, places = sum(roots) / len(roots), [i - (len(roots) - 1) / 2 for i in range(len(roots))]
+        slope = sum(i * root for i, root in zip(places, roots, strict=True)) / sum(i * i for i in places)
+        return max(0.0, mean + slope * (places[-1] + 1)) ** 2
 
     def compared(self) -> tuple[float, float] | None:
         """Drift that was believed in and drift that was then read, in nats a response.

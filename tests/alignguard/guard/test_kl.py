@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from alignment_rows import rows
@@ -137,7 +138,16 @@ def test_a_memory_that_is_no_count_is_refused(value):
         GuardConfig.curvature(kl_memory=value)
 
 
-def test_what_is_believed_is_the_mean_of_the_last_readings_in_nats_a_response():
+def trend(read):
+    """The next value of a straight line through the roots of the last six."""
+    roots = np.sqrt(np.maximum(0, read[-6:]))
+    if len(roots) < 2:
+        return float(roots.sum() ** 2)
+    line = np.polynomial.Polynomial.fit(range(len(roots)), roots, 1)
+    return max(0.0, float(line(len(roots)))) ** 2
+
+
+def test_what_is_believed_is_the_trend_of_the_last_readings_in_nats_a_response():
     model, guard = guarded(rows(6), kl_every=2, kl_memory=2, kl_examples=1)
     found = []
     for step in range(9):
@@ -149,11 +159,11 @@ def test_what_is_believed_is_the_mean_of_the_last_readings_in_nats_a_response():
             with torch.no_grad():
                 nats = leg.reference.divergence(guard.alignment.places(1, turn))[0]
             found.append(float(nats.sum()))
-        assert guard.predicted_drift() == pytest.approx(sum(found[-4:]) / len(found[-4:]), rel=1e-9)
+        assert guard.predicted_drift() == pytest.approx(trend(found), rel=1e-6, abs=1e-12)
         move(model)
-    believed = [sum(found[max(0, i - 4) : i]) / len(found[max(0, i - 4) : i]) for i in range(1, len(found))]
-    assert guard.gauge.predicted == pytest.approx(sum(believed) / len(believed), rel=1e-9)
-    assert guard.gauge.measured == pytest.approx(sum(found[1:]) / len(found[1:]), rel=1e-9)
+    believed = [trend(found[:i]) for i in range(1, len(found))][-8:]
+    assert guard.gauge.predicted == pytest.approx(sum(believed) / len(believed), rel=1e-6)
+    assert guard.gauge.measured == pytest.approx(sum(found[1:][-8:]) / len(found[1:][-8:]), rel=1e-9)
 
 
 def test_a_memory_of_sharded_weights_is_refused_if_asked_for_and_else_left_out(monkeypatch):
