@@ -115,7 +115,8 @@ def merge_weights(
             effective(model, own[name]).to(operators[0].dtype) for model, own in zip(models, layers, strict=True)
         ]
         merged, steps, residual = _merged(operators, weights, shares, damping, tolerance, max_steps)
-        allowed = max(tolerance, 8 * torch.finfo(merged.dtype).eps)
+        # The residual of the recursion, by which it stops, and the true one part by some roundings.
+        allowed = 10 * max(tolerance, 8 * torch.finfo(merged.dtype).eps)
         if steps and residual > allowed:
             warnings.warn(
                 f"layer {name!r}: the residual is {residual:.2g} of its start after {steps} steps; raise damping or "
@@ -238,7 +239,7 @@ def conjugate_gradients(
     solution, residual = torch.zeros_like(right), right.clone()
     direction = precondition(residual)
     inner = (residual * direction).sum()
-    floor = max(tolerance, torch.finfo(right.dtype).eps) * torch.linalg.vector_norm(right)
+    floor = max(tolerance, 8 * torch.finfo(right.dtype).eps) * torch.linalg.vector_norm(right)
     for step in range(max_steps):
         if bool(torch.linalg.vector_norm(residual) <= floor):
             return solution, step

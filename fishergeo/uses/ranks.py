@@ -15,6 +15,9 @@ from fishergeo.operators import SymmetricOperator
 from fishergeo.updates import LowRank
 from fishergeo.uses.weights import Curvature, check_fits, check_same_layers, layer_shapes
 
+JOINT = "+bias"
+"""Ends the name of a weight and its bias in one; an adapter is the weight's alone."""
+
 
 def rank_pattern(
     fisher: Curvature,
@@ -43,7 +46,7 @@ def rank_pattern(
         maximum: largest rank; None for no bound but min(p, q).
 
     Returns:
-        Layer's name, without what peft puts around it, -> rank.
+        Layer's name, without what peft puts around it and without ``+bias``, -> rank.
 
     Raises:
         ValueError: neither or both of budget and energy, numbers out of range, a budget that the minimum exceeds, layers
@@ -71,7 +74,7 @@ def rank_pattern(
         found = _gradient_gains(fisher[name]) if update is None else _update_gains(fisher[name], update[name])
         gains[name] = found.clamp_min(0)[: min(p, q, maximum or p)].tolist()
         ranks[name] = min(minimum, len(gains[name]))
-    costs = {name: p + q for name, (p, q) in shapes.items()}
+    costs = {name: p + q - name.endswith(JOINT) for name, (p, q) in shapes.items()}
     spent = sum(costs[name] * rank for name, rank in ranks.items())
     if budget is not None and spent > check_integer("budget", budget, low=1):
         raise ValueError(f"budget={budget} is less than the {spent} parameters of rank {minimum} in every layer")
@@ -86,7 +89,7 @@ def rank_pattern(
         kept, spent, ranks[name] = kept + gains[name][ranks[name]], spent + costs[name], ranks[name] + 1
         if ranks[name] < len(gains[name]):
             heapq.heappush(queue, (-gains[name][ranks[name]] / costs[name], name))
-    return {plain_name(name): rank for name, rank in ranks.items()}
+    return {plain_name(name).removesuffix(JOINT): rank for name, rank in ranks.items()}
 
 
 def _update_gains(operator: SymmetricOperator, update: Any) -> Tensor:

@@ -95,7 +95,7 @@ def mark_of(model: nn.Module, fisher: Curvature) -> str:
 
 
 def damped_inverse(name: str, operator: SymmetricOperator, damping: float, scale: float = 1.0) -> SymmetricOperator:
-    """(scale·F + damping·I)⁻¹ / scale⁻¹ as a multiple of the operator's own inverse: (F + damping/scale·I)⁻¹.
+    """(F + damping/scale·I)⁻¹, which is ``scale`` times the inverse of scale·F + damping·I.
 
     Args:
         name: name of the layer, for the message.
