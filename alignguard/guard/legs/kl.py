@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,12 +139,12 @@ class KLLeg(Leg):
         move steadily. What the memory comes to is no such belief: the run undoes what is remembered before it undoes the
         rest.
         """
-        roots = [max(0.0, read) ** 0.5 for read in self._read_before]
+        roots = [math.sqrt(max(0.0, read)) for read in self._read_before]
         if len(roots) < 2:
-            return sum(roots) ** 2
+            return math.pow(sum(roots), 2)
         mean, places = sum(roots) / len(roots), [i - (len(roots) - 1) / 2 for i in range(len(roots))]
         slope = sum(i * root for i, root in zip(places, roots, strict=True)) / sum(i * i for i in places)
-        return max(0.0, mean + slope * (places[-1] + 1)) ** 2
+        return math.pow(max(0.0, mean + slope * (places[-1] + 1)), 2)
 
     def compared(self) -> tuple[float, float] | None:
         """Drift that was believed in and drift that was then read, in nats a response.
