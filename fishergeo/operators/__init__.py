@@ -13,7 +13,12 @@ from fishergeo.operators.base import (
 from fishergeo.operators.diagonal import DiagonalOperator
 from fishergeo.operators.exact import ExactOperator
 from fishergeo.operators.joint import JointFisher
-from fishergeo.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SpectralKroneckerOperator
+from fishergeo.operators.kronecker import (
+    EigenKroneckerOperator,
+    FactoredKronecker,
+    KroneckerOperator,
+    SpectralKroneckerOperator,
+)
 from fishergeo.operators.matrix_free import BlackBox, EachOperator, LayerProducts, Product, black_box
 from fishergeo.operators.spectral import SpectralOperator
 
@@ -25,6 +30,7 @@ __all__ = [
     "EachOperator",
     "EigenKroneckerOperator",
     "ExactOperator",
+    "FactoredKronecker",
     "JointFisher",
     "KroneckerOperator",
     "LayerProducts",

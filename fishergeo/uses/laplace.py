@@ -15,7 +15,7 @@ from fishergeo._linalg import gaussian
 from fishergeo.capture import adapter_factors, indexed, to_device, weight_matrix, write_matrix
 from fishergeo.estimation import DataOptions, Fisher, estimate_fisher
 from fishergeo.operators import ExactOperator, SymmetricOperator
-from fishergeo.uses.weights import Curvature, check_same_layers, damped_inverse, effective, layers_of
+from fishergeo.uses.weights import Curvature, check_same_layers, checked_damping, effective, layers_of, settled
 
 Outputs = Callable[[nn.Module, Any], Tensor]
 """``(model, batch) -> (n, C)``: the outputs whose error bars are asked for."""
@@ -64,7 +64,7 @@ class Laplace:
         self.model = model
         self.examples = check_number("examples", examples, low=1e-12)
         self._layers = layers_of(model, fisher)
-        self.operators = {name: fisher[name] for name in self._layers}
+        self.operators = {name: settled(fisher[name]) for name in self._layers}
         self.prior = self._checked_prior(prior_precision)
         self.mean = {
             name: effective(model, layer).detach().to(self.operators[name].dtype, copy=True)
@@ -72,7 +72,7 @@ class Laplace:
         }
         self._roots: dict[str, SymmetricOperator] = {}
         for name, operator in self.operators.items():
-            damped_inverse(name, operator, self.prior[name], self.examples)
+            checked_damping(name, operator, self.prior[name], self.examples)
 
     def _checked_prior(self, prior: float | Mapping[str, float]) -> dict[str, float]:
         each = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(self.operators, prior)

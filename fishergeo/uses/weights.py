@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fishergeo._checks import check_number
 from fishergeo.capture import Layer, adapter_factors, fingerprint, select_layers, weight_matrix
 from fishergeo.estimation import Fisher
-from fishergeo.operators import SymmetricOperator
+from fishergeo.operators import FactoredKronecker, SymmetricOperator
 from fishergeo.updates import LowRank
 
 Curvature = Mapping[str, SymmetricOperator]
@@ -94,8 +94,13 @@ def mark_of(model: nn.Module, fisher: Curvature) -> str:
     return fisher.header.fingerprint if isinstance(fisher, Fisher) else fingerprint(model)
 
 
-def damped_inverse(name: str, operator: SymmetricOperator, damping: float, scale: float = 1.0) -> SymmetricOperator:
-    """(F + damping/scale·I)⁻¹, which is ``scale`` times the inverse of scale·F + damping·I.
+def settled(operator: SymmetricOperator) -> SymmetricOperator:
+    """The same operator, of two Kronecker factors in their eigenbases, so that these are found once for all functions of it."""
+    return operator.rotated() if isinstance(operator, FactoredKronecker) else operator
+
+
+def checked_damping(name: str, operator: SymmetricOperator, damping: float, scale: float = 1.0) -> float:
+    """Damping over ``scale``, what the eigenvalues of F are damped by where scale·F + damping·I is meant.
 
     Args:
         name: name of the layer, for the message.
@@ -107,13 +112,22 @@ def damped_inverse(name: str, operator: SymmetricOperator, damping: float, scale
         ValueError: if the damped operator is singular to the precision of its dtype, naming the layer and the damping that
             would do.
     """
-    damping = check_number("damping", damping, low=0.0) / scale
-    values = operator.eigenvalues().clamp_min(0) + damping
+    shift = check_number("damping", damping, low=0.0) / scale
+    values = operator.eigenvalues().clamp_min(0) + shift
     least, largest = float(values.min()), float(values.max())
-    floor = largest * torch.finfo(operator.dtype).eps
-    if not least > floor:
+    if not least > largest * torch.finfo(operator.dtype).eps:
         raise ValueError(
-            f"damping={damping * scale:g} leaves layer {name!r} singular: its eigenvalues reach from {least:.3g} to "
-            f"{largest:.3g}; pass damping of at least {max(largest * scale, 1e-300) * 1e-6:.1g}"
+            f"damping={damping:g} leaves layer {name!r} singular: its eigenvalues reach from {scale * least:.3g} to "
+            f"{scale * largest:.3g}; pass damping of at least {max(largest * scale, 1e-300) * 1e-6:.1g}"
         )
-    return operator.inverse(damping)
+    return shift
+
+
+def damped_inverse(name: str, operator: SymmetricOperator, damping: float) -> SymmetricOperator:
+    """(F + damping·I)⁻¹.
+
+    Raises:
+        ValueError: as :func:`checked_damping`.
+    """
+    operator = settled(operator)
+    return operator.inverse(checked_damping(name, operator, damping))
