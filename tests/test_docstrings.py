@@ -60,7 +60,7 @@ NO_FORMULA = {
         *("Prepared", "card_section", "check_complete", "honours_item_count", "latest_checkpoint", "load_fisher"),
         *("plan_text", "prepare", "write_fisher"),
     ],
-    "alignguard.drift": ["ChatJudge", "ClassifierJudge", "DriftRow", "is_right"],
+    "alignguard.drift": ["ChatJudge", "ClassifierJudge", "DriftRow", "Endpoint", "driftcheck_endpoint", "is_right"],
     "alignguard.objective": ["supervised"],
     "studies.rivals": ["Rival", "make_rival", "sweep", "train_rival"],
     "alignguard.updates": ["Matrix", "coverage_table"],

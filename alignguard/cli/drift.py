@@ -21,8 +21,16 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift: argparse.ArgumentParser = commands.add_parser(
         "driftcheck", help="measure refusals, over-refusal, capability and coherence of a chat model"
     )
-    drift.add_argument("--model", required=True, help="folder, GGUF file or hub name")
+    drift.add_argument("--model", required=True, help="folder, GGUF file or hub name; a server's name of it")
     add_loading(drift)
+    drift.add_argument(
+        "--endpoint", default=None, help="ask a server of OpenAI's chat completions, such as vLLM's, here"
+    )
+    drift.add_argument(
+        "--key-variable", default=None, help="environment variable with its key (default: OPENAI_API_KEY)"
+    )
+    drift.add_argument("--workers", type=int, default=None, help="requests under way at once (default: 4)")
+    drift.add_argument("--requests-per-minute", type=float, default=None, help="most requests begun in a minute")
     drift.add_argument("--adapter", type=place, default=None, help="a peft adapter on top of it")
     drift.add_argument("--base", default=None, help="the model before fine-tuning, for --alignment-data, --likelihoods")
     drift.add_argument(
@@ -81,6 +89,30 @@ def _unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
         raise FileNotFoundError(f"{option} {path}: no such folder: {path.parent}")
 
 
+OF_WEIGHTS = ("adapter", "base", "alignment_data", "task_data", "likelihoods", "tokenizer", "trust_remote_code")
+
+OF_ENDPOINT = {"key_variable": "key_variable", "workers": "workers", "requests_per_minute": "per_minute"}
+
+
+def _endpoint(args: argparse.Namespace) -> Any:
+    """The server that is asked; None where the model is read here.
+
+    Raises:
+        ValueError: options of the one that make no sense with the other.
+    """
+    from alignguard.drift import Endpoint
+
+    given = {name: getattr(args, name) for name in OF_ENDPOINT if getattr(args, name) is not None}
+    if args.endpoint is None:
+        if given:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')} is of --endpoint, which is missing")
+        return None
+    for name in OF_WEIGHTS:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs the model's weights; leave it out with --endpoint")
+    return Endpoint(args.endpoint, args.model, **{OF_ENDPOINT[name]: value for name, value in given.items()})
+
+
 def run_driftcheck(args: argparse.Namespace) -> None:
     """Ask, judge, print and write; bad options are named before a model is loaded.
 
@@ -88,12 +120,13 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     on from there, and the file goes when the report is whole.
     """
     from alignguard.data import DataSource
-    from alignguard.drift import DriftReport, driftcheck, load_prompts, make_judge
+    from alignguard.drift import DriftReport, driftcheck, driftcheck_endpoint, load_prompts, make_judge
     from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
 
     _unclaimed("--output", args.output, args.overwrite)
     _unclaimed("--html", args.html, args.overwrite)
+    endpoint = _endpoint(args)
     if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")  # before the model is read
     before = DriftReport.load(args.before) if args.before is not None else None
@@ -105,27 +138,33 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
         raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
     judge = make_judge(args.judge, args.judge_model, args.judge_labels)
-    model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
-    if args.adapter is not None:
-        model = load_adapter(model, args.adapter)
-    base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
     answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
-    report = driftcheck(
-        model.eval(),
-        tokenizer,
-        rows,
-        base=base,
-        alignment=args.alignment_data,
-        task=args.task_data,
-        likelihoods=args.likelihoods,
-        judge=judge,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        capability_tokens=args.capability_tokens,
-        progress=True,
-        resume=answers,
-    )
+    asking: dict[str, Any] = {
+        "judge": judge,
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+        "capability_tokens": args.capability_tokens,
+        "progress": True,
+        "resume": answers,
+    }
+    if endpoint is not None:
+        report = driftcheck_endpoint(endpoint, rows, **asking)
+    else:
+        model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
+        if args.adapter is not None:
+            model = load_adapter(model, args.adapter)
+        base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
+        report = driftcheck(
+            model.eval(),
+            tokenizer,
+            rows,
+            base=base,
+            alignment=args.alignment_data,
+            task=args.task_data,
+            likelihoods=args.likelihoods,
+            batch_size=args.batch_size,
+            **asking,
+        )
     print(report.table())
     start = before or (report if args.adapter is None else None)
     if start is not None and (caution := start.caution()):

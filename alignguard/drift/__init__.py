@@ -1,6 +1,7 @@
 """DriftCheck: what a model refuses and answers, who judges it, and how sure the shares are."""
 
 from alignguard.drift.check import driftcheck
+from alignguard.drift.endpoint import Endpoint, driftcheck_endpoint
 from alignguard.drift.generation import PromptBatch, answer_batch, plan_batches, room_for_prompt
 from alignguard.drift.generation import fingerprint as answers_fingerprint
 from alignguard.drift.judges import ChatJudge, ClassifierJudge, make_judge
@@ -22,6 +23,7 @@ __all__ = [
     "ClassifierJudge",
     "DriftReport",
     "DriftRow",
+    "Endpoint",
     "Estimate",
     "PromptBatch",
     "answer_batch",
@@ -29,6 +31,7 @@ __all__ = [
     "build_prompts",
     "check_confidence",
     "driftcheck",
+    "driftcheck_endpoint",
     "finite_values",
     "is_right",
     "judge",
