@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,9 @@ class Endpoint:
     tries: int = 6
     timeout: float = 120.0
     wait: float = 1.0
-    _begun: float = field(default=0.0, repr=False)
-    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
+        self._begun, self._turn = 0.0, threading.Lock()
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(f"endpoint {self.url!r} is no http address, such as http://localhost:8000/v1")

@@ -13,7 +13,8 @@ from alignguard.drift.rules import is_right
 def judged_rows(
     rows: Sequence[dict[str, Any]], said: Sequence[str], judge: Judge | None, settings: dict[str, Any]
 ) -> tuple[DriftRow, ...]:
-    """A row of the report for each prompt; where another judge than the rules decides, theirs stands beside it.
+    """A row of the report for each prompt; where another judge than the rules decides, theirs stands beside it, and
+    of prompts that the judge says nothing about (its ``only``) theirs is the verdict.
 
     Args:
         rows: prompts.
@@ -23,11 +24,17 @@ def judged_rows(
     """
     texts = [row["prompt"] for row in rows]
     judging = judge if judge is not None else RuleJudge()
-    verdicts = judging(texts, said)
     rules: Sequence[str | None] = [None] * len(rows)
+    only = getattr(judging, "only", None)
+    verdicts = judging(texts, said) if only is None else []
     if not isinstance(judging, RuleJudge):
         settings["judge"] = judging.name
         rules = RuleJudge()(texts, said)
+        if only is not None:
+            asked = [i for i, row in enumerate(rows) if row["category"] in only]
+            found = dict(zip(asked, judging([texts[i] for i in asked], [said[i] for i in asked]), strict=True))
+            verdicts = [found.get(i, own) for i, own in enumerate(rules)]
+            rules = [own if i in found else None for i, own in enumerate(rules)]
     return tuple(
         DriftRow(
             row["id"],

@@ -27,12 +27,18 @@ def serve(every):
 
         def reply(self, status, body, **headers):
             data = json.dumps(body).encode()
+            self.over()  # before it is sent: the next request may be here before this thread goes on
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+
+        def over(self):
+            if self.command == "POST":
+                with LOCK:
+                    STATE["now"] -= 1
 
         def do_GET(self):
             if self.path.startswith("/die/"):
@@ -47,11 +53,7 @@ def serve(every):
                 STATE["most"] = max(STATE["most"], STATE["now"])
                 STATE["key"] = self.headers.get("Authorization")
                 turn = STATE["asked"]
-            try:
-                self.answer(body, turn)
-            finally:
-                with LOCK:
-                    STATE["now"] -= 1
+            self.answer(body, turn)
 
         def answer(self, body, turn):
             if STATE["dead"]:
@@ -61,6 +63,7 @@ def serve(every):
             if every and turn % every == 0:
                 kind = (turn // every) % 3
                 if kind == 0:
+                    self.over()
                     self.connection.close()
                     return None
                 return self.reply(
