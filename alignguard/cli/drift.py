@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.cli.yaml_config import place
+from alignguard.drift import JUDGES
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +45,11 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
     drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
     drift.add_argument("--likelihoods", action="store_true", help="margins of refusing, and answers under the base")
-    drift.add_argument("--judge", choices=["rules", "classifier", "chat"], default="rules", help="who gives verdicts")
+    drift.add_argument("--judge", choices=JUDGES, default="rules", help="who gives verdicts")
     drift.add_argument("--judge-model", default=None, help="folder or hub name of the classifier or chat model")
+    drift.add_argument(
+        "--judge-form", type=place, default=None, help="the words of a published judge's model card, in a file"
+    )
     drift.add_argument("--judge-labels", nargs="+", default=None, help="labels of the classifier that mean a refusal")
     drift.add_argument("--before", type=place, default=None, help="an earlier report to compare with")
     drift.add_argument("--output", type=place, default=None, help="the report as JSON; interrupted runs go on from it")
@@ -72,10 +76,10 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     prompts.set_defaults(run=run_prompts)
 
     compare: argparse.ArgumentParser = commands.add_parser(
-        "compare", help="compare two saved DriftCheck reports prompt by prompt, or show one"
+        "compare", help="compare saved DriftCheck reports prompt by prompt, any number of them, or show one"
     )
     compare.add_argument("before", type=place, help="a JSON report")
-    compare.add_argument("after", type=place, nargs="?", default=None, help="another, on the same prompts")
+    compare.add_argument("after", type=place, nargs="*", default=[], help="others, on the same prompts")
     compare.add_argument("--html", type=place, default=None, help="write a page")
     compare.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
     compare.set_defaults(run=run_compare)
@@ -119,7 +123,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     With ``--output r.json`` every answer is put by in ``r.json.answers.jsonl`` as it comes; a run that was cut off goes
     on from there, and the file goes when the report is whole.
     """
-    from alignguard.data import DataSource
+    from alignguard.data import DataSource, read_text
     from alignguard.drift import DriftReport, driftcheck, driftcheck_endpoint, load_prompts, make_judge
     from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
@@ -137,7 +141,8 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     rows = load_prompts(asked, category=args.category)
     if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
         raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
-    judge = make_judge(args.judge, args.judge_model, args.judge_labels)
+    form = None if args.judge_form is None else read_text(args.judge_form)
+    judge = make_judge(args.judge, args.judge_model, args.judge_labels, form)
     answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
     asking: dict[str, Any] = {
         "judge": judge,
@@ -208,18 +213,28 @@ def run_prompts(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """Print the paired comparison of two reports, or what one holds, and write the page."""
+    """Print the paired comparison of reports, or what one holds, and write the page."""
     from alignguard.drift import DriftReport
-    from alignguard.pages import compare_text, write_drift
+    from alignguard.pages import compare_text, side_by_side, write_drift
 
     _unclaimed("--html", args.html, args.overwrite)
     before = DriftReport.load(args.before)
-    after = DriftReport.load(args.after) if args.after is not None else None
+    if len(args.after) > 1:
+        if args.html is not None:
+            raise ValueError("--html shows one report or two; leave it out for more")
+        others = {str(path): DriftReport.load(path) for path in args.after}
+        print(side_by_side({str(args.before): before, **others}))
+        return
+    after = DriftReport.load(args.after[0]) if args.after else None
     print((after or before).table())
     if caution := before.caution():
         print(f"warning: {caution}", file=sys.stderr)
     if after is not None:
         print(compare_text(before, after))
+        if {row.id: row.text for row in before.rows} == {row.id: row.text for row in after.rows}:
+            kappa = before.kappa(after)
+            told = "not defined, both gave one verdict throughout" if kappa is None else f"{kappa:.3f}"
+            print(f"Cohen's κ of the two reports' judges: {told}")
     if args.html is not None:
-        labels = (args.before.stem, args.after.stem if after is not None else "")
+        labels = (args.before.stem, args.after[0].stem if after is not None else "")
         write_drift(args.html, before, after, labels=labels)
