@@ -26,7 +26,7 @@ def add_start(commands: Any) -> dict[str, argparse.ArgumentParser]:
     init.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     init.set_defaults(run=run_init)
     completion: argparse.ArgumentParser = commands.add_parser("completion", help="print a shell's completion script")
-    completion.add_argument("shell", choices=SHELLS)
+    completion.add_argument("shell", choices=SHELLS, help="whose words it writes")
     completion.set_defaults(run=run_completion)
     return {"init": init, "completion": completion}
 
