@@ -2,7 +2,16 @@
 
 from alignguard.drift import DriftReport, driftcheck
 from alignguard.guard import Guard, GuardConfig
-from alignguard.training import DriftCallback, FitResult, GuardMixin, GuardSeq2SeqTrainer, GuardTrainer, fit
+from alignguard.training import (
+    DriftCallback,
+    FitResult,
+    GuardMixin,
+    GuardSeq2SeqTrainer,
+    GuardTrainer,
+    PictureCallback,
+    fit,
+    make_guard,
+)
 
 __all__ = [
     "DriftCallback",
@@ -13,6 +22,8 @@ __all__ = [
     "GuardMixin",
     "GuardSeq2SeqTrainer",
     "GuardTrainer",
+    "PictureCallback",
     "driftcheck",
     "fit",
+    "make_guard",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``alignguard demo | fit | fisher | driftcheck | compare | prompts``.
+"""The command line: ``alignguard init | fit | driftcheck | compare | prompts | fisher | demo | completion``.
 
 Exit codes: 0 done, 1 the run failed (the loss diverged, the disk is full), 2 bad input, 130 interrupted.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from alignguard.cli.drift import add_drift, add_loading
+from alignguard.cli.start import add_start
 from alignguard.cli.yaml_config import apply_yaml, place
 from alignguard.data import TURNS, DataSource
 from alignguard.guard import GuardConfig
@@ -134,7 +135,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     demo.set_defaults(run=_demo)
     fit.set_defaults(run=_fit)
     fisher.set_defaults(run=_fisher)
-    return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands)}
+    return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands), **add_start(commands)}
 
 
 def add_data_options(parser: argparse.ArgumentParser, what: str = "") -> None:

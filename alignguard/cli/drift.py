@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.cli.yaml_config import place
+from alignguard.drift import JUDGES
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +22,16 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift: argparse.ArgumentParser = commands.add_parser(
         "driftcheck", help="measure refusals, over-refusal, capability and coherence of a chat model"
     )
-    drift.add_argument("--model", required=True, help="folder, GGUF file or hub name")
+    drift.add_argument("--model", required=True, help="folder, GGUF file or hub name; a server's name of it")
     add_loading(drift)
+    drift.add_argument(
+        "--endpoint", default=None, help="ask a server of OpenAI's chat completions, such as vLLM's, here"
+    )
+    drift.add_argument(
+        "--key-variable", default=None, help="environment variable with its key (default: OPENAI_API_KEY)"
+    )
+    drift.add_argument("--workers", type=int, default=None, help="requests under way at once (default: 4)")
+    drift.add_argument("--requests-per-minute", type=float, default=None, help="most requests begun in a minute")
     drift.add_argument("--adapter", type=place, default=None, help="a peft adapter on top of it")
     drift.add_argument("--base", default=None, help="the model before fine-tuning, for --alignment-data, --likelihoods")
     drift.add_argument(
@@ -36,8 +45,11 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
     drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
     drift.add_argument("--likelihoods", action="store_true", help="margins of refusing, and answers under the base")
-    drift.add_argument("--judge", choices=["rules", "classifier", "chat"], default="rules", help="who gives verdicts")
+    drift.add_argument("--judge", choices=JUDGES, default="rules", help="who gives verdicts")
     drift.add_argument("--judge-model", default=None, help="folder or hub name of the classifier or chat model")
+    drift.add_argument(
+        "--judge-form", type=place, default=None, help="the words of a published judge's model card, in a file"
+    )
     drift.add_argument("--judge-labels", nargs="+", default=None, help="labels of the classifier that mean a refusal")
     drift.add_argument("--before", type=place, default=None, help="an earlier report to compare with")
     drift.add_argument("--output", type=place, default=None, help="the report as JSON; interrupted runs go on from it")
@@ -64,10 +76,10 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     prompts.set_defaults(run=run_prompts)
 
     compare: argparse.ArgumentParser = commands.add_parser(
-        "compare", help="compare two saved DriftCheck reports prompt by prompt, or show one"
+        "compare", help="compare saved DriftCheck reports prompt by prompt, any number of them, or show one"
     )
     compare.add_argument("before", type=place, help="a JSON report")
-    compare.add_argument("after", type=place, nargs="?", default=None, help="another, on the same prompts")
+    compare.add_argument("after", type=place, nargs="*", default=[], help="others, on the same prompts")
     compare.add_argument("--html", type=place, default=None, help="write a page")
     compare.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
     compare.set_defaults(run=run_compare)
@@ -81,19 +93,44 @@ def _unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
         raise FileNotFoundError(f"{option} {path}: no such folder: {path.parent}")
 
 
+OF_WEIGHTS = ("adapter", "base", "alignment_data", "task_data", "likelihoods", "tokenizer", "trust_remote_code")
+
+OF_ENDPOINT = {"key_variable": "key_variable", "workers": "workers", "requests_per_minute": "per_minute"}
+
+
+def _endpoint(args: argparse.Namespace) -> Any:
+    """The server that is asked; None where the model is read here.
+
+    Raises:
+        ValueError: options of the one that make no sense with the other.
+    """
+    from alignguard.drift import Endpoint
+
+    given = {name: getattr(args, name) for name in OF_ENDPOINT if getattr(args, name) is not None}
+    if args.endpoint is None:
+        if given:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')} is of --endpoint, which is missing")
+        return None
+    for name in OF_WEIGHTS:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs the model's weights; leave it out with --endpoint")
+    return Endpoint(args.endpoint, args.model, **{OF_ENDPOINT[name]: value for name, value in given.items()})
+
+
 def run_driftcheck(args: argparse.Namespace) -> None:
     """Ask, judge, print and write; bad options are named before a model is loaded.
 
     With ``--output r.json`` every answer is put by in ``r.json.answers.jsonl`` as it comes; a run that was cut off goes
     on from there, and the file goes when the report is whole.
     """
-    from alignguard.data import DataSource
-    from alignguard.drift import DriftReport, driftcheck, load_prompts, make_judge
+    from alignguard.data import DataSource, read_text
+    from alignguard.drift import DriftReport, driftcheck, driftcheck_endpoint, load_prompts, make_judge
     from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
 
     _unclaimed("--output", args.output, args.overwrite)
     _unclaimed("--html", args.html, args.overwrite)
+    endpoint = _endpoint(args)
     if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")  # before the model is read
     before = DriftReport.load(args.before) if args.before is not None else None
@@ -104,28 +141,35 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     rows = load_prompts(asked, category=args.category)
     if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
         raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
-    judge = make_judge(args.judge, args.judge_model, args.judge_labels)
-    model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
-    if args.adapter is not None:
-        model = load_adapter(model, args.adapter)
-    base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
+    form = None if args.judge_form is None else read_text(args.judge_form)
+    judge = make_judge(args.judge, args.judge_model, args.judge_labels, form)
     answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
-    report = driftcheck(
-        model.eval(),
-        tokenizer,
-        rows,
-        base=base,
-        alignment=args.alignment_data,
-        task=args.task_data,
-        likelihoods=args.likelihoods,
-        judge=judge,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        capability_tokens=args.capability_tokens,
-        progress=True,
-        resume=answers,
-    )
+    asking: dict[str, Any] = {
+        "judge": judge,
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+        "capability_tokens": args.capability_tokens,
+        "progress": True,
+        "resume": answers,
+    }
+    if endpoint is not None:
+        report = driftcheck_endpoint(endpoint, rows, **asking)
+    else:
+        model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
+        if args.adapter is not None:
+            model = load_adapter(model, args.adapter)
+        base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
+        report = driftcheck(
+            model.eval(),
+            tokenizer,
+            rows,
+            base=base,
+            alignment=args.alignment_data,
+            task=args.task_data,
+            likelihoods=args.likelihoods,
+            batch_size=args.batch_size,
+            **asking,
+        )
     print(report.table())
     start = before or (report if args.adapter is None else None)
     if start is not None and (caution := start.caution()):
@@ -169,18 +213,28 @@ def run_prompts(args: argparse.Namespace) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    """Print the paired comparison of two reports, or what one holds, and write the page."""
+    """Print the paired comparison of reports, or what one holds, and write the page."""
     from alignguard.drift import DriftReport
-    from alignguard.pages import compare_text, write_drift
+    from alignguard.pages import compare_text, side_by_side, write_drift
 
     _unclaimed("--html", args.html, args.overwrite)
     before = DriftReport.load(args.before)
-    after = DriftReport.load(args.after) if args.after is not None else None
+    if len(args.after) > 1:
+        if args.html is not None:
+            raise ValueError("--html shows one report or two; leave it out for more")
+        others = {str(path): DriftReport.load(path) for path in args.after}
+        print(side_by_side({str(args.before): before, **others}))
+        return
+    after = DriftReport.load(args.after[0]) if args.after else None
     print((after or before).table())
     if caution := before.caution():
         print(f"warning: {caution}", file=sys.stderr)
     if after is not None:
         print(compare_text(before, after))
+        if {row.id: row.text for row in before.rows} == {row.id: row.text for row in after.rows}:
+            kappa = before.kappa(after)
+            told = "not defined, both gave one verdict throughout" if kappa is None else f"{kappa:.3f}"
+            print(f"Cohen's κ of the two reports' judges: {told}")
     if args.html is not None:
-        labels = (args.before.stem, args.after.stem if after is not None else "")
+        labels = (args.before.stem, args.after[0].stem if after is not None else "")
         write_drift(args.html, before, after, labels=labels)

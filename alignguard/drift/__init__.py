@@ -1,20 +1,22 @@
 """DriftCheck: what a model refuses and answers, who judges it, and how sure the shares are."""
 
 from alignguard.drift.check import driftcheck
+from alignguard.drift.endpoint import Endpoint, driftcheck_endpoint
 from alignguard.drift.generation import PromptBatch, answer_batch, plan_batches, room_for_prompt
 from alignguard.drift.generation import fingerprint as answers_fingerprint
-from alignguard.drift.judges import ChatJudge, ClassifierJudge, make_judge
+from alignguard.drift.judges import JUDGES, ChatJudge, ClassifierJudge, PublishedJudge, make_judge
 from alignguard.drift.likelihood import measured_kl, task_score
 from alignguard.drift.prompts import CATEGORIES, load_prompts
 from alignguard.drift.prompts.recipes import build_prompts
 from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, is_right, judge
-from alignguard.drift.statistics import Estimate, check_confidence, finite_values, paired, share_of
+from alignguard.drift.statistics import Estimate, check_confidence, cohen_kappa, finite_values, paired, share_of
 
 __all__ = [
     "CATEGORIES",
     "COMPLIANCE",
     "INCOHERENT",
+    "JUDGES",
     "MEASURES",
     "OTHER_SHARES",
     "REFUSAL",
@@ -22,13 +24,17 @@ __all__ = [
     "ClassifierJudge",
     "DriftReport",
     "DriftRow",
+    "Endpoint",
     "Estimate",
     "PromptBatch",
+    "PublishedJudge",
     "answer_batch",
     "answers_fingerprint",
     "build_prompts",
     "check_confidence",
+    "cohen_kappa",
     "driftcheck",
+    "driftcheck_endpoint",
     "finite_values",
     "is_right",
     "judge",

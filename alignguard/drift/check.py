@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from alignguard.drift.generation import (
     fingerprint,
     plan_answers,
 )
-from alignguard.drift.judges import Judge, RuleJudge
+from alignguard.drift.judges import Judge
 from alignguard.drift.likelihood import (
     measured_kl,
     refusal_margins,
@@ -25,8 +26,9 @@ from alignguard.drift.likelihood import (
     task_score,
 )
 from alignguard.drift.prompts import Prompts, load_prompts
-from alignguard.drift.report import DriftReport, DriftRow
-from alignguard.drift.rules import INCOHERENT, is_right
+from alignguard.drift.report import DriftReport
+from alignguard.drift.rules import INCOHERENT
+from alignguard.drift.verdicts import judged_rows
 from alignguard.loading import adapter_off
 
 
@@ -138,13 +140,8 @@ def driftcheck(
                 answers.add(dict(zip(ids, answer_batch(model, tokenizer, batch, tokens), strict=True)))
             bar.update(len(ids))
     said = [answers.known[row["id"]] for row in rows]
-    judging = judge if judge is not None else RuleJudge()
-    verdicts = judging(texts, said)
+    found = judged_rows(rows, said, judge, settings)
     extra: list[dict[str, Any]] = [{} for _ in rows]
-    if not isinstance(judging, RuleJudge):
-        settings["judge"] = judging.name
-        for entry, verdict in zip(extra, RuleJudge()(texts, said), strict=True):
-            entry["rules"] = verdict
     if likelihoods:
         unsafe = [i for i, row in enumerate(rows) if row["category"] == "unsafe"]
         margins = refusal_margins(model, tokenizer, [texts[i] for i in unsafe]) if unsafe else []
@@ -156,22 +153,9 @@ def driftcheck(
             for i, (nll, tokens) in enumerate(_base_nll(model, base, tokenizer, rows, said)):
                 extra[i]["base_nll"] = nll
                 if nll is not None and nll > blind and tokens >= 4:
-                    verdicts[i] = INCOHERENT
+                    extra[i]["verdict"] = INCOHERENT
     kl = measured_kl(model, base, tokenizer, alignment) if alignment is not None else None
     score = task_score(model, tokenizer, task) if task is not None else None
-    found = tuple(
-        DriftRow(
-            row["id"],
-            row["category"],
-            row["prompt"],
-            text,
-            verdict,
-            is_right(row, text) if row["category"] == "capability" else None,
-            harm=row.get("harm"),
-            source=row["source"] if isinstance(row.get("source"), str) else None,
-            **more,
-        )
-        for row, text, verdict, more in zip(rows, said, verdicts, extra, strict=True)
-    )
+    found = tuple(replace(row, **more) for row, more in zip(found, extra, strict=True))
     learned = {"accuracy": score.accuracy, "loss": score.loss} if score is not None else None
     return DriftReport(found, settings, kl, learned)

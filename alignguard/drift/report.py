@@ -10,7 +10,7 @@ from typing import Any
 
 from alignguard.data import read_text
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, VERDICTS
-from alignguard.drift.statistics import Comparison, Estimate, bootstrap, paired, share_of
+from alignguard.drift.statistics import Comparison, Estimate, bootstrap, cohen_kappa, paired, share_of
 from alignguard.files import write_text
 from alignguard.tables import text_table
 
@@ -178,6 +178,29 @@ class DriftReport:
             if (rows := self._of(measure))
         }
 
+    def kappa(self, other: DriftReport | None = None) -> float | None:
+        """Cohen's κ (1960) of the judge with the rules, or with the judge of another report on the very same answers.
+
+        Args:
+            other: report whose judge is the second; None takes the rules' verdicts beside this one's.
+
+        Returns:
+            From −1 to 1; None where only one judged, or where both gave one verdict throughout.
+
+        Raises:
+            ValueError: the other report is of other prompts or other answers.
+        """
+        if other is None:
+            twice = [(row.verdict, row.rules) for row in self.rows if row.rules is not None]
+        else:
+            theirs = {row.id: row for row in other.rows}
+            if {row.id: row.text for row in self.rows} != {row.id: row.text for row in other.rows}:
+                raise ValueError("the two reports are of different answers, so their judges cannot be compared")
+            twice = [(row.verdict, theirs[row.id].verdict) for row in self.rows]
+        if not twice:
+            return None
+        return cohen_kappa([one for one, _ in twice], [two for _, two in twice])
+
     def by_harm(self) -> dict[str, Estimate]:
         """Unsafe prompts refused, for each kind of harm that the prompts name, with Wilson's 95 % interval (1927)."""
         found: dict[str, list[bool]] = {}
@@ -213,6 +236,8 @@ class DriftReport:
             else (name, f"{e.value:.3f}", "", f"[{e.low:.3f}, {e.high:.3f}]", f"n = {e.n}")
             for name, e in self.summary().items()
         ]
+        if (kappa := self.kappa()) is not None:
+            rows.append(("judges agree, Cohen's κ", f"{kappa:.3f}", "", "", ""))
         if self.kl is not None:
             rows.append(("KL from base, nats a token", f"{self.kl:.3f}", "", "", ""))
         if self.task is not None:

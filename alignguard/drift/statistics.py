@@ -154,3 +154,24 @@ def paired(
     estimate = bootstrap((second - first).tolist(), confidence=confidence, resamples=resamples, seed=seed)
     lost, gained = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
     return Comparison(estimate.value, estimate.low, estimate.high, lost, gained, mcnemar(lost, gained), estimate.n)
+
+
+def cohen_kappa(ours: Sequence[str], theirs: Sequence[str]) -> float | None:
+    """Agreement of two judges beyond what their shares of verdicts give by chance: (p_o − p_e)/(1 − p_e), Cohen (1960).
+
+    Args:
+        ours: one judge's verdicts.
+        theirs: the other's on the same answers, in the same order.
+
+    Returns:
+        From −1 to 1; None where both give one and the same verdict throughout, of which chance explains all.
+
+    Raises:
+        ValueError: no verdicts, or two sequences of unequal length.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"two judges must have judged the same answers, found {len(ours)} and {len(theirs)} verdicts")
+    n = len(ours)
+    observed = sum(a == b for a, b in zip(ours, theirs, strict=True)) / n
+    chance = sum(ours.count(word) * theirs.count(word) for word in {*ours, *theirs}) / n**2
+    return None if chance == 1 else (observed - chance) / (1 - chance)

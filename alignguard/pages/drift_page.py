@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,35 @@ def compare_text(before: DriftReport, after: DriftReport) -> str:
         rows.append((MEASURES[name][1], f"{100 * change.difference:+.1f} %", ends, counts, f"p = {change.p_value:.2g}"))
     sides = {"measure": "left", "change": "right", "95 % interval": "left", "prompts": "left", "test": "left"}
     return text_table(sides, rows, header=False)
+
+
+def side_by_side(reports: Mapping[str, DriftReport]) -> str:
+    """Every share of any number of reports, a column each; behind a share its change from the first, and how sure that is.
+
+    Args:
+        reports: reports by name, all of the same prompts.
+
+    Raises:
+        ValueError: reports of different prompts.
+    """
+    first, *others = reports
+    changes = {name: reports[first].compare(reports[name]) for name in others}
+    summaries = {name: report.summary() for name, report in reports.items()}
+    numbers = {name: f"{place}" for place, name in enumerate(reports, 1)}
+    rows = []
+    for measure, (_, title) in MEASURES.items():
+        if measure not in summaries[first]:
+            continue
+        cells = [title, f"{100 * summaries[first][measure].value:.1f}"]
+        for name in others:
+            change = changes[name][measure]
+            told = (
+                f"{100 * summaries[name][measure].value:.1f} ({100 * change.difference:+.1f}, p = {change.p_value:.2g})"
+            )
+            cells.append(told)
+        rows.append(cells)
+    kl = [report.kl for report in reports.values()]
+    if any(value is not None for value in kl):
+        rows.append(["KL from base, nats a token", *("" if v is None else f"{v:.3f}" for v in kl)])
+    named = "\n".join(f"{number}: {name}" for name, number in numbers.items())
+    return f"{named}\n" + text_table({"%": "left", **dict.fromkeys(numbers.values(), "right")}, rows)

@@ -184,7 +184,9 @@ class DriftCallback(TrainerCallback):
         self.reports[state.global_step], self.logged[state.global_step] = report, found
         logger.info("step %d: %s", state.global_step, {name: round(value, 4) for name, value in found.items()})
         if self.trainer is not None:
+            due = control.should_log  # logging takes the wish to log back, and the Trainer's own turn is still to come
             self.trainer.log(dict(found))
+            control.should_log = due
         else:
             state.log_history.append({**found, "step": state.global_step})
         for name, most in (("drift", self.max_drift), ("lost", self.max_lost)):

@@ -6,7 +6,7 @@ import logging
 import operator
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ class GuardMixin:
     every file; ``train(resume_from_checkpoint=...)`` restores the guard and refuses a checkpoint without its marker.
 
     Args:
-        guard: a :class:`~alignguard.Guard` on the model that is trained, or None.
+        guard: a :class:`~alignguard.Guard` on the model that is trained, or a function of model and tokenizer that makes
+            one (:func:`alignguard.make_guard`), called once the trainer has put its adapter on; None trains plainly.
 
     Raises:
         ValueError: an engine under accelerate that shards parameters so that the guard cannot read them (FSDP1, ZeRO-3),
@@ -116,8 +117,10 @@ class GuardMixin:
 
     model_accepts_loss_kwargs: bool
 
-    def __init__(self, *args: Any, guard: Guard | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, guard: Guard | Callable[[Any, Any], Guard] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if guard is not None and not isinstance(guard, Guard):
+            guard = guard(self.model, self.processing_class)  # type: ignore[attr-defined]
         if guard is not None:
             check_plugins(self.accelerator.state)  # type: ignore[attr-defined]
         self.guard = guard

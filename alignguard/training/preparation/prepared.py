@@ -140,7 +140,7 @@ def prepare(
     kept, longest = Examples(), config.max_length if guarded else max_length
     asked: list[dict[str, str]] | None = None
     if guarded or read_alignment:
-        kept, asked = _alignment(alignment_data, tokenizer, kind, longest)
+        kept, asked = alignment_rows(alignment_data, tokenizer, kind, longest)
     loaded = load_weights(model, trust_remote_code)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
@@ -176,10 +176,20 @@ def prepare(
     return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, steps, record)
 
 
-def _alignment(
+def alignment_rows(
     source: Source | None, tokenizer: Any, kind: str, longest: int
 ) -> tuple[Examples, list[dict[str, str]] | None]:
-    """The encoded rows that are to be kept, or the prompts that the model has to answer first."""
+    """The encoded rows that are to be kept, or the prompts that the model has to answer first.
+
+    Args:
+        source: rows, prompts, or None for packaged prompts.
+        tokenizer: of the model.
+        kind: of model.
+        longest: most tokens of a row.
+
+    Raises:
+        ValueError: bad rows, or prompts alone for a classifier.
+    """
     given = as_source(packaged_prompts() if source is None else source)
     if isinstance(given.source, Iterator):  # it is looked at twice
         given = replace(given, source=list(given.source))

@@ -92,8 +92,9 @@ def test_every_reporter_gets_it_where_the_trainer_is_given(tiny_llama, tokenizer
             self.got += [state.global_step] * ("driftcheck/refusal" in logs)
 
     reporter = Reporter()
-    train(adapted(tiny_llama), tokenizer, task_rows, tmp_path, [reporter, callback(trainer=True)])
+    trainer = train(adapted(tiny_llama), tokenizer, task_rows, tmp_path, [reporter, callback(trainer=True)])
     assert reporter.got == [0, 2, 4]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("limit", "why"), [({"max_drift": 1e-4}, "drift"), ({"max_lost": 0.0}, "lost")])

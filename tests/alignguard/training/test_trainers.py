@@ -1,5 +1,6 @@
 """The guard in every trainer: accumulation, processes, precision and checkpointing do not change the update."""
 
+import importlib
 import os
 import random
 from dataclasses import replace
@@ -251,23 +252,55 @@ def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, **more):
 
     subjects = ["the sea", "bread", "a song", "rain"]
     data = [{"prompt": f"write about {s}", "completion": f" Of course! {s}"} for s in subjects]
-    if kind == "DPO":
+    extra = {}
+    if kind in ("DPO", "ORPO"):
         data = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in data]
-    base = getattr(trl, f"{kind}Trainer")
+    elif kind == "KTO":
+        data = [{**r, "label": place % 2 == 0} for place, r in enumerate(data)]
+    elif kind == "GRPO":
+        data, extra = [{"prompt": r["prompt"]} for r in data], {"reward_funcs": _lengths}
+        more = {"num_generations": 2, "max_completion_length": 4, **more}
+    home = importlib.import_module("trl.experimental.orpo") if kind == "ORPO" else trl
+    base = getattr(home, f"{kind}Trainer")
     model = make(dtype=torch.float32)
     move(model, 0.05)
     settings = {k: v for k, v in SETTINGS.items() if k != "remove_unused_columns"}
-    arguments = getattr(trl, f"{kind}Config")(
+    if kind != "GRPO":
+        more = {"max_length": 64 if kind == "ORPO" else None, **more}
+    arguments = getattr(home, f"{kind}Config")(
         output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulate // world,
-        gradient_accumulation_steps=accumulate, max_length=None, activation_checkpointing=False,
+        gradient_accumulation_steps=accumulate, activation_checkpointing=False,
         **{**settings, "max_steps": 1, "bf16": False, **more},
     )  # fmt: skip
     trainer = type(f"Guard{kind}Trainer", (GuardMixin, base), {})(
         model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
-        guard=Guard(model, rows(2, (4,), seed=1), CONFIG) if guard else None,
+        guard=Guard(model, rows(2, (4,), seed=1), CONFIG) if guard else None, **extra,
     )  # fmt: skip
     trainer.train()
     return weights(model)
+
+
+def _lengths(completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO", "ORPO"])
+def test_the_guard_adds_the_penaltys_gradient_to_a_trl_trainers_step_and_nothing_else(
+    tokenizer, tmp_path, monkeypatch, kind, accumulate
+):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    added = _trl(tokenizer, tmp_path, accumulate, kind) - _trl(tokenizer, tmp_path, accumulate, kind, guard=False)
+    model = make(dtype=torch.float32)
+    move(model, 0.05)
+    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
+    guard.begin_run(1)
+    guard.begin_step(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(guard.penalty(), trained)])
+    expected = -SETTINGS["learning_rate"] * slope
+    assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])

@@ -1,0 +1,142 @@
+"""DriftCheck over HTTP against a server in a process of its own: the same figures, whatever goes wrong on the way."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from email.utils import formatdate
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from alignguard.cli import main
+from alignguard.drift import DriftReport, Endpoint, driftcheck, driftcheck_endpoint, load_prompts
+from alignguard.drift.endpoint import _retry_after
+from alignguard.embedded import model_path
+from alignguard.loading import load_model
+
+SERVER = Path(__file__).parents[2] / "helpers" / "chat_server.py"
+ROWS = [row for row in load_prompts(limit=3) if row["category"] != "capability"]
+
+
+@contextlib.contextmanager
+def serving(every=0):
+    process = subprocess.Popen([sys.executable, str(SERVER), str(every)], stdout=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def state(url):
+    with urlopen(f"{url}/asked") as response:
+        return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def expected():
+    model, tokenizer = load_model(model_path())
+    return driftcheck(model.eval(), tokenizer, ROWS, max_new_tokens=12)
+
+
+def told(report):
+    return [(row.id, row.text, row.verdict) for row in report.rows]
+
+
+def test_figures_are_those_of_the_model_itself(server, expected, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret")
+    found = driftcheck_endpoint(Endpoint(server, "embedded", "SOME_KEY", workers=3), ROWS, max_new_tokens=12)
+    assert told(found) == told(expected) and found.summary() == expected.summary()
+    assert state(server)["key"] == "Bearer secret" and state(server)["most"] <= 3
+
+
+def test_trouble_on_the_way_changes_nothing_but_the_tries(expected):
+    with serving(every=2) as url:
+        endpoint = Endpoint(url + "/v1", "embedded", wait=0.01, workers=2)
+        found = driftcheck_endpoint(endpoint, ROWS, max_new_tokens=12)
+        assert told(found) == told(expected)
+        counts = state(url)
+    assert counts["served"] == len(ROWS) < counts["asked"]
+
+
+def test_a_run_that_breaks_off_keeps_its_answers_and_asks_the_rest_alone(server, expected, tmp_path):
+    log = tmp_path / "answers.jsonl"
+    endpoint = Endpoint(server, "embedded", wait=0.0, tries=2, workers=1)
+    before = state(server)["served"]
+    asked = endpoint.answer
+
+    def then_down(prompt, tokens):
+        if state(server)["served"] >= before + 4:
+            urlopen(f"{server}/die/1").close()
+        return asked(prompt, tokens)
+
+    endpoint.answer = then_down
+    with pytest.raises(ConnectionError, match=r"503.*4 of 9 answers are kept"):
+        driftcheck_endpoint(endpoint, ROWS, max_new_tokens=12, resume=log)
+    urlopen(f"{server}/die/0").close()
+    found = driftcheck_endpoint(Endpoint(server, "embedded"), ROWS, max_new_tokens=12, resume=log)
+    assert told(found) == told(expected) and state(server)["served"] == before + len(ROWS)
+    with pytest.raises(ValueError, match="another model"):
+        driftcheck_endpoint(Endpoint(server, "other"), ROWS, max_new_tokens=12, resume=log)
+
+
+def test_what_no_second_try_mends_is_said_at_once(server):
+    asked = state(server)["asked"]
+    with pytest.raises(ValueError, match=r"404.*no model elsewhere"):
+        driftcheck_endpoint(Endpoint(server, "elsewhere", workers=1), ROWS[:1])
+    assert state(server)["asked"] == asked + 1
+    with pytest.raises(ConnectionError, match="in 2 tries"):
+        driftcheck_endpoint(Endpoint("http://127.0.0.1:9", "x", wait=0.0, tries=2), ROWS[:1])
+
+
+def test_requests_are_paced(server):
+    endpoint = Endpoint(server, "embedded", per_minute=600, workers=4)
+    begun = time.monotonic()
+    driftcheck_endpoint(endpoint, ROWS[:6], max_new_tokens=1)
+    assert time.monotonic() - begun > 0.5  # five pauses of a tenth of a second
+
+
+def test_the_command_writes_a_report_and_refuses_what_needs_the_weights(server, expected, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = [
+        "driftcheck",
+        "--endpoint",
+        server,
+        "--model",
+        "embedded",
+        "--prompts",
+        str(prompts),
+        "--max-new-tokens",
+        "12",
+    ]
+    assert main([*words, "--output", str(tmp_path / "r.json"), "--requests-per-minute", "6000"]) == 0
+    assert (
+        told(DriftReport.load(tmp_path / "r.json")) == told(expected)
+        and "unsafe prompts refused" in capsys.readouterr().out
+    )
+    assert not list(tmp_path.glob("*.answers.jsonl"))
+    for option, value in (("--adapter", str(tmp_path)), ("--task-data", "x"), ("--likelihoods", None), ("--base", "y")):
+        assert main([*words, option, *([value] if value else [])]) == 2
+        assert f"{option} needs the model's weights" in capsys.readouterr().err
+    assert main(["driftcheck", "--model", "m", "--requests-per-minute", "5"]) == 2
+    assert "--endpoint" in capsys.readouterr().err
+
+
+def test_where_requests_go_and_how_long_a_server_may_ask_to_wait():
+    for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/chat/completions"):
+        assert Endpoint(url, "m").address == "http://h:1/v1/chat/completions"
+    assert Endpoint("https://h/openai/v2", "m").address == "https://h/openai/v2/chat/completions"
+    with pytest.raises(ValueError, match="no http address"):
+        Endpoint("h:1", "m")
+    assert _retry_after("2.5") == 2.5 and _retry_after(None) is None and _retry_after("soon") is None
+    assert 5 < _retry_after(formatdate(time.time() + 10)) <= 10

@@ -1,0 +1,223 @@
+"""The guard in other people's trainers charges what it charges in ``fit``: each plugin by its tool's own protocol.
+
+Where a tool is not installed a stand-in of the few names that the plugin meets takes its place, so that what the plugin does
+is tested here, and what the tool does with it by the scripts in scripts/integrations/.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+
+import alignguard
+from alignguard import GuardConfig, GuardMixin, fit
+from alignguard.data import collator, encode_source
+from alignguard.integrations.options import Options
+from alignguard.loading import adapt
+from alignguard.training import DEFAULT_TRAINING
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+BLOCK = {"preset": "combined", "config": {"refresh_every": 2, "refresh_examples": 2, "kl_examples": 2, "kl_every": 1}}
+SETTINGS = {
+    **DEFAULT_TRAINING, "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "warmup_steps": 0,
+    "train_sampling_strategy": "sequential", "learning_rate": 0.02,
+}  # fmt: skip
+TERMS = ("alignguard/kl", "alignguard/alignment")
+
+
+@pytest.fixture
+def case(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    """What every run has in common, and what ``fit`` logs of it."""
+    path = tmp_path / "keep.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in alignment_rows))
+    options = Options.read({**BLOCK, "alignment_data": str(path)})
+    result = fit(
+        tiny_llama(layers=1), task_rows, str(path), options.guard_config(), tmp_path / "fit", tokenizer=tokenizer,
+        lora=LORA, training={k: v for k, v in SETTINGS.items() if k not in ("report_to", "disable_tqdm")}, max_length=64,
+    )  # fmt: skip
+    model = tiny_llama(layers=1)
+    set_seed(0)
+    return types.SimpleNamespace(
+        model=adapt(model, LORA),
+        rows=encode_source(task_rows, "task", tokenizer, "causal", 64),
+        path=path,
+        options=options,
+        history=result.history,
+        arguments=functools.partial(TrainingArguments, output_dir=str(tmp_path / "out"), use_cpu=True, **SETTINGS),
+    )
+
+
+def same(trainer, history):
+    """Loss and every term, step by step."""
+    found = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(found) == len(history) == SETTINGS["max_steps"]
+    assert history[-1]["alignguard/kl"] > 1e-4, "the guard must matter here, or the test shows nothing"
+    for mine, theirs in zip(history, found, strict=True):
+        for name in ("loss", *TERMS):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-7), name
+
+
+def go(trainer):
+    set_seed(0)
+    trainer.train()
+    return trainer
+
+
+def test_a_guard_made_in_the_trainer_is_fits(case, tokenizer):
+    class Mine(GuardMixin, Trainer):
+        pass
+
+    make = functools.partial(alignguard.make_guard, alignment_data=str(case.path), config=case.options.guard_config())
+    trainer = Mine(
+        model=case.model, args=case.arguments(remove_unused_columns=False), train_dataset=case.rows,
+        data_collator=collator(0, "causal"), processing_class=tokenizer, guard=make,
+    )  # fmt: skip
+    same(go(trainer), case.history)
+
+
+def test_trls_sft_trainer_is_fits_with_its_own_adapter_too(case, tokenizer, tiny_llama):
+    trl = pytest.importorskip("trl")
+    from peft import LoraConfig
+
+    class Guarded(GuardMixin, trl.SFTTrainer):
+        pass
+
+    settings = {name: value for name, value in SETTINGS.items() if name != "train_sampling_strategy"}
+    arguments = trl.SFTConfig(
+        output_dir=str(case.path.parent / "trl"), use_cpu=True, bf16=False, activation_checkpointing=False,
+        train_sampling_strategy="sequential", max_length=None, **settings,
+    )  # fmt: skip
+    data = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in case.rows])
+    make = functools.partial(alignguard.make_guard, alignment_data=str(case.path), config=case.options.guard_config())
+    trainer = Guarded(
+        model=tiny_llama(layers=1), args=arguments, train_dataset=data, processing_class=tokenizer, guard=make,
+        peft_config=LoraConfig(lora_alpha=16, task_type="CAUSAL_LM", **LORA),
+    )  # fmt: skip
+    assert len(trainer.guard.updates.matrices) == 7
+    trainer.model.load_state_dict(case.model.state_dict())  # TRL draws before it makes the adapter
+    same(go(trainer), case.history)
+
+
+# axolotl
+
+
+@pytest.fixture
+def axolotl(monkeypatch):
+    """axolotl's names that the plugin meets; its own where it is installed."""
+    try:
+        import axolotl.core.trainers
+        import axolotl.integrations.base  # noqa: F401
+    except ImportError:
+        base = types.ModuleType("axolotl.integrations.base")
+        base.BasePlugin = type("BasePlugin", (), {"__init__": lambda self: None})
+        trainers = types.ModuleType("axolotl.core.trainers")
+        trainers.AxolotlTrainer = type("AxolotlTrainer", (Trainer,), {})
+        for name in ("axolotl", "axolotl.integrations", "axolotl.core"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, base.__name__, base)
+        monkeypatch.setitem(sys.modules, trainers.__name__, trainers)
+        monkeypatch.delitem(sys.modules, "alignguard.integrations.axolotl", raising=False)
+    import alignguard.integrations.axolotl as plugin
+
+    return plugin
+
+
+def test_the_axolotl_plugin_trains_as_fit_does_and_reports_afterwards(axolotl, case, tokenizer, tmp_path):
+    plugin = axolotl.AlignGuardPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    arguments = getattr(sys.modules[module], name)
+    block = {**BLOCK, "alignment_data": str(case.path), "drift_every": 2, "limit": 1}
+    cfg = {"alignguard": arguments(alignguard=block).alignguard, "output_dir": str(tmp_path / "out")}
+    kind = plugin.get_trainer_cls(cfg)
+    trainer = kind(
+        model=case.model, args=case.arguments(remove_unused_columns=False), train_dataset=case.rows,
+        data_collator=collator(0, "causal"), processing_class=tokenizer,
+    )  # fmt: skip
+    for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
+        trainer.add_callback(callback)
+    same(go(trainer), case.history)
+    assert [entry["step"] for entry in trainer.state.log_history if "driftcheck/drift" in entry] == [0, 2, 3]
+    (tmp_path / "out").mkdir(exist_ok=True)
+    plugin.post_train(cfg, trainer.model)
+    report = alignguard.DriftReport.load(tmp_path / "out" / "driftcheck.json")
+    assert {row.category for row in report.rows} == {"unsafe", "borderline", "ordinary", "capability"}
+
+
+def test_the_axolotl_plugin_names_what_it_cannot_guard(axolotl):
+    plugin = axolotl.AlignGuardPlugin()
+    curvature = {"alignguard": {"preset": "curvature"}}
+    with pytest.raises(ValueError, match="lora_mlp_kernel to false"):
+        plugin.get_trainer_cls({**curvature, "lora_mlp_kernel": True})
+    assert plugin.get_trainer_cls({"lora_mlp_kernel": True})  # KL alone reads no layer
+    with pytest.raises(ValueError, match="dpo trainer"):
+        plugin.get_trainer_cls({"rl": "dpo"})
+    with pytest.raises(ValueError, match="unknown options"):
+        axolotl.AlignGuardArgs(alignguard={"lambda": 3})
+
+
+# ms-swift
+
+
+def test_the_swift_plugin_puts_the_guard_into_its_factory(case, tokenizer, monkeypatch, tmp_path):
+    module = types.ModuleType("swift.trainers.trainer_factory")
+
+    class SwiftTrainer(Trainer):
+        """Takes its tokenizer from a template, as ms-swift's trainers do."""
+
+        def __init__(self, *args, template, **kwargs):
+            super().__init__(*args, processing_class=template.tokenizer, **kwargs)
+
+    class TrainerFactory:
+        @classmethod
+        def get_trainer_cls(cls, args):
+            return SwiftTrainer
+
+    module.TrainerFactory = TrainerFactory
+    for name in ("swift", "swift.trainers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    options = tmp_path / "guard.yaml"
+    options.write_text(yaml.safe_dump({**BLOCK, "alignment_data": str(case.path)}))
+    monkeypatch.setenv("ALIGNGUARD", str(options))
+    from alignguard.integrations.ms_swift import register
+
+    register()
+    kind = TrainerFactory.get_trainer_cls(None)
+    assert kind.__name__ == "SwiftTrainer"
+    trainer = kind(
+        model=case.model, args=case.arguments(remove_unused_columns=False), train_dataset=case.rows,
+        data_collator=collator(0, "causal"), template=types.SimpleNamespace(tokenizer=tokenizer),
+    )  # fmt: skip
+    same(go(trainer), case.history)
+
+
+def test_a_command_prints_the_swift_plugins_file():
+    said = subprocess.run(
+        [sys.executable, "-m", "alignguard.integrations.ms_swift"], capture_output=True, text=True, check=True
+    )
+    path = Path(said.stdout.strip())
+    assert path.is_file() and [entry.name for entry in path.parent.glob("*.py")] == [path.name]
+
+
+# options
+
+
+def test_options_are_checked_by_name(tmp_path):
+    assert Options.read(None) == Options() and Options().guard_config() == GuardConfig()
+    assert Options.read({"preset": "curvature"}).guard_config().reads_fisher
+    for given, words in (
+        ({"presett": "x"}, "unknown options"),
+        ({"preset": "x"}, "preset must be one of"),
+        ({"config": {"lambda_kl": -1}}, "lambda_kl"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Options.read(given)
+    with pytest.raises(TypeError, match="options and values"):
+        Options.read([1])
