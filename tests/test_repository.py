@@ -77,3 +77,9 @@ def test_a_stranger_finds_the_rooms():
     for package in ("fishergeo", "alignguard"):
         folders = {path.parent for path in (ROOT / package).rglob("*.py")}
         assert all(len(list(folder.glob("*.py"))) <= 11 for folder in folders)
+
+
+def test_no_two_test_files_are_named_alike():
+    # Without packages pytest imports them by these names alone.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
