@@ -7,10 +7,9 @@
 Influence: EKFAC and pairwise scores of the embedded model's decoder matrices, beside kronfluence. Laplace: KFAC of a small
 classifier, its evidence and its predictive covariance, beside laplace-torch. Merging: two copies of the embedded model,
 each trained on a task of its own, merged by every rule; MaTS' formula is written out, TIES is peft's. Pruning: two of four
-weights of every matrix of the last block removed, by magnitude, by OBD and by OBS. Each work runs in a process of its own, one
-thread, in float32; seconds are processor time, megabytes the growth of the process's peak, one
-run each. What cannot be imported
-is named in the result. Parts that ``--only`` leaves out stay in the file as they were.
+weights of every matrix of the last block removed, by magnitude, by OBD and by OBS. Works that are timed beside
+a peer's run in a process each, one thread, in float32, once; seconds are processor time, megabytes the growth of the
+process's peak. A peer that cannot be imported is named in the result. Parts that ``--only`` leaves out stay in the file as they were.
 """
 
 from __future__ import annotations

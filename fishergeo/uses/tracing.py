@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishergeo import _storage
 from fishergeo._checks import check_integer
 from fishergeo.capture import indexed, padding_mask, to_device
-from fishergeo.estimation import DataKeywords, DataOptions, Fisher, chosen_options, estimate_fisher
+from fishergeo.estimation import DataKeywords, DataOptions, chosen_options, estimate_fisher
 from fishergeo.operators import ExactOperator, JointFisher, SymmetricOperator
 from fishergeo.uses.weights import Curvature, damped_inverse, layers_of, mark_of
 
@@ -129,7 +129,7 @@ def influence(
     inverses = {name: damped_inverse(name, fisher[name], level) for name, level in levels.items()}
     facts = {
         "model": mark_of(model, fisher),
-        "structure": fisher.header.structure if isinstance(fisher, Fisher) else "given",
+        "fisher": {name: [type(fisher[name]).__name__, float(fisher[name].trace())] for name in layers},
         "damping": levels,
         "data": _facts(options),
         "queries": _facts(asked),
@@ -282,6 +282,7 @@ def _read(file: Path, facts: Mapping[str, Any]) -> tuple[Influence, int]:
     theirs = stored.header.get("influence", {})
     for key, value in json.loads(json.dumps(facts)).items():
         if theirs.get(key) != value:
-            raise ValueError(f"{file}: made with another {key} ({theirs.get(key)!r}, now {value!r}); take another path")
+            there, here = (repr(one)[:60] for one in (theirs.get(key), value))
+            raise ValueError(f"{file}: made with another {key} ({there}, now {here}); take another path")
     tokens = stored.tensor("tokens") if facts["tokens"] else None
     return Influence(stored.tensor("values"), stored.tensor("examples"), tokens), int(stored.header["count"])

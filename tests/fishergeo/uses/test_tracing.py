@@ -158,6 +158,9 @@ def test_blocks_on_disk_are_read_and_not_made_again(tmp_path, monkeypatch):
         ask(damping=0.2)
     with pytest.raises(ValueError, match="made with another top"):
         ask(damping=0.1, top=2)
+    fisher = estimated(model, examples(9, seed=3), "kfac")
+    with pytest.raises(ValueError, match="made with another fisher"):
+        ask(damping=0.1)
 
 
 def test_what_is_refused_is_named():
