@@ -22,7 +22,7 @@ FIGURE = re.compile(r"<figure>\s*<svg[^>]*>\s*<title[^>]*>([^<]{40,})</title>")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 # Tutorials that still wait for their pictures, reasons and exercises: a name goes when its page is rewritten.
-PLAIN = {"drift-budget", "guard", "machines", "penalty", "trl"}
+PLAIN = {"drift-budget", "trl"}
 
 
 def is_lesson(page):
