@@ -124,7 +124,7 @@ def fit_scaling_law(
     Returns:
         the fit; ``unidentified`` names parameters that the data leave open: one model size cannot give α nor one
         amount β, three values of a factor are the least that tells an exponent from an offset, and an interval that is
-        very wide or leans on a bound is said to be so.
+        wide or leans on a bound is said to be so.
 
     Raises:
         ValueError: sequences of unequal length, fewer than five observations, sizes or amounts that are not positive.

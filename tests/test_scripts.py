@@ -1,4 +1,4 @@
-"""Scripts that make testbeds: a mixture of experts that begins by saying what its dense model says."""
+"""Scripts: a mixture of experts that begins by saying what its dense model says, and the prose of pages and docstrings."""
 
 import importlib.util
 from pathlib import Path
@@ -31,3 +31,18 @@ def test_an_upcycled_mixture_says_what_the_dense_model_says(experts, chosen, tie
     with torch.no_grad():
         mixture.model.layers[0].mlp.experts.down_proj[0] += 1.0
     assert not torch.allclose(mixture(ids).logits, dense(ids).logits, atol=1e-2)
+
+
+def test_prose_is_what_is_left_of_a_page_without_code_and_stays_on_its_line():
+    page = "One `code` word.\n\n```python\nvery = 1\n```\n\n| a table | very |\nSee [this](very.md) \\(very\\) and\n  ```sh\n  very\n  ```\nend."
+    left = script("prose").prose(page).split("\n")
+    assert left[0] == "One X word." and left[7] == "See [thisX X and" and left[11] == "end."
+    assert not any("very" in line for line in left) and len(left) == page.count("\n") + 1
+
+
+def test_docstrings_stay_on_their_lines():
+    code = '"""Module."""\nx = "very"\n\n\ndef f():\n    """First.\n\n    Second.\n    """\n    return "very"\n'
+    left = script("prose").docstrings(code).split("\n")
+    assert (left[0], left[5].strip(), left[7].strip()) == ("Module.", "First.", "Second.") and "very" not in "".join(
+        left
+    )

@@ -39,7 +39,7 @@ def plan_batches(
 ) -> list[PromptBatch]:
     """Render prompts with the chat template and group them by length, longest first.
 
-    The plan depends on the prompts and the batch size alone, so a run that is resumed sees the very same batches, and
+    The plan depends on the prompts and the batch size alone, so a run that is resumed sees the same batches, and
     the longest batch, which needs the most memory, comes first.
 
     Args:

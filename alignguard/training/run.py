@@ -82,7 +82,7 @@ def train(
         resume: go on from the last complete checkpoint of the same run, or start if there is none.
         progress: show progress bars and the table of what is guarded.
         verbose: give every guarded matrix a line of that table, not every kind of layer.
-        trained: folder of an adapter that these very arguments left without the rival; it is taken in place of
+        trained: folder of an adapter that these same arguments left without the rival; it is taken in place of
             training, and the rival acts on that.
 
     Returns:

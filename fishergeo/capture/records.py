@@ -24,7 +24,7 @@ class Record:
         inputs: (n, T, q), zero at padding; the model's dtype.
         gradients: (n, T, p), of the batch's summed objective with respect to the layer's outputs; zero at padding.
         mask: (n, T) bool, False at padding, or None where every position counts.
-        source: equal for layers whose ``inputs`` are the very same in this batch, such as q, k and v.
+        source: equal for layers whose ``inputs`` are one tensor in this batch, such as q, k and v.
     """
 
     name: str

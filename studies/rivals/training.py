@@ -99,7 +99,7 @@ def train_rival(
         overwrite: allow an output folder that holds something.
         max_length: longest example in tokens.
         seed: seed of the adapter's start, the data order and the rival.
-        trained: folder of the adapter that plain LoRA left with these very arguments. A rival that acts after training
+        trained: folder of the adapter that plain LoRA left with these same arguments. A rival that acts after training
             alone goes on from it, and nothing is trained.
 
     Returns:

@@ -36,7 +36,7 @@ class Metric:
 
 
 def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> bool:
-    """Whether :func:`metric_of` can tell: torch's SGD, Adam and AdamW, which step these very weights.
+    """Whether :func:`metric_of` can tell: torch's SGD, Adam and AdamW, which step these same weights.
 
     Args:
         optimizer: any.

@@ -53,7 +53,7 @@ class Kind:
         raise NotImplementedError
 
     def refusal(self, module: nn.Module) -> str | None:
-        """Why this very module cannot be captured, or None."""
+        """Why this one module cannot be captured, or None."""
         return None
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
