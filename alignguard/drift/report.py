@@ -179,7 +179,7 @@ class DriftReport:
         }
 
     def kappa(self, other: DriftReport | None = None) -> float | None:
-        """Cohen's κ (1960) of the judge with the rules, or with the judge of another report on the very same answers.
+        """Cohen's κ (1960) of the judge with the rules, or with the judge of another report on the same answers.
 
         Args:
             other: report whose judge is the second; None takes the rules' verdicts beside this one's.
