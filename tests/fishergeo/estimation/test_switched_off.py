@@ -1,18 +1,19 @@
 """What is mended stays found: with each mending switched off, the proof of the first batch names the layer.
 
 Mendings of the objective itself (what labels mean, where they stand) are none of these: autograd differentiates the same
-objective. They are held against the model's own loss in ``tests/fishergeo/capture/test_labels.py``.
+objective. They are held against the model's own loss, here and in ``tests/fishergeo/capture/test_labels.py``.
 """
 
 import pytest
 import torch
 import transformers as hf
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
 import fishergeo as fg
 from fishergeo.capture import hooks, records
 from fishergeo.capture.kinds import convolutions, known, norms
-from fishergeo.capture.objectives import labels
+from fishergeo.capture.objectives import by_kind, labels
 from fishergeo.estimation import sweep
 
 X = torch.randn(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -270,6 +271,84 @@ def test_without_the_proof_as_many_images_as_examples_are_taken_for_one_each():
     (g,) = torch.autograd.grad(model(**first).loss, model.get_submodule(name).weight)
     want = (g.square() / 2).flatten()  # the example of text alone adds nothing
     assert (got - want).norm() > 1e-3 * want.norm()
+
+
+def llama():
+    config = hf.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).double().eval()
+
+
+def own_loss_gram(model, batch, name):
+    want = 0
+    for i in range(len(batch["labels"])):
+        one = {key: value[i : i + 1] for key, value in batch.items()}
+        (g,) = torch.autograd.grad(model(**one).loss, model.get_submodule(name).weight)
+        want = want + g @ g.T / len(batch["labels"])
+    return want
+
+
+def test_without_the_proof_padding_that_is_supervised_counts_in_the_objective_alone():
+    torch.manual_seed(0)
+    model, name = llama(), "model.layers.0.mlp.down_proj"
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    ids = torch.where(mask > 0, IDS, 0)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}  # pads are labels too, by mistake
+    with pytest.raises(RuntimeError, match="padding counts"):
+        fg.estimate_fisher(model, [batch], "gram", layers=[name])
+    got = fg.estimate_fisher(model, [batch], "gram", layers=[name], verify=False)[name].to_dense()
+    want = own_loss_gram(model, batch, name)
+    assert (got - want).norm() > 1e-3 * want.norm()
+
+
+def unshifted():
+    config = hf.XLMConfig(vocab_size=50, emb_dim=16, n_layers=1, n_heads=2)
+    return hf.XLMWithLMHeadModel(config).double().eval(), "transformer.ffns.0.lin1"
+
+
+def virtual():
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).double().eval()
+    name = "base_model.model.layers.0.mlp.down_proj"
+    model.get_submodule(name).weight.requires_grad_(True)
+    return model, name
+
+
+@pytest.mark.parametrize("fault", [unshifted, virtual])
+def test_without_the_models_own_loss_labels_stand_where_the_class_name_says(fault, monkeypatch):
+    torch.manual_seed(0)
+    model, name = fault()
+    batch = {"input_ids": IDS, "labels": IDS.clone()}
+
+    def error():
+        got = fg.estimate_fisher(model, [batch], "gram", layers=[name])[name].to_dense()
+        want = own_loss_gram(model, batch, name)
+        return float((got - want).norm() / want.norm())
+
+    assert error() < 1e-5
+    monkeypatch.setattr(sweep, "label_alignment", lambda model, batch: "next")
+    assert error() > 1e-3
+
+
+def test_without_the_models_problem_type_floating_labels_are_regressed_on(monkeypatch):
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3,
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    model = hf.BertForSequenceClassification(config).double().eval()
+    batch = {"input_ids": IDS, "labels": torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]]).double()}
+
+    def error():
+        got = fg.estimate_fisher(model, [batch], "gram", layers="classifier")["classifier"].to_dense()
+        want = own_loss_gram(model, batch, "classifier")
+        return float((got - want).norm() / want.norm())
+
+    assert error() < 1e-10
+    monkeypatch.setattr(by_kind, "problem_type", lambda *a: "regression")
+    assert error() > 1e-3
 
 
 @pytest.mark.parametrize("inside", ["grad", "backward", "jacobian"])
