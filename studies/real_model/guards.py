@@ -106,7 +106,7 @@ def _home(data: str | Path, split: str, count: int) -> list[dict[str, str]]:
 
 
 def _alignment(data: str | Path, counts: Mapping[str, int]) -> list[dict[str, str]]:
-    found = _home(data, "train", counts["unsafe"])
+    found = [*_home(data, "train", counts["unsafe"])]
     half = counts.get("borderline", 0) // 2
     contrast = borderline.drawn(borderline.KINDS, "train", half, 0) if half else []
     hard = [row["prompt"] for row in rows.hashed(rows.hard(data, "train"), 0)[:half]]

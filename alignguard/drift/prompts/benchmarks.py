@@ -73,17 +73,17 @@ def recognised(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         where: name of the source and number of the row in it, which name it where the file does not.
 
     Returns:
-        The row itself where no benchmark has its columns.
+        The row under DriftCheck's names, with its ``source``; the row itself where no benchmark has its columns.
     """
     columns = set(row)
     if "forbidden_prompt" in columns:
-        return _strongreject(row, where)
+        return {**_strongreject(row, where), "source": "StrongREJECT"}
     if "Behavior" in columns:
-        return _harmbench(row, where)
+        return {**_harmbench(row, where), "source": "HarmBench"}
     if {"turns", "question_id"} <= columns:
-        return _sorry_bench(row, where)
+        return {**_sorry_bench(row, where), "source": "SORRY-Bench"}
     if {"prompt", "type"} <= columns and "category" not in columns:
-        return _xstest(row, where)
-    if "prompt" in columns and row.get("category") in OR_BENCH:
-        return _or_bench(row, where)
+        return {**_xstest(row, where), "source": "XSTest"}
+    if "prompt" in columns and str(row.get("category")) in OR_BENCH:
+        return {**_or_bench(row, where), "source": "OR-Bench"}
     return row
