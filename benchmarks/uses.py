@@ -364,8 +364,9 @@ def merging(count: int, epochs: int) -> dict[str, Any]:
 
 def pruning(count: int) -> dict[str, Any]:
     model, tokenizer, layers = subject()
-    rows = rows_of(tokenizer, "task_train", lambda s: True, count)
-    train, test = batched(rows, 16), batched(rows_of(tokenizer, "task_test", lambda s: True, 48), 16)
+    # Rows of the kind that the model was trained on: the quadratic form has no linear term, so it must be near an optimum.
+    rows, held = (rows_of(tokenizer, name, lambda s: True, n) for name, n in (("alignment", count), ("validation", 48)))
+    train, test = batched(rows, 16), batched(held, 16)
     layers = layers[-7:]
     fisher = fg.estimate_fisher(model, train, "kfac", layers=layers, reduction="sum")
     damping = {n: 1e-2 * float(fisher[n].trace()) / fisher[n].shape[0] for n in layers}
