@@ -16,7 +16,7 @@ turns = ({"role": "user", "content": "prompt"}, {"role": "assistant", "content":
 rows = [{"messages": [{**turn, "content": row[turn["content"]]} for turn in turns]} for row in read_jsonl(data_path("task_train"))[:64]]
 (Path(sys.argv[1]) / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 PYTHON
-printf 'alignment_data: %s\ndrift_every: 5\nlimit: 8\n' "$ALIGNMENT" > "$OUT/guard.yaml"
+printf 'alignment_data: %s\nconfig: {kl_every: 1, kl_memory: 0}\ndrift_every: 5\nlimit: 8\n' "$ALIGNMENT" > "$OUT/guard.yaml"
 ALIGNGUARD="$OUT/guard.yaml" swift sft --model "$MODEL" --model_type llama --template dummy --use_hf true \
   --dataset "$OUT/task.jsonl" --tuner_type lora --lora_rank 8 --target_modules all-linear --torch_dtype float32 \
   --max_steps 10 --per_device_train_batch_size 8 --logging_steps 1 --max_length 128 --output_dir "$OUT/out" \

@@ -24,6 +24,7 @@ class GuardSFTTrainer(alignguard.GuardMixin, SFTTrainer):
 
 
 model, tokenizer = load_model(model_path())
+every_step = alignguard.GuardConfig(kl_every=1, kl_memory=0)  # so that ten steps show it
 rows = read_jsonl(data_path("task_train"))[:64]
 trainer = GuardSFTTrainer(
     model=model,
@@ -34,7 +35,7 @@ trainer = GuardSFTTrainer(
     train_dataset=Dataset.from_list([{"prompt": r["prompt"], "completion": r["response"]} for r in rows]),
     processing_class=tokenizer,
     peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    guard=partial(alignguard.make_guard, alignment_data=data_path("alignment")),
+    guard=partial(alignguard.make_guard, alignment_data=data_path("alignment"), config=every_step),
 )
 trainer.add_callback(alignguard.DriftCallback(every=5, limit=8, tokenizer=tokenizer, trainer=trainer))
 trainer.train()
