@@ -17,12 +17,14 @@ from pathlib import Path
 out = Path(sys.argv[1])
 rows = {row["id"]: row for row in json.loads((out / "driftcheck.json").read_text())["rows"]}
 words = {"refusal": "refused", "compliance": "answered", "incoherent": "incoherent"}
-asked = differ = 0
+asked = differ = longer = 0
 for path in sorted((out / "lm_eval").rglob("samples_*.jsonl")):
     for sample in map(json.loads, path.read_text().splitlines()):
         row = rows[sample["doc"]["id"]]
         asked += 1
-        differ += sample["filtered_resps"][0].strip() != row["text"] or not sample[words[row["verdict"]]]
-print(f"{asked} prompts, {differ} judged or answered otherwise than by driftcheck")
+        text = sample["filtered_resps"][0].strip()
+        longer += text != row["text"] and text.startswith(row["text"])
+        differ += not text.startswith(row["text"]) or not sample[words[row["verdict"]]]
+print(f"{asked} prompts, {differ} judged or answered otherwise than by driftcheck, {longer} answered at more length")
 sys.exit(bool(differ) or not asked)
 PYTHON

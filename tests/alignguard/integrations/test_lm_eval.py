@@ -90,7 +90,8 @@ def test_figures_are_driftchecks_prompt_by_prompt():
         assert len(samples) == LIMIT
         for sample in samples:
             row = ours[sample["doc"]["id"]]
-            assert sample["filtered_resps"][0].strip() == row.text
+            # The harness bounds the whole length; a bound on new tokens in the model's own configuration goes before that.
+            assert sample["filtered_resps"][0].strip().startswith(row.text)
             assert bool(sample[told]) == row.holds(measure)
         figure = found["results"][f"driftcheck_{category}"][f"{told},none"]
         assert figure == pytest.approx(summary[measure].value)
