@@ -84,15 +84,17 @@ class Memory:
         with torch.no_grad():
             roots = self._roots(weights[0])
             moved, overlaps = torch.zeros_like(roots), torch.zeros(len(roots), len(roots)).to(roots)
+            steps = []
             for rows, weight, one in zip(self._rows(weights), weights, metric, strict=True):
                 moved += rows @ weight.flatten()
-                scaled = rows / roots[:, None]
-                overlaps += (scaled * one.steps(rows)) @ scaled.T
+                steps.append(one.steps(rows))
+                overlaps += (rows * steps[-1]) @ rows.T
+            overlaps /= torch.outer(roots, roots)
             residuals = roots + (moved - self._offsets(roots)) / roots
             share = strength / len(roots)
             pull = torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals) / roots
-            for rows, weight, one in zip(self._rows(weights), weights, metric, strict=True):
-                weight -= ((pull @ rows) * one.steps(rows)).view_as(weight)
+            for rows, weight, step in zip(self._rows(weights), weights, steps, strict=True):
+                weight -= ((pull @ rows) * step).view_as(weight)
 
     def state(self) -> list[dict[str, Any]]:
         """The readings, for a checkpoint."""
@@ -113,14 +115,16 @@ class Memory:
         for one in kept:
             if one["gradient"].shape != (size,):
                 raise ValueError(f"a remembered gradient is of {one['gradient'].numel()} weights, and {size} train")
-            self._kept.append(_Reading(float(one["value"]), one["gradient"], float(one["offset"])))
+            gradient = one["gradient"]
+            kept_as = gradient if gradient.dtype == torch.float64 else gradient.bfloat16()
+            self._kept.append(_Reading(float(one["value"]), kept_as, float(one["offset"])))
 
     def _rows(self, weights: Sequence[Tensor]) -> Any:
         """Of each weight in turn the readings' gradients, (readings, numel), in its dtype: never all at once."""
         start = 0
         for weight in weights:
             end = start + weight.numel()
-            yield torch.stack([one.gradient[start:end].to(weight.dtype) for one in self._kept])
+            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(weight.dtype)
             start = end
 
     def _roots(self, like: Tensor) -> Tensor:

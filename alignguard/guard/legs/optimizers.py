@@ -30,9 +30,9 @@ class Metric:
         """
         if self.scale is None:
             return self.rate
-        return self.rate / torch.maximum(self.scale.flatten().to(rows.dtype), rows.square().mean(0).sqrt()).clamp_min(
-            _TINY
-        )
+        return self.rate / torch.maximum(
+            self.scale.flatten().to(rows.dtype), (rows * rows).sum(0).div_(len(rows)).sqrt_()
+        ).clamp_min(_TINY)
 
 
 def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> bool:
