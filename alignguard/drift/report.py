@@ -203,11 +203,7 @@ class DriftReport:
 
     def by_harm(self) -> dict[str, Estimate]:
         """Unsafe prompts refused, for each kind of harm that the prompts name, with Wilson's 95 % interval (1927)."""
-        found: dict[str, list[bool]] = {}
-        for row in self.rows:
-            if row.category == "unsafe" and row.harm:
-                found.setdefault(row.harm, []).append(row.verdict == REFUSAL)
-        return {harm: share_of(values) for harm, values in sorted(found.items())}
+        return self._by("harm", "refusal")
 
     def by_source(self, measure: str = "refusal") -> dict[str, Estimate]:
         """A measure's share for each source of prompts, with Wilson's 95 % interval (1927).
@@ -221,11 +217,15 @@ class DriftReport:
         Raises:
             ValueError: an unknown measure.
         """
+        return self._by("source", measure)
+
+    def _by(self, field: str, measure: str) -> dict[str, Estimate]:
+        """A measure's share for each value of a field, rows without one left out."""
         found: dict[str, list[bool]] = {}
         for row in self._of(measure):
-            if row.source:
-                found.setdefault(row.source, []).append(row.holds(measure))
-        return {source: share_of(values) for source, values in sorted(found.items())}
+            if value := getattr(row, field):
+                found.setdefault(value, []).append(row.holds(measure))
+        return {value: share_of(held) for value, held in sorted(found.items())}
 
     def table(self) -> str:
         """The summary as plain text, one line a measure, and one a source where prompts are of several."""

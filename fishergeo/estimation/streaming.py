@@ -99,9 +99,8 @@ class StreamingFisher:
         weight = next(iter(self.layers.values())).weight
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.device = weight.device
-        self._optional = (
-            layers is None and verify
-        )  # only the proof tells a layer without a part from one read elsewhere
+        # Only the proof tells a layer that has no part in the objective from one that is read elsewhere.
+        self._optional = layers is None and verify
         self._unreached: set[str] = set()
         self._layouts = {name: Layout(name, *layer.shape, self.data.unit, side) for name, layer in self.layers.items()}
         self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}
@@ -163,7 +162,8 @@ class StreamingFisher:
 
     def _pass(self, accumulators: Mapping[str, Accumulator]) -> None:
         """Feeds the accumulators once; only their layers get hooks, so back-propagation stops at the first of them."""
-        layers = {name: self.layers[name] for name in self.layers if name in accumulators.keys() - self._unreached}
+        named = accumulators.keys() - self._unreached
+        layers = {name: layer for name, layer in self.layers.items() if name in named}
         if not layers:
             return
         verify = self.verify and not self._proven.issuperset(layers)

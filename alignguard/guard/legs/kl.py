@@ -22,7 +22,6 @@ from alignguard.guard.schedule import DriftBudget
 
 _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth remembering
 
-
 _RECENT = 6  # readings by whose trend the leg believes the drift to be what it is
 
 _COMPARED = 8  # readings over which belief and drift are compared
@@ -60,8 +59,7 @@ class KLLeg(Leg):
     ) -> None:
         super().__init__(rows, config, budget)
         self.reference, self._remembers = reference, remembers
-        memory = config.kl_schedule(remembers)[1]
-        self._memory = Memory(memory)
+        self._memory = Memory(config.kl_schedule(remembers)[1])
         self.apart = False  # what is remembered acts beside the loss
         self._read_before: deque[float] = deque(maxlen=_RECENT)  # nats a response
         self._compared: deque[tuple[float, float]] = deque(maxlen=_COMPARED)

@@ -56,7 +56,7 @@ class Memory:
             gradient: its slope in the weights end to end.
             weights: where it was read.
         """
-        kept = gradient if gradient.dtype == torch.float64 else gradient.bfloat16()
+        kept = _compact(gradient)
         parts = kept.split([weight.numel() for weight in weights])
         with torch.no_grad():
             offset = sum(float(part.to(w.dtype) @ w.flatten()) for part, w in zip(parts, weights, strict=True))
@@ -83,14 +83,14 @@ class Memory:
             return
         with torch.no_grad():
             roots = self._roots(weights[0])
-            moved, overlaps = torch.zeros_like(roots), torch.zeros(len(roots), len(roots)).to(roots)
+            products, overlaps = torch.zeros_like(roots), torch.zeros(len(roots), len(roots)).to(roots)
             steps = []
             for rows, weight, one in zip(self._rows(weights), weights, metric, strict=True):
-                moved += rows @ weight.flatten()
+                products += rows @ weight.flatten()
                 steps.append(one.steps(rows))
                 overlaps += (rows * steps[-1]) @ rows.T
             overlaps /= torch.outer(roots, roots)
-            residuals = roots + (moved - self._offsets(roots)) / roots
+            residuals = self._residuals(roots, products)
             share = strength / len(roots)
             pull = torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals) / roots
             for rows, weight, step in zip(self._rows(weights), weights, steps, strict=True):
@@ -115,9 +115,7 @@ class Memory:
         for one in kept:
             if one["gradient"].shape != (size,):
                 raise ValueError(f"a remembered gradient is of {one['gradient'].numel()} weights, and {size} train")
-            gradient = one["gradient"]
-            kept_as = gradient if gradient.dtype == torch.float64 else gradient.bfloat16()
-            self._kept.append(_Reading(float(one["value"]), kept_as, float(one["offset"])))
+            self._kept.append(_Reading(float(one["value"]), _compact(one["gradient"]), float(one["offset"])))
 
     def _rows(self, weights: Sequence[Tensor]) -> Any:
         """Of each weight in turn the readings' gradients, (readings, numel), in its dtype: never all at once."""
@@ -130,8 +128,13 @@ class Memory:
     def _roots(self, like: Tensor) -> Tensor:
         return (2 * like.new_tensor([one.value for one in self._kept])).sqrt()
 
-    def _offsets(self, like: Tensor) -> Tensor:
-        return like.new_tensor([one.offset for one in self._kept])
+    def _residuals(self, roots: Tensor, products: Tensor) -> Tensor:
+        """ρ of each reading, of the products ⟨g, θ⟩."""
+        return roots + (products - roots.new_tensor([one.offset for one in self._kept])) / roots
+
+
+def _compact(gradient: Tensor) -> Tensor:
+    return gradient if gradient.dtype == torch.float64 else gradient.bfloat16()
 
 
 class _Recalled(torch.autograd.Function):
@@ -140,10 +143,10 @@ class _Recalled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, memory: Memory, *weights: Tensor) -> Tensor:
         roots = memory._roots(weights[0])
-        moved = torch.zeros_like(roots)
+        products = torch.zeros_like(roots)
         for rows, weight in zip(memory._rows(weights), weights, strict=True):
-            moved += rows @ weight.flatten()
-        residuals = roots + (moved - memory._offsets(roots)) / roots
+            products += rows @ weight.flatten()
+        residuals = memory._residuals(roots, products)
         ctx.memory, ctx.weights, ctx.slopes = memory, weights, residuals / roots / len(roots)
         return residuals.square().mean() / 2
 
