@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -20,7 +18,7 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
-from alignguard.drift.generation import Answers
+from alignguard.drift.generation import Answers, asked_digest
 from alignguard.drift.judges import Judge
 from alignguard.drift.prompts import Prompts, load_prompts
 from alignguard.drift.report import DriftReport
@@ -191,7 +189,7 @@ def driftcheck_endpoint(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "endpoint": endpoint.address, "model": endpoint.model}
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
-    answers = Answers(resume, _fingerprint(rows, settings) if resume is not None else "")
+    answers = Answers(resume, asked_digest(rows, settings).hexdigest() if resume is not None else "")
     left = [row for row in rows if row["id"] not in answers.known]
 
     def ask(row: dict[str, Any]) -> str:
@@ -217,8 +215,3 @@ def driftcheck_endpoint(
                 raise ConnectionError(f"{error}{kept}") from error
             raise
     return DriftReport(judged_rows(rows, [answers.known[row["id"]] for row in rows], judge, settings), settings)
-
-
-def _fingerprint(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
-    told = json.dumps([settings, [[row["id"], row["prompt"]] for row in rows]])
-    return hashlib.sha256(told.encode()).hexdigest()

@@ -141,15 +141,20 @@ def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens:
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
+def asked_digest(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> Any:
+    """A SHA-256 of prompts and settings, to which more may be added."""
+    return hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"]] for r in rows]]).encode())
+
+
 def fingerprint(model: Any, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
     """What answers depend on: weights (by sums, cheap and enough to tell two runs apart), prompts and settings."""
-    digest = hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"]] for r in rows]]).encode())
+    digest = asked_digest(rows, settings)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             flat = weight.detach().double() if weight.is_floating_point() else weight.detach()
             digest.update(f"{name} {tuple(weight.shape)} {flat.sum().item()!r} {flat.abs().sum().item()!r}".encode())
     digest.update(repr(getattr(model, "active_adapters", None)).encode() if hasattr(model, "disable_adapter") else b"")
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 class Answers:
