@@ -14,7 +14,7 @@ from fishergeo._checks import check_integer, check_number
 from fishergeo._linalg import gaussian
 from fishergeo.capture import adapter_factors, indexed, to_device, weight_matrix, write_matrix
 from fishergeo.estimation import DataOptions, Fisher, estimate_fisher
-from fishergeo.operators import ExactOperator, SymmetricOperator
+from fishergeo.operators import EigenKroneckerOperator, ExactOperator, SymmetricOperator
 from fishergeo.uses.weights import Curvature, check_same_layers, checked_damping, effective, layers_of, settled
 
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -200,9 +200,20 @@ class Laplace:
             for fisher in gradients:
                 operator = fisher[name]
                 assert isinstance(operator, ExactOperator)
-                rows.append(self._root(name).apply(operator.weight_gradients()).flatten(1))
+                rows.append(_whitened(self._root(name), operator))
             stacked = torch.stack(rows, 1)
             part = stacked @ stacked.mT / self.examples
             total = part if total is None else total + part
         assert total is not None
         return total
+
+
+def _whitened(root: SymmetricOperator, gradients: ExactOperator) -> Tensor:
+    """Rows whose inner products are those of root·vec(G_i), (n, pq).
+
+    A root in Kronecker eigenbases turns the two factors of a gradient, not the gradient, and need not turn it back.
+    """
+    if not isinstance(root, EigenKroneckerOperator):
+        return root.apply(gradients.weight_gradients()).flatten(1)
+    turned = {"gradients": gradients.gradients @ root.output_basis, "inputs": gradients.inputs @ root.input_basis}
+    return (ExactOperator.from_tensors(gradients.tensors() | turned).weight_gradients() * root.values).flatten(1)
