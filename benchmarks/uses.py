@@ -1,12 +1,13 @@
 """The uses of a Fisher beside their peers: the same numbers where definitions match, and the time and memory of each.
 
-    pip install --no-deps kronfluence laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl torchmetrics \
+    pip install --no-deps kronfluence laplace-torch curvlinops-for-pytorch backpack-for-pytorch asdfghjkl torchmetrics traker \
         lightning-utilities linear_operator jaxtyping wadler-lindig opt_einsum einops einconv unfoldNd
     python benchmarks/uses.py --out benchmarks/results/uses.json
 
 Influence: EKFAC and pairwise scores of the embedded model's decoder matrices, beside kronfluence. Laplace: KFAC of a small
 classifier, its evidence and its predictive covariance, beside laplace-torch. Merging: two copies of the embedded model,
-each trained on a task of its own, merged by every rule; MaTS' formula is written out, TIES is peft's. Pruning: two of four
+each trained on a task of its own, merged by every rule, and with ``--only 'merging elsewhere' --model FOLDER`` the same of
+another model; MaTS' formula is written out, TIES is peft's. Pruning: two of four
 weights of every matrix of the last block removed, by magnitude, by OBD and by OBS. Works that are timed beside
 a peer's run in a process each, one thread, in float32, once; seconds are processor time, megabytes the growth of the
 process's peak. A peer that cannot be imported is named in the result. Parts that ``--only`` leaves out stay in the file as they were.
@@ -20,7 +21,9 @@ import copy
 import importlib
 import importlib.metadata
 import io
+import itertools
 import json
+import logging
 import multiprocessing
 import platform
 import resource
@@ -42,7 +45,7 @@ from alignguard.files import write_text
 from alignguard.loading import load_model
 from alignguard.training import versions
 
-PEERS = ("kronfluence", "laplace-torch", "curvlinops-for-pytorch", "peft")
+PEERS = ("kronfluence", "laplace-torch", "curvlinops-for-pytorch", "peft", "traker")
 
 
 def measured(work: Callable[[], Any]) -> dict[str, Any]:
@@ -74,8 +77,9 @@ def measured(work: Callable[[], Any]) -> dict[str, Any]:
     return found
 
 
-def subject() -> tuple[Any, Any, list[str]]:
-    model, tokenizer = load_model(model_path())
+def subject(path: Path | None = None) -> tuple[Any, Any, list[str]]:
+    """A model, the embedded one by default, its tokenizer and the names of its linear layers but for the head."""
+    model, tokenizer = load_model(path or model_path())
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     return model.float().eval(), tokenizer, layers
 
@@ -199,7 +203,39 @@ def datamodels(count: int = 120, models: int = 40, seed: int = 0) -> dict[str, A
         predicted = torch.stack([-scores[:, half].sum(1) for half in halves])
         each = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(actual.T, predicted.T, strict=True)]
         found[structure] = float(torch.tensor(each).mean())
+    with contextlib.suppress(ImportError):
+        for size, level in itertools.product((16, 64), (0.0, 1e-2, 1.0)):
+            scores = trak_scores(whole, data[0], queries[0], size, level)
+            predicted = torch.stack([-scores[:, half].sum(1) for half in halves])
+            each = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(actual.T, predicted.T, strict=True)]
+            found[f"TRAK (traker), {size} dimensions, λ {level:g}"] = float(torch.tensor(each).mean())
     return {"examples": count, "models": models, "linear datamodelling score": found}
+
+
+def trak_scores(net: nn.Module, data: Any, queries: Any, dimensions: int, damping: float) -> Tensor:
+    """TRAK's scores (queries, examples) of one model, its gradients projected to some dimensions."""
+    from trak import TRAKer
+    from trak.projectors import BasicProjector, ProjectionType
+
+    size = sum(p.numel() for p in net.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+
+        def made() -> Any:  # for each phase anew: it frees its projection at the end of one
+            projector = BasicProjector(size, dimensions, 0, ProjectionType.rademacher, torch.device("cpu"))
+            return TRAKer(
+                net, "image_classification", len(data[0]), folder, device="cpu", projector=projector, proj_dim=dimensions,
+                use_half_precision=False, lambda_reg=damping, logging_level=logging.ERROR,
+            )  # fmt: skip
+
+        state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+        traker = made()
+        traker.load_checkpoint(state, model_id=0)
+        traker.featurize(data, num_samples=len(data[0]))
+        traker.finalize_features()
+        traker = made()
+        traker.start_scoring_checkpoint("queries", state, model_id=0, num_targets=len(queries[0]))
+        traker.score(queries, num_samples=len(queries[0]))
+        return torch.from_numpy(traker.finalize_scores("queries")).float().T
 
 
 # Laplace
@@ -307,16 +343,17 @@ def mats(operators: list[Any], weights: list[Tensor], damping: float, steps: int
     return x
 
 
-def merging(count: int, epochs: int) -> dict[str, Any]:
+def merging(count: int, epochs: int, path: Path | None = None) -> dict[str, Any]:
     from peft.utils.merge_utils import ties
 
-    base, tokenizer, layers = subject()
+    base, tokenizer, layers = subject(path)
     tasks = {"banking": lambda s: s.startswith("b77"), "template": lambda s: not s.startswith("b77")}
     train = {n: batched(rows_of(tokenizer, "task_train", w, count), 16) for n, w in tasks.items()}
     test = {n: batched(rows_of(tokenizer, "task_test", w, 48), 16) for n, w in tasks.items()}
-    models = [trained_on(base, batches, epochs, 3e-4) for batches in train.values()]
+    rate = 3e-4 if path is None else 3e-5  # pretrained weights bear less
+    models = [trained_on(base, batches, epochs, rate) for batches in train.values()]
     damping = 1e-7
-    results: dict[str, Any] = {"examples a task": count, "epochs": epochs, "damping": damping}
+    results: dict[str, Any] = {"examples a task": count, "epochs": epochs, "rate": rate, "damping": damping}
 
     def report(state: dict[str, Tensor]) -> dict[str, float]:
         model = copy.deepcopy(base)
@@ -406,14 +443,18 @@ def main() -> None:
     cli.add_argument("--examples", type=int, default=96)
     cli.add_argument("--queries", type=int, default=8)
     cli.add_argument("--epochs", type=int, default=3)
+    cli.add_argument("--model", type=Path, help="folder of another model, of which 'merging elsewhere' is")
     cli.add_argument("--only", nargs="*", default=["influence", "datamodels", "laplace", "merging", "pruning"])
     args = cli.parse_args()
+    if "merging elsewhere" in args.only and args.model is None:
+        cli.error("merging elsewhere needs --model FOLDER")
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], Any]] = {
         "influence": lambda: influence(args.examples, args.queries),
         "datamodels": datamodels,
-        "laplace": lambda: laplace(1000),
+        "laplace": lambda: {"small": laplace(1000), "wide": laplace(1000, 256)},
         "merging": lambda: merging(2 * args.examples, args.epochs),
+        "merging elsewhere": lambda: {"model": args.model.name} | merging(args.examples, args.epochs, args.model),
         "pruning": lambda: pruning(args.examples),
     }
     peers = {}

@@ -68,33 +68,51 @@ class Memory:
         return found
 
     def step(self, weights: Sequence[Tensor], metric: Sequence[Metric], strength: float) -> None:
-        """Move the weights by the proximal step of strength × memory, in place.
+        """Move the weights by the proximal step of strength × memory that does not climb the task's loss, in place.
 
-        What is added to them is the minimiser δ of Σ scale δ²/(2 rate) + strength × memory(θ + δ): a step of the optimizer's
-        own kind whose gradient is that of the place it ends at (implicit Euler), so that no strength and no rate lets it
-        overshoot. The models are of rank one each, so it takes a system of as many unknowns as there are readings.
+        What is added to them is the minimiser δ of Σ scale δ²/(2 rate) + strength × memory(θ + δ) among those with
+        ⟨uphill, δ⟩ ≤ 0: a step of the optimizer's own kind whose gradient is that of the place it ends at (implicit Euler),
+        so that no strength and no rate lets it overshoot, and one that leaves the loss which the optimizer lowers where it
+        is, to first order, as among several tasks Lopez-Paz and Ranzato (2017) have it. The models are of rank one each, so
+        it takes a system of as many unknowns as there are readings.
 
         Args:
             weights: trainable weights.
-            metric: how the optimizer measures a change of each of them.
+            metric: how the optimizer measures a change of each of them, and where its loss grows.
             strength: weight of the memory.
         """
         if not self._kept or strength == 0:
             return
         with torch.no_grad():
             roots = self._roots(weights[0])
-            products, overlaps = torch.zeros_like(roots), torch.zeros(len(roots), len(roots)).to(roots)
+            products, climbs, slope = torch.zeros_like(roots), torch.zeros_like(roots), roots.new_zeros(())
+            overlaps = torch.zeros(len(roots), len(roots)).to(roots)
             steps = []
             for rows, weight, one in zip(self._rows(weights), weights, metric, strict=True):
                 products += rows @ weight.flatten()
                 steps.append(one.steps(rows))
                 overlaps += (rows * steps[-1]) @ rows.T
-            overlaps /= torch.outer(roots, roots)
+                if one.uphill is not None:
+                    climb = one.uphill.flatten().to(rows.dtype) * steps[-1]
+                    climbs += rows @ climb
+                    slope += climb @ one.uphill.flatten().to(rows.dtype)
+            overlaps, climbs = overlaps / torch.outer(roots, roots), climbs / roots
             residuals = self._residuals(roots, products)
             share = strength / len(roots)
-            pull = torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals) / roots
-            for rows, weight, step in zip(self._rows(weights), weights, steps, strict=True):
-                weight -= ((pull @ rows) * step).view_as(weight)
+
+            def pulls(overlaps: Tensor) -> Tensor:
+                return torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals)
+
+            pull, against = pulls(overlaps), 0.0
+            if float(climbs @ pull) < 0:  # it would climb: the same within the plane that does not
+                pull = pulls(overlaps - torch.outer(climbs, climbs) / slope)
+                against = float(climbs @ pull / slope)
+            pull = pull / roots
+            for rows, weight, step, one in zip(self._rows(weights), weights, steps, metric, strict=True):
+                change = pull @ rows
+                if against and one.uphill is not None:
+                    change -= against * one.uphill.flatten().to(change.dtype)
+                weight -= (change * step).view_as(weight)
 
     def state(self) -> list[dict[str, Any]]:
         """The readings, for a checkpoint."""

@@ -1,4 +1,4 @@
-"""How an optimizer measures a change of the weights, as far as its state says."""
+"""How an optimizer measures a change of the weights, and where it is heading, as far as its state says."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class Metric:
     Attributes:
         rate: learning rate.
         scale: of the weight's shape, the root mean square of its gradients; None for 1.
+        uphill: of the weight's shape, the mean of its last gradients, whatever its length; None where there is none.
     """
 
     rate: float
     scale: Tensor | None = None
+    uphill: Tensor | None = None
 
     def steps(self, rows: Tensor) -> Tensor | float:
         """Rate / scale, (numel,), where no scale is less than the root mean square of the ``rows`` of gradients.
@@ -52,22 +54,24 @@ def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) 
 def metric_of(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[Metric]:
     """One a weight, after a step; a weight that had no gradient yet has the rate 0.
 
-    Adam divides by √v + ε, v its mean square of gradients, freed of the bias of its start (Kingma and Ba 2015).
+    Adam divides by √v + ε, v its mean square of gradients, freed of the bias of its start (Kingma and Ba 2015). Uphill is
+    its mean of gradients, of SGD the momentum or, without one, the gradient.
 
     Args:
         optimizer: one that :func:`measures`.
         weights: all that train.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    return [_of(groups[p], optimizer.state.get(p, {})) for p in weights]
+    return [_of(groups[p], optimizer.state.get(p, {}), p.grad) for p in weights]
 
 
-def _of(group: dict[str, object], state: dict[str, Tensor]) -> Metric:
+def _of(group: dict[str, object], state: dict[str, Tensor], gradient: Tensor | None) -> Metric:
     rate = float(group["lr"])  # type: ignore[arg-type]
     if "betas" not in group:
-        return Metric(rate)
+        momentum = state.get("momentum_buffer")
+        return Metric(rate, uphill=gradient if momentum is None else momentum)
     if "exp_avg_sq" not in state:
         return Metric(0.0)
     _, decay = group["betas"]  # type: ignore[misc]
     seen = 1 - float(decay) ** float(state["step"])  # type: ignore[has-type]
-    return Metric(rate, (state["exp_avg_sq"] / seen).sqrt() + group["eps"])
+    return Metric(rate, (state["exp_avg_sq"] / seen).sqrt() + group["eps"], state["exp_avg"])

@@ -65,6 +65,31 @@ def test_the_step_ends_where_the_slope_there_is_what_it_took(seed, count, streng
     torch.testing.assert_close((after - before).detach(), -step * after.grad, rtol=1e-6, atol=1e-8)
 
 
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), strength=st.sampled_from([0.1, 4.0, 1e6]))
+def test_a_step_that_would_climb_the_task_is_the_best_of_those_that_do_not(seed, count, strength):
+    memory, read, weights, scales = remembered(seed, count)
+    uphill = draw(torch.Generator().manual_seed(seed + 1))
+    floor = torch.stack([g for _, g, _ in read]).square().mean(0).sqrt()
+    step, before, along = 0.3 / torch.maximum(flat(scales), floor), flat(weights), flat(uphill)
+    free = [w.clone() for w in weights]
+    memory.step(free, [Metric(0.3, s) for s in scales], strength)
+    memory.step(weights, [Metric(0.3, s, u) for s, u in zip(scales, uphill, strict=True)], strength)
+    moved = flat(weights) - before
+    climbs = float(along @ (flat(free) - before)) > 0
+    if not climbs:
+        torch.testing.assert_close(flat(weights), flat(free))
+        return
+    assert abs(float(along @ moved)) < 1e-6 * float(along.norm() * moved.norm()) + 1e-12
+    # The conditions of Karush, Kuhn and Tucker: the slope at the end is the plane's normal alone, and pushes against it.
+    after = flat(weights).requires_grad_()
+    (strength * model_of(read, after)).backward()
+    slope = moved / step + after.grad
+    share = float(along @ slope / along.square().sum())
+    torch.testing.assert_close(slope, share * along, rtol=1e-5, atol=1e-6 * strength)
+    assert share < 0
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 10**6), strength=st.sampled_from([1e-3, 1.0, 1e3, 1e9]), rate=st.sampled_from([1e-4, 1.0, 1e4])
@@ -137,6 +162,16 @@ def test_the_metric_is_what_the_optimizer_divides_by(name):
         (one,) = metric_of(optimizer, [p])
         scale = 1.0 if one.scale is None else one.scale
         torch.testing.assert_close(p.detach() - before, -one.rate * p.grad / scale, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(one.uphill / one.uphill.norm(), p.grad / p.grad.norm())
+
+
+def test_momentum_is_what_a_step_must_not_climb():
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([p], lr=1e-2, momentum=0.5)
+    for gradient in ([1.0, 0.0], [0.0, 1.0]):
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+    assert metric_of(optimizer, [p])[0].uphill.tolist() == [0.5, 1.0]
 
 
 def test_which_optimizers_are_known():
