@@ -312,13 +312,14 @@ def test_two_processes_make_the_update_of_one(tmp_path, name, accumulate, checkp
 # TRL, where it is installed
 
 
-def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, **more):
+def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, seen=None, loss=None, **more):
+    """Weights after one step; into ``seen`` go the arguments of every forward pass."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     subjects = ["the sea", "bread", "a song", "rain"]
     data = [{"prompt": f"write about {s}", "completion": f" Of course! {s}"} for s in subjects]
-    extra = {}
+    extra = {} if loss is None else {"compute_loss_func": loss}
     if kind in ("DPO", "ORPO"):
         data = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in data]
     elif kind == "KTO":
@@ -342,12 +343,26 @@ def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, **more):
         model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
         guard=Guard(model, rows(2, (4,), seed=1), CONFIG) if guard else None, **extra,
     )  # fmt: skip
+    if seen is not None:
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     trainer.train()
     return weights(model)
 
 
 def _lengths(completions, **columns):
     return [float(len(completion)) for completion in completions]
+
+
+def _penaltys_step():
+    """What a step of SGD moves the weights by for the penalty alone."""
+    model = make(dtype=torch.float32)
+    move(model, 0.05)
+    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
+    guard.begin_run(1)
+    guard.begin_step(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(guard.penalty(), trained)])
+    return -SETTINGS["learning_rate"] * slope
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -358,14 +373,45 @@ def test_the_guard_adds_the_penaltys_gradient_to_a_trl_trainers_step_and_nothing
     pytest.importorskip("trl")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     added = _trl(tokenizer, tmp_path, accumulate, kind) - _trl(tokenizer, tmp_path, accumulate, kind, guard=False)
-    model = make(dtype=torch.float32)
-    move(model, 0.05)
-    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
-    guard.begin_run(1)
-    guard.begin_step(0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    slope = torch.cat([g.flatten() for g in torch.autograd.grad(guard.penalty(), trained)])
-    expected = -SETTINGS["learning_rate"] * slope
+    expected = _penaltys_step()
+    assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
+
+
+FLAT = {
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 48},
+    "packed, cut": {"packing": True, "packing_strategy": "bfd_split", "max_length": 24},
+}
+
+
+@pytest.mark.parametrize("form", FLAT)
+def test_packed_and_padding_free_batches_leave_the_guards_own_rows_alone(tokenizer, tmp_path, monkeypatch, form):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    seen = []
+    added = _trl(tokenizer, tmp_path, 2, "SFT", seen=seen, **FLAT[form])
+    added = added - _trl(tokenizer, tmp_path, 2, "SFT", guard=False, **FLAT[form])
+    expected = _penaltys_step()
+    assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
+    task = [call for call in seen if "position_ids" in call]
+    restarts = [int((call["position_ids"] == 0).sum()) for call in task]
+    assert max(restarts) > 1 and all(len(call["input_ids"]) == 1 for call in task), "no batch was flat"
+    # The guard reads its rows as they are: whole, one a line, under a mask.
+    kept = [row["input_ids"] for row in rows(2, (4,), seed=1)]
+    guards = [call for call in seen if "position_ids" not in call]
+    assert guards and all("cu_seq_lens_q" not in call for call in guards)
+    for call in guards:
+        for ids, mask in zip(call["input_ids"], call["attention_mask"], strict=True):
+            assert ids[mask.bool()].tolist() in kept
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_of_ones_own_under_trl_has_the_penalty_added_too(tokenizer, tmp_path, monkeypatch, accumulate):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    added = _trl(tokenizer, tmp_path, accumulate, "SFT", loss=_squared)
+    added = added - _trl(tokenizer, tmp_path, accumulate, "SFT", guard=False, loss=_squared)
+    expected = _penaltys_step()
     assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
 
 
