@@ -24,7 +24,7 @@ def model_kind(model: Any) -> str:
 def text_config(model: Any) -> Any:
     """The configuration of the language model inside a causal model that takes images, sound or video too, else None."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(inner, "config", None)
+    config: Any = getattr(inner, "config", None)
     if model_kind(inner) != "causal" or not hasattr(config, "get_text_config"):
         return None
     found = config.get_text_config()

@@ -145,7 +145,7 @@ def run_method(
         "forgetting": forgetting,
     }
     peak = memory.read()
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     own = {
         **kept(model, tokenizer, files["drift_data"], limit),
         "alignment_examples": 0 if guard is None else guard.examples_read,
