@@ -21,6 +21,46 @@ def model_kind(model: Any) -> str:
     return "classification" if type(inner).__name__.endswith("ForSequenceClassification") else "causal"
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the language model inside a causal model that takes images, sound or video too, else None."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config: Any = getattr(inner, "config", None)
+    if model_kind(inner) != "causal" or not hasattr(config, "get_text_config"):
+        return None
+    found = config.get_text_config()
+    return None if found is config else found
+
+
+def beyond_text(model: Any) -> set[int]:
+    """What text alone does not pass through: towers of other modalities, what projects from them, and layers that read them.
+
+    Args:
+        model: a Hugging Face model, wrapped by peft or not.
+
+    Returns:
+        ``id`` of every such module; empty for a model of text.
+    """
+    if text_config(model) is None:
+        return set()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = inner.get_decoder()
+    read = [decoder, inner.get_output_embeddings()]
+    reached = {id(module) for part in read if part is not None for module in part.modules()}
+    # Llama 3.2 Vision leaves its layers of cross-attention out where there is no image.
+    idle = [decoder.layers[place] for place in getattr(text_config(model), "cross_attention_layers", None) or ()]
+    reached -= {id(module) for layer in idle for module in layer.modules()}
+    return {id(module) for module in inner.modules()} - reached
+
+
+def placeholders(model: Any) -> set[int]:
+    """Ids of the tokens that stand for an image, sound or video in a model's text; empty for a model of text."""
+    if text_config(model) is None:
+        return set()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
+    return {found for name in names if isinstance(found := getattr(inner.config, name, None), int)}
+
+
 def aligned_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits and the labels that they should predict.
 

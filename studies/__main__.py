@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "ablate": "studies.ablate",
+    "peft-comparison": "studies.peft_comparison.run",
     "real-model fetch": "studies.real_model.fetch",
     "real-model align": "studies.real_model.align",
     "real-model measure": "studies.real_model.measure",

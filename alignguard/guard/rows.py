@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignguard.data import pad_rows
 from alignguard.guard.config import GuardConfig
-from alignguard.objective import IGNORED, model_kind
+from alignguard.objective import IGNORED, model_kind, placeholders
 
 Encoded = Mapping[str, Any]
 
@@ -30,12 +30,20 @@ class AlignmentRows:
         readings: examples read so far, each reading counted.
 
     Raises:
-        ValueError: no example, or none left once one is held back.
+        ValueError: no example, or none left once one is held back; an example that holds the place of an image, sound or
+            video, which is not read here.
     """
 
     def __init__(self, rows: Sequence[Encoded], model: nn.Module, config: GuardConfig, pad_token_id: int = 0) -> None:
         if not rows:
             raise ValueError("the guard needs at least one alignment example")
+        stand_in = placeholders(model)
+        for place, row in enumerate(rows):
+            if found := stand_in.intersection(row["input_ids"]):
+                raise ValueError(
+                    f"alignment example {place} holds token {min(found)}, the place of an image, sound or video, and the guard "
+                    "reads text alone; give alignment examples without any"
+                )
         self.model, self.pad_token_id = model, pad_token_id
         self.rotating, self.held = list(rows), list[Encoded]()
         self.readings = 0

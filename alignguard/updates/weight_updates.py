@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fishergeo as fg
 from alignguard.loading import ROUTER, moves_base
+from alignguard.objective import beyond_text
 from alignguard.updates.checks import check_parameters
 from alignguard.updates.lora import (
     active_adapters,
@@ -44,7 +45,8 @@ class WeightUpdates:
 
     With a LoRA adapter ΔW = scaling·B·A (Hu et al. 2021), summed over the active adapters. Where the adapter's start moved the base
     weights (PiSSA, OLoRA and their like), ΔW = scaling·(B·A − B0·A0) with the factors of the moment this object was
-    made, of rank 2r, so make it before training. Modules that are trained whole (``modules_to_save``, and every
+    made, of rank 2r, so make it before training. Of a model that takes images or sound too, the language model alone is
+    guarded, as alignment examples are text. Modules that are trained whole (``modules_to_save``, and every
     Linear under ``method="full"``) have the dense ΔW = W − W0, with W0 copied in the model's own dtype.
 
     Args:
@@ -83,6 +85,7 @@ class WeightUpdates:
         self._covered: set[int] = set()
         self._adapters: list[str] = []
         self._owners = owners(model)
+        self._beyond_text = beyond_text(model)
         if method == "full":
             if isinstance(model, PeftModel):
                 raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
@@ -226,6 +229,8 @@ class WeightUpdates:
             reason = "excluded"
         elif not self.include_router and ROUTER.search(plain):
             reason = "a router, which is guarded only if asked for (include_router)"
+        elif id(layer) in self._beyond_text:
+            reason = "alignment examples are text and do not pass through it"
         if reason is None:
             return False
         for name, parameter in layer.named_parameters(prefix=path or key):

@@ -55,6 +55,7 @@ def train(
     model=None,
     trainer=None,
     config=CONFIG,
+    loss=None,
     **more,
 ):
     """Weights after two steps of SGD on four rows each."""
@@ -69,7 +70,7 @@ def train(
     kept = rows(2, (4,), seed=1, kind=kind)
     used = (trainer or (GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer))(
         model=model, args=arguments, train_dataset=rows(16, lengths, kind=kind), data_collator=collator(0, kind),
-        guard=Guard(model, kept, config) if guard else None,
+        guard=Guard(model, kept, config) if guard else None, compute_loss_func=loss,
     )  # fmt: skip
     used.train()
     return weights(model), used
@@ -91,6 +92,71 @@ def test_accumulation_changes_nothing(tmp_path, name):
         other, _ = train(tmp_path, name, n, lengths=lengths)
         assert (other - one).norm() < 1e-4 * (one - plain).norm(), n
     assert trainer.model_accepts_loss_kwargs is (name != "t5")
+
+
+def _squared(outputs, labels, num_items_in_batch=None):
+    """A loss of one's own, over the tokens of the whole window."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    nats = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
+    return nats.square().sum() / num_items_in_batch
+
+
+def _squared_step():
+    """What a step of SGD with that loss and the guard moves the weights by, and the terms of the penalty."""
+    model = make(dtype=torch.float32)
+    move(model, 0.05)
+    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
+    guard.begin_run(1)
+    guard.begin_step(0)
+    batch = collator(0, "causal")(rows(4, (3, 6)))
+    labels = batch.pop("labels")
+    loss = _squared(model(**batch), labels, (labels != -100).sum()) + guard.penalty()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+    return -SETTINGS["learning_rate"] * slope, {name: float(value) for name, value in guard.terms.items()}
+
+
+def _own_loss(folder, accumulate, world=1, **more):
+    """The same by a Trainer with ``compute_loss_func``."""
+    start = make(dtype=torch.float32)
+    move(start, 0.05)
+    found, trainer = train(folder, accumulate=accumulate, world=world, loss=_squared, max_steps=1, **more)
+    return found - weights(start), trainer
+
+
+class _Deaf(GuardTrainer):
+    """Of a model whose ``forward`` takes no number of items."""
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.model_accepts_loss_kwargs = False
+
+
+@pytest.mark.parametrize(("accumulate", "kind"), [(1, GuardTrainer), (2, GuardTrainer), (4, _Deaf)])
+def test_a_loss_of_ones_own_has_the_penalty_added_once_a_step(tmp_path, accumulate, kind):
+    expected, terms = _squared_step()
+    moved, trainer = _own_loss(tmp_path, accumulate, trainer=kind)
+    assert (moved - expected).norm() < 1e-4 * expected.norm()
+    plain, _ = _own_loss(tmp_path, accumulate, guard=False)
+    assert (moved - plain).norm() > 0.1 * moved.norm(), "the guard must matter here, or the test shows nothing"
+    _, usual = train(tmp_path, accumulate=accumulate, max_steps=1)
+    for name, value in terms.items():
+        for one in (trainer, usual):
+            assert one.state.log_history[0][f"alignguard/{name}"] == pytest.approx(value, rel=1e-5), name
+    assert trainer.state.log_history[0]["loss"] != pytest.approx(usual.state.log_history[0]["loss"], rel=1e-2)
+
+
+def _own_loss_process(folder, accumulate):
+    moved, trainer = _own_loss(folder, accumulate, world=2, ddp_backend="gloo")
+    save_file({"moved": moved}, str(folder / f"moved-{trainer.args.process_index}.safetensors"))
+
+
+def test_two_processes_with_a_loss_of_ones_own_take_the_step_of_one(tmp_path):
+    expected, _ = _squared_step()
+    assert distributed(_own_loss_process, 2, 29561, tmp_path, 2) == [0, 0]
+    for rank in (0, 1):
+        moved = load_file(tmp_path / f"moved-{rank}.safetensors")["moved"]
+        assert (moved - expected).norm() < 1e-4 * expected.norm()
 
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.0, "max_steps": 3}
@@ -246,13 +312,14 @@ def test_two_processes_make_the_update_of_one(tmp_path, name, accumulate, checkp
 # TRL, where it is installed
 
 
-def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, **more):
+def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, seen=None, loss=None, **more):
+    """Weights after one step; into ``seen`` go the arguments of every forward pass."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     subjects = ["the sea", "bread", "a song", "rain"]
     data = [{"prompt": f"write about {s}", "completion": f" Of course! {s}"} for s in subjects]
-    extra = {}
+    extra = {} if loss is None else {"compute_loss_func": loss}
     if kind in ("DPO", "ORPO"):
         data = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in data]
     elif kind == "KTO":
@@ -276,12 +343,26 @@ def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, **more):
         model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
         guard=Guard(model, rows(2, (4,), seed=1), CONFIG) if guard else None, **extra,
     )  # fmt: skip
+    if seen is not None:
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     trainer.train()
     return weights(model)
 
 
 def _lengths(completions, **columns):
     return [float(len(completion)) for completion in completions]
+
+
+def _penaltys_step():
+    """What a step of SGD moves the weights by for the penalty alone."""
+    model = make(dtype=torch.float32)
+    move(model, 0.05)
+    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
+    guard.begin_run(1)
+    guard.begin_step(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(guard.penalty(), trained)])
+    return -SETTINGS["learning_rate"] * slope
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -292,14 +373,45 @@ def test_the_guard_adds_the_penaltys_gradient_to_a_trl_trainers_step_and_nothing
     pytest.importorskip("trl")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     added = _trl(tokenizer, tmp_path, accumulate, kind) - _trl(tokenizer, tmp_path, accumulate, kind, guard=False)
-    model = make(dtype=torch.float32)
-    move(model, 0.05)
-    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
-    guard.begin_run(1)
-    guard.begin_step(0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    slope = torch.cat([g.flatten() for g in torch.autograd.grad(guard.penalty(), trained)])
-    expected = -SETTINGS["learning_rate"] * slope
+    expected = _penaltys_step()
+    assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
+
+
+FLAT = {
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 48},
+    "packed, cut": {"packing": True, "packing_strategy": "bfd_split", "max_length": 24},
+}
+
+
+@pytest.mark.parametrize("form", FLAT)
+def test_packed_and_padding_free_batches_leave_the_guards_own_rows_alone(tokenizer, tmp_path, monkeypatch, form):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    seen = []
+    added = _trl(tokenizer, tmp_path, 2, "SFT", seen=seen, **FLAT[form])
+    added = added - _trl(tokenizer, tmp_path, 2, "SFT", guard=False, **FLAT[form])
+    expected = _penaltys_step()
+    assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
+    task = [call for call in seen if "position_ids" in call]
+    restarts = [int((call["position_ids"] == 0).sum()) for call in task]
+    assert max(restarts) > 1 and all(len(call["input_ids"]) == 1 for call in task), "no batch was flat"
+    # The guard reads its rows as they are: whole, one a line, under a mask.
+    kept = [row["input_ids"] for row in rows(2, (4,), seed=1)]
+    guards = [call for call in seen if "position_ids" not in call]
+    assert guards and all("cu_seq_lens_q" not in call for call in guards)
+    for call in guards:
+        for ids, mask in zip(call["input_ids"], call["attention_mask"], strict=True):
+            assert ids[mask.bool()].tolist() in kept
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_of_ones_own_under_trl_has_the_penalty_added_too(tokenizer, tmp_path, monkeypatch, accumulate):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    added = _trl(tokenizer, tmp_path, accumulate, "SFT", loss=_squared)
+    added = added - _trl(tokenizer, tmp_path, accumulate, "SFT", guard=False, loss=_squared)
+    expected = _penaltys_step()
     assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
 
 
