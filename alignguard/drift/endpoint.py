@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -206,6 +206,10 @@ def driftcheck_endpoint(
         except BaseException as error:
             for future in waiting:
                 future.cancel()
+            for future in wait(waiting).done:  # what was under way may be answered still, and is kept too
+                asked = waiting[future]
+                if asked not in answers.known and not future.cancelled() and future.exception() is None:
+                    answers.add({asked: future.result()})
             if isinstance(error, ConnectionError):
                 kept = (
                     ""

@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
 )
 
@@ -101,7 +100,7 @@ def _plain(model: Any) -> Any:
     """A model without the mark of the GGUF file that its weights came from: they are floats, and may train."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantizer = getattr(inner, "hf_quantizer", None)
-    if quantizer is not None and isinstance(quantizer.quantization_config, GgufConfig):
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
         quantizer.remove_quantization_config(inner)
     return model
 

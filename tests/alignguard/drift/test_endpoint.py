@@ -4,8 +4,10 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -98,6 +100,74 @@ def test_what_no_second_try_mends_is_said_at_once(server):
         driftcheck_endpoint(Endpoint("http://127.0.0.1:9", "x", wait=0.0, tries=2), ROWS[:1])
 
 
+@contextlib.contextmanager
+def scripted(*turns):
+    """A server that does what each turn says, (status, headers, seconds it takes), and answers "Teal." with status 200."""
+    turns, asked, lock = list(turns), [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                asked.append((time.time(), body["messages"][0]["content"]))
+                status, headers, seconds = turns.pop(0) if turns else (200, {}, 0.0)
+            time.sleep(seconds)
+            data = json.dumps({"choices": [{"message": {"content": "Teal."}}]} if status == 200 else {"error": "later"})
+            with contextlib.suppress(OSError):  # the other side may have gone
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data.encode())
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_address[1]}", asked
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+def test_a_rate_limit_is_waited_for_as_long_as_the_server_asks():
+    with scripted((429, {"Retry-After": "1.2"}, 0.0)) as (url, asked):
+        assert Endpoint(url, "m", wait=0.0).answer("Name a colour.", 4) == "Teal."
+    assert len(asked) == 2 and asked[1][0] - asked[0][0] >= 1.2
+    until = time.time() + 3
+    with scripted((429, {"Retry-After": formatdate(until, usegmt=True)}, 0.0)) as (url, asked):
+        assert Endpoint(url, "m", wait=0.0).answer("Name a colour.", 4) == "Teal."
+    assert len(asked) == 2 and asked[1][0] >= int(until)  # a date has whole seconds
+
+
+def test_without_a_word_from_the_server_each_wait_is_twice_as_long(monkeypatch):
+    waits = []
+    monkeypatch.setattr("alignguard.drift.endpoint.time.sleep", waits.append)
+    down = (503, {}, 0.0)
+    with scripted(*[down] * 4) as (url, asked), pytest.raises(ConnectionError, match=r"4 tries \(503"):
+        Endpoint(url, "m", wait=25.0, tries=4).answer("Name a colour.", 4)
+    assert len(asked) == 4
+    assert [seconds for seconds in waits if seconds] == [25.0, 50.0, 60.0]  # a minute at most
+
+
+def test_an_answer_that_takes_too_long_is_asked_for_again():
+    with scripted((200, {}, 6.0)) as (url, asked):
+        assert Endpoint(url, "m", wait=0.0, timeout=1.5).answer("Name a colour.", 4) == "Teal."
+    assert len(asked) >= 2
+
+
+def test_answers_under_way_when_another_fails_are_kept(tmp_path):
+    log, rows = tmp_path / "answers.jsonl", ROWS[:2]
+    with scripted((200, {}, 1.0), (401, {}, 0.0)) as (url, asked):
+        with pytest.raises(ValueError, match="refuses the request"):
+            driftcheck_endpoint(Endpoint(url, "m", workers=2), rows, resume=log)
+        found = driftcheck_endpoint(Endpoint(url, "m", workers=2), rows, resume=log)
+    assert [row.text for row in found.rows] == ["Teal."] * 2
+    assert len(asked) == 3 and asked[2][1] == asked[1][1], "only the one that was refused is asked again"
+
+
 def test_requests_are_paced(server):
     endpoint = Endpoint(server, "embedded", per_minute=600, workers=4)
     begun = time.monotonic()
@@ -130,6 +200,21 @@ def test_the_command_writes_a_report_and_refuses_what_needs_the_weights(server, 
         assert f"{option} needs the model's weights" in capsys.readouterr().err
     assert main(["driftcheck", "--model", "m", "--requests-per-minute", "5"]) == 2
     assert "--endpoint" in capsys.readouterr().err
+
+
+def test_a_command_whose_server_stays_away_goes_on_from_its_answers(tmp_path, capsys):
+    prompts, report = tmp_path / "prompts.jsonl", tmp_path / "r.json"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    gone = (503, {"Retry-After": "0"}, 0.0)
+    with scripted((200, {}, 0.0), *[gone] * 6) as (url, asked):
+        words = ["driftcheck", "--endpoint", url, "--model", "m", "--prompts", str(prompts), "--workers", "1"]
+        assert main([*words, "--output", str(report)]) == 1
+        assert "1 of 2 answers are kept" in capsys.readouterr().err and not report.exists()
+        assert len((tmp_path / "r.json.answers.jsonl").read_text().splitlines()) == 2  # a head and an answer
+        before = len(asked)
+        assert main([*words, "--output", str(report)]) == 0
+        assert len(asked) == before + 1
+    assert len(DriftReport.load(report).rows) == 2 and not (tmp_path / "r.json.answers.jsonl").exists()
 
 
 def test_where_requests_go_and_how_long_a_server_may_ask_to_wait():
