@@ -48,6 +48,8 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
     space, figures = {"__name__": "__docs__"}, []
     for options, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         assert 'exec="on"' in options, "every python block is executed when the site is built"
+        shown = 'source="' in options
+        assert not shown or max(map(len, code.splitlines())) <= 120, "a reader would have to scroll sideways"
         assert "sep=" not in code, "the site's print joins by blanks whatever sep says; join the words yourself"
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(compile(code, str(page), "exec"), space)
