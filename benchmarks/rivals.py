@@ -64,7 +64,7 @@ FIXED: dict[str, dict[str, Any]] = {
     # the default: chosen on the public model (studies/real_model)
     "kl with memory": {
         name: getattr(GuardConfig(), name)
-        for name in ("lambda_alignment", "lambda_kl", "kl_examples", "kl_every", "kl_tokens", "kl_memory")
+        for name in ("lambda_alignment", "lambda_kl", "kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
     },
     # the default before it: both factors sketched, half the alignment examples, at the strength and schedule of the sweep
     "guard, sketched": SKETCHED,

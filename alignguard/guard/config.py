@@ -143,7 +143,10 @@ class GuardConfig:
             reads whole responses.
         kl_memory: KL evaluations that go on charging until the next one, each by a quadratic model of itself along its
             own gradient, which spans all layers. 0 keeps none; None: 8 where adapters train. Each holds one number for
-            every trainable weight, so None keeps none where all weights train or where they are sharded.
+            every trainable weight, so None keeps none where all weights train or where they are sharded. In the loss their
+            mean is charged; beside it each counts in full, for there ``kl_climb`` bounds the price.
+        kl_climb: largest share of what the optimizer's step gains on its loss, to first order, that KL evaluations remembered
+            may take back where they act beside the loss, times the multiplier that meets ``max_drift``; None sets no bound.
         batch_size: alignment examples in one forward pass of the estimate.
         max_length: longest alignment example in tokens.
         seed: seed of whatever the guard draws; the run's own random state is never touched.
@@ -211,6 +214,11 @@ class GuardConfig:
         None,
         whole(0),
         "KL evaluations that go on charging by their quadratic models; by default 8 with adapters, else 0",
+    )
+    kl_climb: float | None = _setting(
+        0.1,
+        STRENGTH,
+        "share of a step's gain on the task that KL evaluations remembered may take back; None sets no bound",
     )
     batch_size: int = _setting(8, whole(1), "alignment examples in a forward pass of the estimate")
     max_length: int = _setting(256, whole(1), "longest alignment example in tokens")

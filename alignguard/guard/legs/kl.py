@@ -37,7 +37,8 @@ class KLLeg(Leg):
     Where the optimizer is known (:meth:`Guard.attach`) what is remembered is no part of the loss: it moves the weights
     after each of the optimizer's steps. Inside the loss its gradients would enter the mean squares by which Adam divides,
     so that the task is learned at a lower rate, and would be clipped together with the task's. AdamW parts weight decay
-    from them for the same reason (Loshchilov and Hutter 2019).
+    from them for the same reason (Loshchilov and Hutter 2019). And there it can be told what it may cost: ``kl_climb`` is the
+    share of what the optimizer's step has gained on the task, to first order, that it may take back.
 
     Args:
         rows: alignment examples.
@@ -87,7 +88,11 @@ class KLLeg(Leg):
         Args:
             metric: the optimizer's, one a trainable weight.
         """
-        self._memory.step(self.trained(), metric, self._strength())
+        climb = self.config.kl_climb
+        if climb is not None and self.budget is not None:
+            climb *= self.budget.multiplier  # a bound on drift comes first
+        # Each reading counts in full: what they take from the task is bounded by the climb, not by a low price.
+        self._memory.step(self.trained(), metric, self._strength() * len(self._memory), climb)
 
     def _strength(self) -> float:
         return self.config.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)

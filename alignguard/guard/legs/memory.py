@@ -67,19 +67,23 @@ class Memory:
         found: Tensor = _Recalled.apply(self, *weights)  # type: ignore[no-untyped-call]
         return found
 
-    def step(self, weights: Sequence[Tensor], metric: Sequence[Metric], strength: float) -> None:
-        """Move the weights by the proximal step of strength × memory that does not climb the task's loss, in place.
+    def step(
+        self, weights: Sequence[Tensor], metric: Sequence[Metric], strength: float, climb: float | None = None
+    ) -> None:
+        """Move the weights by the proximal step of strength × memory that climbs the task's loss no further than allowed.
 
-        What is added to them is the minimiser δ of Σ scale δ²/(2 rate) + strength × memory(θ + δ) among those with
-        ⟨uphill, δ⟩ ≤ 0: a step of the optimizer's own kind whose gradient is that of the place it ends at (implicit Euler),
-        so that no strength and no rate lets it overshoot, and one that leaves the loss which the optimizer lowers where it
-        is, to first order, as among several tasks Lopez-Paz and Ranzato (2017) have it. The models are of rank one each, so
-        it takes a system of as many unknowns as there are readings.
+        What is added to them is the minimiser δ of Σ scale δ²/(2 rate) + strength × memory(θ + δ): a step of the optimizer's
+        own kind whose gradient is that of the place it ends at (implicit Euler), so that no strength and no rate lets it
+        overshoot. With ``climb`` it is the minimiser among those with ⟨uphill, δ⟩ ≤ climb × Σ rate uphill²/scale, which is
+        what a step of the optimizer gains on its loss to first order; gradients of several tasks are parted by such a bound,
+        of zero, in Lopez-Paz and Ranzato (2017). The models are of rank one each, so it takes a system of as many unknowns
+        as there are readings.
 
         Args:
             weights: trainable weights.
             metric: how the optimizer measures a change of each of them, and where its loss grows.
             strength: weight of the memory.
+            climb: share of the optimizer's gain that may be taken back, not negative; None for any.
         """
         if not self._kept or strength == 0:
             return
@@ -93,20 +97,21 @@ class Memory:
                 steps.append(one.steps(rows))
                 overlaps += (rows * steps[-1]) @ rows.T
                 if one.uphill is not None:
-                    climb = one.uphill.flatten().to(rows.dtype) * steps[-1]
-                    climbs += rows @ climb
-                    slope += climb @ one.uphill.flatten().to(rows.dtype)
+                    uphill = one.uphill.flatten().to(rows.dtype)
+                    climbs += rows @ (uphill * steps[-1])
+                    slope += uphill @ (uphill * steps[-1])
             overlaps, climbs = overlaps / torch.outer(roots, roots), climbs / roots
             residuals = self._residuals(roots, products)
             share = strength / len(roots)
 
-            def pulls(overlaps: Tensor) -> Tensor:
+            def pulls(overlaps: Tensor, residuals: Tensor) -> Tensor:
                 return torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals)
 
-            pull, against = pulls(overlaps), 0.0
-            if float(climbs @ pull) < 0:  # it would climb: the same within the plane that does not
-                pull = pulls(overlaps - torch.outer(climbs, climbs) / slope)
-                against = float(climbs @ pull / slope)
+            pull, against = pulls(overlaps, residuals), 0.0
+            if climb is not None and float(-climbs @ pull) > climb * float(slope):
+                # Within the plane of what is allowed: as far uphill as that, and from there on level.
+                pull = pulls(overlaps - torch.outer(climbs, climbs) / slope, residuals + climb * climbs)
+                against = float(climbs @ pull / slope) + climb
             pull = pull / roots
             for rows, weight, step, one in zip(self._rows(weights), weights, steps, metric, strict=True):
                 change = pull @ rows

@@ -18,7 +18,7 @@ class Metric:
     Attributes:
         rate: learning rate.
         scale: of the weight's shape, the root mean square of its gradients; None for 1.
-        uphill: of the weight's shape, the mean of its last gradients, whatever its length; None where there is none.
+        uphill: of the weight's shape, the mean of its last gradients; None where there is none.
     """
 
     rate: float
@@ -54,8 +54,8 @@ def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) 
 def metric_of(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[Metric]:
     """One a weight, after a step; a weight that had no gradient yet has the rate 0.
 
-    Adam divides by √v + ε, v its mean square of gradients, freed of the bias of its start (Kingma and Ba 2015). Uphill is
-    its mean of gradients, of SGD the momentum or, without one, the gradient.
+    Adam divides by √v + ε, v its mean square of gradients, and steps along its mean of gradients, both freed of the
+    bias of their start (Kingma and Ba 2015). Of SGD uphill is the momentum or, without one, the gradient.
 
     Args:
         optimizer: one that :func:`measures`.
@@ -72,6 +72,5 @@ def _of(group: dict[str, object], state: dict[str, Tensor], gradient: Tensor | N
         return Metric(rate, uphill=gradient if momentum is None else momentum)
     if "exp_avg_sq" not in state:
         return Metric(0.0)
-    _, decay = group["betas"]  # type: ignore[misc]
-    seen = 1 - float(decay) ** float(state["step"])  # type: ignore[has-type]
-    return Metric(rate, (state["exp_avg_sq"] / seen).sqrt() + group["eps"], state["exp_avg"])
+    first, second = (1 - float(beta) ** float(state["step"]) for beta in group["betas"])  # type: ignore[attr-defined]
+    return Metric(rate, (state["exp_avg_sq"] / second).sqrt() + group["eps"], state["exp_avg"] / first)

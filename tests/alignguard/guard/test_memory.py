@@ -1,6 +1,7 @@
 """Readings remembered, and the proximal step that heeds them."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -66,27 +67,37 @@ def test_the_step_ends_where_the_slope_there_is_what_it_took(seed, count, streng
 
 
 @settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), strength=st.sampled_from([0.1, 4.0, 1e6]))
-def test_a_step_that_would_climb_the_task_is_the_best_of_those_that_do_not(seed, count, strength):
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 5),
+    strength=st.sampled_from([0.1, 4.0, 1e6]),
+    climb=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_a_step_that_would_climb_too_far_is_the_best_of_those_that_do_not(seed, count, strength, climb):
     memory, read, weights, scales = remembered(seed, count)
     uphill = draw(torch.Generator().manual_seed(seed + 1))
     floor = torch.stack([g for _, g, _ in read]).square().mean(0).sqrt()
     step, before, along = 0.3 / torch.maximum(flat(scales), floor), flat(weights), flat(uphill)
     free = [w.clone() for w in weights]
     memory.step(free, [Metric(0.3, s) for s in scales], strength)
-    memory.step(weights, [Metric(0.3, s, u) for s, u in zip(scales, uphill, strict=True)], strength)
-    moved = flat(weights) - before
-    climbs = float(along @ (flat(free) - before)) > 0
-    if not climbs:
+    metric = [Metric(0.3, s, u) for s, u in zip(scales, uphill, strict=True)]
+    unbounded = [w.clone() for w in weights]
+    memory.step(unbounded, metric, strength)
+    torch.testing.assert_close(flat(unbounded), flat(free))
+    memory.step(weights, metric, strength, climb)
+    moved, allowed = flat(weights) - before, climb * float(step @ along.square())
+    if float(along @ (flat(free) - before)) <= allowed:
         torch.testing.assert_close(flat(weights), flat(free))
         return
-    assert abs(float(along @ moved)) < 1e-6 * float(along.norm() * moved.norm()) + 1e-12
+    assert float(along @ moved) == pytest.approx(
+        allowed, rel=1e-6, abs=1e-8 * float(along.norm() * moved.norm()) + 1e-12
+    )
     # The conditions of Karush, Kuhn and Tucker: the slope at the end is the plane's normal alone, and pushes against it.
     after = flat(weights).requires_grad_()
     (strength * model_of(read, after)).backward()
     slope = moved / step + after.grad
     share = float(along @ slope / along.square().sum())
-    torch.testing.assert_close(slope, share * along, rtol=1e-5, atol=1e-6 * strength)
+    torch.testing.assert_close(slope, share * along, rtol=1e-5, atol=1e-6 * max(1.0, strength))
     assert share < 0
 
 
@@ -162,7 +173,7 @@ def test_the_metric_is_what_the_optimizer_divides_by(name):
         (one,) = metric_of(optimizer, [p])
         scale = 1.0 if one.scale is None else one.scale
         torch.testing.assert_close(p.detach() - before, -one.rate * p.grad / scale, rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(one.uphill / one.uphill.norm(), p.grad / p.grad.norm())
+        torch.testing.assert_close(one.uphill, p.grad)
 
 
 def test_momentum_is_what_a_step_must_not_climb():
@@ -211,6 +222,25 @@ def test_an_attached_guard_acts_after_the_optimizers_step_and_no_longer_in_the_l
     before = [p.detach().clone() for p in weights(guard.model)]
     made.step()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(guard.model), strict=True))  # the hook is gone
+
+
+@pytest.mark.parametrize("climb", [0.0, 0.005])
+def test_what_is_remembered_takes_no_more_of_the_tasks_gain_than_it_may(climb):
+    _, guard, made, _ = trained(True, lambda_kl=100.0, kl_climb=climb)
+
+    def bounded():
+        metric = metric_of(made, weights(guard.model))
+        before = [p.detach().clone() for p in weights(guard.model)]
+        guard.legs["kl"].step(metric)
+        now = weights(guard.model)
+        climbed = sum(float(((p.detach() - b) * m.uphill).sum()) for p, b, m in zip(now, before, metric, strict=True))
+        gained = sum(float((m.uphill.square() * m.rate / m.scale).sum()) for m in metric)
+        return climbed, gained
+
+    taken, gained = bounded()
+    assert taken <= climb * gained + 1e-6 * gained
+    guard.config = guard.legs["kl"].config = dataclasses.replace(guard.config, kl_climb=None)
+    assert bounded()[0] > climb * gained  # it would have taken more
 
 
 def test_the_means_of_the_optimizer_are_those_of_the_task_alone():
