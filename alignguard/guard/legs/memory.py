@@ -105,7 +105,10 @@ class Memory:
             share = strength / len(roots)
 
             def pulls(overlaps: Tensor, residuals: Tensor) -> Tensor:
-                return torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals)
+                found: Tensor = torch.linalg.solve(
+                    torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals
+                )
+                return found
 
             pull, against = pulls(overlaps, residuals), 0.0
             if climb is not None and float(-climbs @ pull) > climb * float(slope):
