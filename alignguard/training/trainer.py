@@ -176,10 +176,14 @@ class GuardMixin:
             )
         return (loss, *rest) if return_outputs else loss
 
+    def _says_scaled(self) -> bool | None:
+        """What the trainer itself says of its loss and the window's size; older transformers have no word for it."""
+        return getattr(self, "loss_is_scaled_for_ga", None)
+
     def _probe(self, model: Any, inputs: Any, num_items_in_batch: Any) -> None:
         """Find out once whether the model's loss heeds the number of items that the Trainer passes it."""
         self._probed = True
-        decided = self.loss_is_scaled_for_ga is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
+        decided = self._says_scaled() is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
         takes = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[has-type]
         if decided or not takes or self.label_smoother is not None:  # type: ignore[attr-defined]
             return
@@ -204,7 +208,7 @@ class GuardMixin:
         for name, value in self.guard.terms.items():  # type: ignore[union-attr]
             self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
         self._term_counts += 1
-        scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
+        scaled = self._says_scaled()
         if scaled is None:
             scaled = (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -9,6 +9,6 @@ MODEL=$(python -c 'from alignguard.embedded import model_path; print(model_path(
 head -n 64 "$(python -c 'from alignguard.embedded import data_path; print(data_path("task_train"))')" > "$OUT/task.jsonl"
 head -n 16 "$(python -c 'from alignguard.embedded import data_path; print(data_path("alignment"))')" > "$OUT/keep.jsonl"
 sed -e "s|MODEL|$MODEL|" -e "s|DATA|$OUT|" -e "s|OUT|$OUT/out|" "$HERE/axolotl.yaml" > "$OUT/run.yaml"
-axolotl train "$OUT/run.yaml" 2>&1 | tee "$OUT/log.txt"
+axolotl train "$OUT/run.yaml" --launcher python 2>&1 | tee "$OUT/log.txt"
 grep -q "alignguard/kl" "$OUT/log.txt"
 test -s "$OUT/out/driftcheck.json"

@@ -40,6 +40,6 @@ trainer = GuardSFTTrainer(
 trainer.add_callback(alignguard.DriftCallback(every=5, limit=8, tokenizer=tokenizer, trainer=trainer))
 trainer.train()
 logged = [entry["alignguard/kl"] for entry in trainer.state.log_history if "alignguard/kl" in entry]
-print("KL term, step by step:", [round(value, 4) for value in logged])
+print("KL term, step by step:", [f"{value:.1e}" for value in logged])
 assert len(logged) == 10 and max(logged) > 0
 PYTHON

@@ -1,7 +1,8 @@
 """A small server of OpenAI's chat completions protocol on the embedded model, in a process of its own.
 
-``python chat_server.py FAIL`` prints its port. Every FAILth request is answered with trouble (429 with Retry-After, 500, a
-connection cut off, in turn); GET /asked tells how many requests came and how many at once.
+``python chat_server.py FAIL [FOLDER]`` prints its port; FOLDER holds another model. Every FAILth request is answered with
+trouble (429 with Retry-After, 500, a connection cut off, in turn); GET /asked tells how many requests came and how many at
+once.
 """
 
 import json
@@ -17,8 +18,8 @@ STATE = {"asked": 0, "now": 0, "most": 0, "served": 0, "key": None, "dead": Fals
 LOCK, MODEL_LOCK = threading.Lock(), threading.Lock()
 
 
-def serve(every):
-    model, tokenizer = load_model(model_path())
+def serve(every, folder):
+    model, tokenizer = load_model(folder)
     model.eval()
 
     class Handler(BaseHTTPRequestHandler):
@@ -85,4 +86,4 @@ def serve(every):
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), *(sys.argv[2:] or [model_path()]))
