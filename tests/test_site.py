@@ -70,6 +70,11 @@ def test_search_finds_a_page(page):
     clean(page)
 
 
+def test_the_landing_page_fits_one_screen(page):
+    page.open(f"{page.site}/index.html")
+    assert page.run("document.querySelector('.doors').getBoundingClientRect().bottom") < 900
+
+
 def test_the_theme_can_be_switched_and_is_remembered(page):
     page.scheme("light")
     page.open(f"{page.site}/index.html")
