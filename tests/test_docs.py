@@ -60,6 +60,13 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_what_belongs_to_a_list_item_is_indented_so_that_it_does(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lost = re.findall(r"^\n {1,3}[^ \n].*", text, re.MULTILINE)
+    assert not lost, f"Python-Markdown ends the list here; indent by four: {lost[0].strip()[:60]!r}"
+
+
 def test_tutorials_have_a_length_that_one_reads_and_exercises():
     for page in (DOCS / "tutorials").glob("*.md"):
         text = page.read_text(encoding="utf-8")
