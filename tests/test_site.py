@@ -126,6 +126,7 @@ FAULTS = """(() => {
         'an image without words': all('img').some(i => !i.alt) || all('figure svg').some(s => !s.querySelector('title')),
         'words of a figure over one another': all('figure svg').some(covers),
         'broken mathematics': all('.katex-error').length > 0 || all('.arithmatex').some(m => !m.querySelector('.katex')),
+        'a formula that one must push': all('div.arithmatex').some(m => m.scrollWidth > m.clientWidth + 1),
         'a role of another markup': /:(func|class|meth|attr|data):/.test(document.querySelector('article').innerText),
     };
     return Object.keys(faults).filter(name => faults[name]).join(', ');
