@@ -173,7 +173,7 @@ def frontier_plot(
     """Task against kept alignment: a dot for each run, a line along each method's hull.
 
     Args:
-        methods: method -> its points.
+        methods: method -> its points; the first seven that have any get a colour of their own, the others are grey.
         task: title of the horizontal axis.
         kept: title of the vertical one.
         base: the model before fine-tuning, drawn as a cross.
@@ -187,18 +187,30 @@ def frontier_plot(
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for place, (method, points) in enumerate(methods.items()):
-            if not points:
-                continue
-            colour = PALETTE[place % len(PALETTE)]
-            axes.plot([p.task for p in points], [p.kept for p in points], "o", color=colour, markersize=4, alpha=0.45)
+        drawn = [(method, points) for method, points in methods.items() if points]
+        own = PALETTE[:-1]
+        for place, (method, points) in reversed(list(enumerate(drawn))):  # those with a colour lie on top
+            grey = place >= len(own)
+            colour, size = (DIM, 2.5) if grey else (own[place], 4.5)
+            axes.plot([p.task for p in points], [p.kept for p in points], "o", color=colour, markersize=size, alpha=0.4)
             best = hull(points)
-            axes.plot([p.task for p in best], [p.kept for p in best], "-o", color=colour, markersize=4.5, label=method)
+            axes.plot(
+                [p.task for p in best],
+                [p.kept for p in best],
+                "-o",
+                color=colour,
+                markersize=size,
+                linewidth=0.6 if grey else 1.7,
+                label=method if not grey else "others" if place == len(own) else None,
+            )
         if base is not None:
             axes.plot(base.task, base.kept, "x", color=INK, markersize=7, label="before fine-tuning")
         axes.set_xlabel(task)
         axes.set_ylabel(kept)
-        figure.legend(loc="outside upper left", ncols=4, handlelength=1.2, columnspacing=1.2)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(
+            handles[::-1], names[::-1], loc="outside upper left", ncols=4, handlelength=1.2, columnspacing=1.2
+        )
 
     words = [
         f"{method}: " + ", ".join(f"({p.task:.1f}, {p.kept:.1f})" for p in frontier(points))

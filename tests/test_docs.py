@@ -2,6 +2,7 @@
 
 import contextlib
 import doctest
+import functools
 import io
 import json
 import re
@@ -51,13 +52,23 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
         shown = 'source="' in options
         assert not shown or max(map(len, code.splitlines())) <= 120, "a reader would have to scroll sideways"
         assert "sep=" not in code, "the site's print joins by blanks whatever sep says; join the words yourself"
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        said = io.StringIO()
+        space["print"] = functools.partial(print, file=said)  # as the site does it: what redirects stdout misses it
+        with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, str(page), "exec"), space)
+        assert not shown or "result=" in options or not said.getvalue(), "the page would print this as prose"
         assert said.getvalue() or 'result="text"' not in options, "the page would show an empty box"
         figures += FIGURE.findall(said.getvalue())
     assert page.parent.name != "tutorials" or len(figures) >= 2, (
         "a tutorial shows at least two figures, each with alt text that says what is seen"
     )
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_what_belongs_to_a_list_item_is_indented_so_that_it_does(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lost = re.findall(r"^\n {1,3}[^ \n].*", text, re.MULTILINE)
+    assert not lost, f"Python-Markdown ends the list here; indent by four: {lost[0].strip()[:60]!r}"
 
 
 def test_tutorials_have_a_length_that_one_reads_and_exercises():

@@ -70,6 +70,11 @@ def test_search_finds_a_page(page):
     clean(page)
 
 
+def test_the_landing_page_fits_one_screen(page):
+    page.open(f"{page.site}/index.html")
+    assert page.run("document.querySelector('.doors').getBoundingClientRect().bottom") < 900
+
+
 def test_the_theme_can_be_switched_and_is_remembered(page):
     page.scheme("light")
     page.open(f"{page.site}/index.html")
@@ -121,6 +126,7 @@ FAULTS = """(() => {
         'an image without words': all('img').some(i => !i.alt) || all('figure svg').some(s => !s.querySelector('title')),
         'words of a figure over one another': all('figure svg').some(covers),
         'broken mathematics': all('.katex-error').length > 0 || all('.arithmatex').some(m => !m.querySelector('.katex')),
+        'a formula that one must push': all('div.arithmatex').some(m => m.scrollWidth > m.clientWidth + 1),
         'a role of another markup': /:(func|class|meth|attr|data):/.test(document.querySelector('article').innerText),
     };
     return Object.keys(faults).filter(name => faults[name]).join(', ');

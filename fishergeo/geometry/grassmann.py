@@ -1,10 +1,9 @@
 """The Grassmann manifold for geoopt, and the Karcher mean of subspaces."""
 
+import warnings
 from typing import Any
 
-import geoopt
 import torch
-from geoopt.utils import size2shape
 
 from fishergeo._checks import (
     check_basis,
@@ -16,6 +15,12 @@ from fishergeo._checks import (
     refuse_second_order,
 )
 from fishergeo.geometry.angles import angles_between
+
+# geoopt compiles functions by torch.jit.script, which newer torch calls deprecated whenever it is imported.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import geoopt
+    from geoopt.utils import size2shape
 
 
 def _cos_and_sinc(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
