@@ -57,7 +57,7 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, str(page), "exec"), space)
         assert not shown or "result=" in options or not said.getvalue(), "the page would print this as prose"
-        assert said.getvalue() or 'result="text"' not in options, "the page would show an empty box"
+        assert said.getvalue().strip() or 'result="text"' not in options, "the page would show an empty box"
         figures += FIGURE.findall(said.getvalue())
     assert page.parent.name != "tutorials" or len(figures) >= 2, (
         "a tutorial shows at least two figures, each with alt text that says what is seen"
