@@ -13,9 +13,14 @@ from torch import Tensor
 IGNORED = -100  # the label that torch's cross entropy and every HF model leave out
 
 
+def base_model(model: Any) -> Any:
+    """The Hugging Face model that peft has wrapped, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def model_kind(model: Any) -> str:
     """``"seq2seq"`` for encoder-decoders, ``"classification"`` for sequence classifiers, else ``"causal"``."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return "seq2seq"
     return "classification" if type(inner).__name__.endswith("ForSequenceClassification") else "causal"
@@ -23,7 +28,7 @@ def model_kind(model: Any) -> str:
 
 def text_config(model: Any) -> Any:
     """The configuration of the language model inside a causal model that takes images, sound or video too, else None."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     config: Any = getattr(inner, "config", None)
     if model_kind(inner) != "causal" or not hasattr(config, "get_text_config"):
         return None
@@ -40,14 +45,15 @@ def beyond_text(model: Any) -> set[int]:
     Returns:
         ``id`` of every such module; empty for a model of text.
     """
-    if text_config(model) is None:
+    text = text_config(model)
+    if text is None:
         return set()
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     decoder = inner.get_decoder()
     read = [decoder, inner.get_output_embeddings()]
     reached = {id(module) for part in read if part is not None for module in part.modules()}
     # Llama 3.2 Vision leaves its layers of cross-attention out where there is no image.
-    idle = [decoder.layers[place] for place in getattr(text_config(model), "cross_attention_layers", None) or ()]
+    idle = [decoder.layers[place] for place in getattr(text, "cross_attention_layers", None) or ()]
     reached -= {id(module) for layer in idle for module in layer.modules()}
     return {id(module) for module in inner.modules()} - reached
 
@@ -56,7 +62,7 @@ def placeholders(model: Any) -> set[int]:
     """Ids of the tokens that stand for an image, sound or video in a model's text; empty for a model of text."""
     if text_config(model) is None:
         return set()
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     names = [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
     return {found for name in names if isinstance(found := getattr(inner.config, name, None), int)}
 
@@ -75,7 +81,7 @@ def aligned_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     kind = model_kind(model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=labels)
         return model(**inputs).logits, labels

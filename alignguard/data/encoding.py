@@ -14,7 +14,7 @@ from alignguard.data.batches import Encoded
 from alignguard.data.rendering import Messages, render_prompt, render_row
 from alignguard.data.rows import load_conversations, named, text_of
 from alignguard.data.sources import Source, read_rows
-from alignguard.objective import IGNORED, model_kind
+from alignguard.objective import IGNORED, base_model, model_kind
 
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")  # tables of learned positions
 
@@ -185,7 +185,7 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
     Raises:
         ValueError: naming the first row.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     words, kind = inner.get_input_embeddings().num_embeddings, model_kind(inner)
     places = [
         module.num_embeddings

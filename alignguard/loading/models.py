@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from alignguard.files import readable
-from alignguard.objective import model_kind
+from alignguard.objective import base_model, model_kind
 
 
 def load_model(
@@ -98,7 +98,7 @@ def load_weights(model: Any, trust_remote_code: bool = False) -> Any:
 
 def _plain(model: Any) -> Any:
     """A model without the mark of the GGUF file that its weights came from: they are floats, and may train."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
         quantizer.remove_quantization_config(inner)

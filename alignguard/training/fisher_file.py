@@ -14,7 +14,7 @@ import fishergeo as fg
 from alignguard.data import as_source, encode_source, pad_id, pad_rows
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
-from alignguard.objective import model_kind
+from alignguard.objective import base_model, model_kind
 
 
 def origin_path(path: str | Path) -> Path:
@@ -91,7 +91,7 @@ def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"fisher: no such file: {path}")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     whole = fg.Fisher.load(path, device=next(base.parameters()).device, lazy=False)
     header = whole.header
     if header.structure != config.structure or header.side != "output":

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from alignguard.files import readable
 from alignguard.guard import COUNTERS, TERMS, Guard, load_guard, save_guard
 from alignguard.loading import check_weights
-from alignguard.objective import evaluation_mode
+from alignguard.objective import base_model, evaluation_mode
 from alignguard.training.checkpoint import MARKER, STAGING, check_complete, seal
 from alignguard.updates import check_plugins, check_trained
 
@@ -192,7 +192,7 @@ class GuardMixin:
             logger.warning(
                 "%s ignores num_items_in_batch in its loss; the Trainer averages over micro-batches and processes "
                 "instead of trusting it (model_accepts_loss_kwargs=False)",
-                type(getattr(inner, "get_base_model", lambda: inner)()).__name__,
+                type(base_model(inner)).__name__,
             )
             self.model_accepts_loss_kwargs = False
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignguard.guard.legs.optimizers import Metric
+from alignguard.guard.legs.optimizers import Metric, joined
+
+_BLOCK = 1 << 16  # numbers: with eight readings of as many, what a core's own cache holds
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,34 @@ class _Reading:
     value: float
     gradient: Tensor
     offset: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some weights in a row, for which arithmetic is done at once: an adapter's are hundreds, and small."""
+
+    weights: Sequence[Tensor]
+    metric: Metric
+
+    def numel(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+    def flat(self) -> Tensor:
+        """End to end, (numel,)."""
+        return torch.cat([weight.flatten() for weight in self.weights])
+
+    def parted(self, flat: Tensor) -> list[Tensor]:
+        """What is end to end, in the weights' shapes."""
+        parts = flat.split([weight.numel() for weight in self.weights])
+        return [part.view_as(weight) for part, weight in zip(parts, self.weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """⟨g, θ⟩ of each reading, as a step left the weights; ``versions`` tell whether they are still the same."""
+
+    products: Tensor
+    versions: list[tuple[int, int]]
 
 
 class Memory:
@@ -44,6 +74,7 @@ class Memory:
 
     def __init__(self, length: int) -> None:
         self._kept: deque[_Reading] = deque(maxlen=length)
+        self._known: _Known | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -60,6 +91,10 @@ class Memory:
         parts = kept.split([weight.numel() for weight in weights])
         with torch.no_grad():
             offset = sum(float(part.to(w.dtype) @ w.flatten()) for part, w in zip(parts, weights, strict=True))
+        if self._known is not None:
+            # Of the others it is known already, unless the weights have been moved by somebody else since.
+            products = torch.cat([self._known.products, self._known.products.new_tensor([offset])])
+            self._known = _Known(products[-(self._kept.maxlen or 0) :], self._known.versions)
         self._kept.append(_Reading(value, kept, offset))
 
     def value(self, weights: Sequence[Tensor]) -> Tensor:
@@ -91,36 +126,43 @@ class Memory:
             roots = self._roots(weights[0])
             products, climbs, slope = torch.zeros_like(roots), torch.zeros_like(roots), roots.new_zeros(())
             overlaps = torch.zeros(len(roots), len(roots)).to(roots)
-            steps = []
-            for rows, weight, one in zip(self._rows(weights), weights, metric, strict=True):
-                products += rows @ weight.flatten()
-                steps.append(one.steps(rows))
-                overlaps += (rows * steps[-1]) @ rows.T
-                if one.uphill is not None:
-                    uphill = one.uphill.flatten().to(rows.dtype)
-                    climbs += rows @ (uphill * steps[-1])
-                    slope += uphill @ (uphill * steps[-1])
-            overlaps, climbs = overlaps / torch.outer(roots, roots), climbs / roots
-            residuals = self._residuals(roots, products)
-            share = strength / len(roots)
-
-            def pulls(overlaps: Tensor, residuals: Tensor) -> Tensor:
-                found: Tensor = torch.linalg.solve(
-                    torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals
-                )
-                return found
-
-            pull, against = pulls(overlaps, residuals), 0.0
-            if climb is not None and float(-climbs @ pull) > climb * float(slope):
-                # Within the plane of what is allowed: as far uphill as that, and from there on level.
-                pull = pulls(overlaps - torch.outer(climbs, climbs) / slope, residuals + climb * climbs)
-                against = float(climbs @ pull / slope) + climb
-            pull = pull / roots
-            for rows, weight, step, one in zip(self._rows(weights), weights, steps, metric, strict=True):
+            blocks, steps = _blocks(weights, metric), []
+            for rows, block in self._rows(blocks):
+                step = block.metric.steps(rows)
+                steps.append(step)
+                products += rows @ block.flat()
+                overlaps += (rows * step) @ rows.T
+                if block.metric.uphill is not None:
+                    sunk = block.metric.uphill * step
+                    climbs += rows @ sunk
+                    slope += block.metric.uphill @ sunk
+            pull, against = self._pull(products, overlaps, climbs, slope, strength / len(roots), climb)
+            for (rows, block), step in zip(self._rows(blocks), steps, strict=True):
                 change = pull @ rows
-                if against and one.uphill is not None:
-                    change -= against * one.uphill.flatten().to(change.dtype)
-                weight -= (change * step).view_as(weight)
+                if against and block.metric.uphill is not None:
+                    change.sub_(block.metric.uphill, alpha=against)
+                for weight, part in zip(block.weights, block.parted(change.mul_(step)), strict=True):
+                    weight -= part
+            self._known = _Known(products - overlaps @ pull + against * climbs, _versions(weights))
+
+    def _pull(
+        self, products: Tensor, overlaps: Tensor, climbs: Tensor, slope: Tensor, share: float, climb: float | None
+    ) -> tuple[Tensor, float]:
+        """How far to go against each reading's gradient, and how far along uphill, both in the optimizer's metric."""
+        roots = self._roots(products)
+        overlaps, climbs = overlaps / torch.outer(roots, roots), climbs / roots
+        residuals = self._residuals(roots, products)
+
+        def solved(overlaps: Tensor, residuals: Tensor) -> Tensor:
+            found: Tensor = torch.linalg.solve(torch.eye(len(roots)).to(roots) + share * overlaps, share * residuals)
+            return found
+
+        pull = solved(overlaps, residuals)
+        if climb is None or float(-climbs @ pull) <= climb * float(slope):
+            return pull / roots, 0.0
+        # Within the plane of what is allowed: as far uphill as that, and from there on level.
+        pull = solved(overlaps - torch.outer(climbs, climbs) / slope, residuals + climb * climbs)
+        return pull / roots, float(climbs @ pull / slope) + climb
 
     def state(self) -> list[dict[str, Any]]:
         """The readings, for a checkpoint."""
@@ -138,18 +180,28 @@ class Memory:
             ValueError: gradients of other weights.
         """
         self._kept.clear()
+        self._known = None
         for one in kept:
             if one["gradient"].shape != (size,):
                 raise ValueError(f"a remembered gradient is of {one['gradient'].numel()} weights, and {size} train")
             self._kept.append(_Reading(float(one["value"]), _compact(one["gradient"]), float(one["offset"])))
 
-    def _rows(self, weights: Sequence[Tensor]) -> Any:
-        """Of each weight in turn the readings' gradients, (readings, numel), in its dtype: never all at once."""
+    def _rows(self, blocks: Sequence[_Block]) -> Iterator[tuple[Tensor, _Block]]:
+        """With each block in turn the readings' gradients, (readings, numel), in its dtype: never all at once."""
         start = 0
-        for weight in weights:
-            end = start + weight.numel()
-            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(weight.dtype)
+        for block in blocks:
+            end = start + block.numel()
+            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(block.weights[0].dtype), block
             start = end
+
+    def _products(self, weights: Sequence[Tensor]) -> Tensor:
+        """⟨g, θ⟩ of each reading."""
+        if self._known is not None and self._known.versions == _versions(weights):
+            return self._known.products
+        products = weights[0].new_zeros(len(self._kept))
+        for rows, block in self._rows(_blocks(weights)):
+            products += rows @ block.flat()
+        return products
 
     def _roots(self, like: Tensor) -> Tensor:
         return (2 * like.new_tensor([one.value for one in self._kept])).sqrt()
@@ -157,6 +209,32 @@ class Memory:
     def _residuals(self, roots: Tensor, products: Tensor) -> Tensor:
         """ρ of each reading, of the products ⟨g, θ⟩."""
         return roots + (products - roots.new_tensor([one.offset for one in self._kept])) / roots
+
+
+def _blocks(weights: Sequence[Tensor], metric: Sequence[Metric] | None = None) -> list[_Block]:
+    """Consecutive weights of one kind together, up to ``_BLOCK`` numbers; a larger one by itself."""
+    found: list[_Block] = []
+    several: list[tuple[Tensor, Metric]] = []
+
+    def close() -> None:
+        if several:
+            found.append(_Block([w for w, _ in several], joined([m for _, m in several], several[0][0].dtype)))
+            several.clear()
+
+    kind, count = None, 0
+    for weight, one in zip(weights, metric or [Metric(1.0)] * len(weights), strict=True):
+        its = (weight.dtype, one.rate, one.scale is None, one.uphill is None)
+        if its != kind or count + weight.numel() > _BLOCK:
+            close()
+            kind, count = its, 0
+        several.append((weight, one))
+        count += weight.numel()
+    close()
+    return found
+
+
+def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(id(weight), weight._version) for weight in weights]
 
 
 def _compact(gradient: Tensor) -> Tensor:
@@ -169,18 +247,14 @@ class _Recalled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, memory: Memory, *weights: Tensor) -> Tensor:
         roots = memory._roots(weights[0])
-        products = torch.zeros_like(roots)
-        for rows, weight in zip(memory._rows(weights), weights, strict=True):
-            products += rows @ weight.flatten()
-        residuals = memory._residuals(roots, products)
+        residuals = memory._residuals(roots, memory._products(weights))
         ctx.memory, ctx.weights, ctx.slopes = memory, weights, residuals / roots / len(roots)
         return residuals.square().mean() / 2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = upstream * ctx.slopes
-        gradients = [
-            (slopes @ rows).view_as(w) for rows, w in zip(ctx.memory._rows(ctx.weights), ctx.weights, strict=True)
-        ]
+        slopes, gradients = upstream * ctx.slopes, []
+        for rows, block in ctx.memory._rows(_blocks(ctx.weights)):
+            gradients += block.parted(slopes @ rows)
         return None, *gradients

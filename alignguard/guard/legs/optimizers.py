@@ -32,9 +32,22 @@ class Metric:
         """
         if self.scale is None:
             return self.rate
-        return self.rate / torch.maximum(
-            self.scale.flatten().to(rows.dtype), (rows * rows).sum(0).div_(len(rows)).sqrt_()
-        ).clamp_min(_TINY)
+        floor = (rows * rows).sum(0).div_(len(rows)).sqrt_()
+        return self.rate / torch.maximum(self.scale.flatten(), floor).clamp_min(_TINY)
+
+
+def joined(metric: Sequence[Metric], dtype: torch.dtype) -> Metric:
+    """That of several weights end to end, which are of one rate and alike in what is None.
+
+    Args:
+        metric: one a weight.
+        dtype: of what is returned.
+    """
+
+    def flat(parts: list[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.cat([part.flatten() for part in parts]).to(dtype)  # type: ignore[union-attr]
+
+    return Metric(metric[0].rate, flat([one.scale for one in metric]), flat([one.uphill for one in metric]))
 
 
 def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> bool:

@@ -18,6 +18,7 @@ from transformers.utils import is_liger_kernel_available
 
 from alignguard.data import Examples, collator, pad_id
 from alignguard.guard import Guard
+from alignguard.objective import base_model
 from alignguard.training.settings import DEFAULT_TRAINING, training_arguments
 from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
 
@@ -127,7 +128,7 @@ def _check_padding(model: Any, tokenizer: Any, kind: str, settings: Mapping[str,
     """A classifier finds the last token of each row by the pad id of its configuration."""
     if kind != "classification":
         return
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     theirs, ours = getattr(inner.config.get_text_config(), "pad_token_id", None), pad_id(tokenizer)
     largest = max(settings["per_device_train_batch_size"], 1 if guard is None else guard.config.batch_size)
     if theirs != ours and (theirs is not None or largest > 1):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_kl import guarded, move, rows, weights
 
 from alignguard.guard import Guard, GuardConfig
+from alignguard.guard.legs import memory as memory_module
 from alignguard.guard.legs.memory import Memory
 from alignguard.guard.legs.optimizers import Metric, measures, metric_of
 
@@ -110,6 +111,40 @@ def test_no_strength_and_no_rate_overshoots(seed, strength, rate):
     before = float(memory.value(weights))
     memory.step(weights, [Metric(rate)] * len(weights), strength)
     assert float(memory.value(weights)) <= before * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6), count=st.integers(1, 6), climb=st.sampled_from([None, 0.0, 0.1]), moved=st.booleans()
+)
+def test_after_a_step_and_another_reading_the_value_is_that_of_the_weights_as_they_are(seed, count, climb, moved):
+    memory, read, weights, scales = remembered(seed, count)
+    generator = torch.Generator().manual_seed(seed + 1)
+    uphill, gradient = draw(generator), flat(draw(generator))
+    memory.step(weights, [Metric(0.3, s, u) for s, u in zip(scales, uphill, strict=True)], 4.0, climb)
+    memory.add(0.2, gradient, weights)
+    read = [*read, (0.2, gradient, flat(weights))][-5:]
+    if moved:
+        weights[1] += 0.1
+    want = float(model_of(read, flat(weights)))
+    assert float(memory.value(weights)) == pytest.approx(want, rel=1e-8)
+
+
+@pytest.mark.parametrize("block", [1, 6, 1 << 16])
+def test_neither_blocks_nor_rates_that_differ_change_a_step(monkeypatch, block):
+    monkeypatch.setattr(memory_module, "_BLOCK", block)
+    memory, read, weights, scales = remembered(7)
+    uphill = draw(torch.Generator().manual_seed(8))
+    rates = (0.3, 0.3, 0.1)
+    floor = torch.stack([g for _, g, _ in read]).square().mean(0).sqrt()
+    rate = torch.cat(
+        [torch.full(shape, r, dtype=torch.float64).flatten() for shape, r in zip(SHAPES, rates, strict=True)]
+    )
+    step, before = rate / torch.maximum(flat(scales), floor), flat(weights)
+    memory.step(weights, [Metric(r, s, u) for r, s, u in zip(rates, scales, uphill, strict=True)], 2.0)
+    after = flat(weights).requires_grad_()
+    (2.0 * model_of(read, after)).backward()
+    torch.testing.assert_close((after - before).detach(), -step * after.grad, rtol=1e-6, atol=1e-8)
 
 
 def test_a_weak_pull_is_gradient_descent():

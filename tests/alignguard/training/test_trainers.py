@@ -101,19 +101,23 @@ def _squared(outputs, labels, num_items_in_batch=None):
     return nats.square().sum() / num_items_in_batch
 
 
-def _squared_step():
-    """What a step of SGD with that loss and the guard moves the weights by, and the terms of the penalty."""
+def _expected_step(task=None):
+    """What a step of SGD moves the weights by for the penalty, and for a loss of the model beside it; the penalty's terms."""
     model = make(dtype=torch.float32)
     move(model, 0.05)
     guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
     guard.begin_run(1)
     guard.begin_step(0)
-    batch = collator(0, "causal")(rows(4, (3, 6)))
-    labels = batch.pop("labels")
-    loss = _squared(model(**batch), labels, (labels != -100).sum()) + guard.penalty()
+    loss = guard.penalty() + (task(model) if task else 0)
     trained = [p for p in model.parameters() if p.requires_grad]
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
     return -SETTINGS["learning_rate"] * slope, {name: float(value) for name, value in guard.terms.items()}
+
+
+def _squared_task(model):
+    batch = collator(0, "causal")(rows(4, (3, 6)))
+    labels = batch.pop("labels")
+    return _squared(model(**batch), labels, (labels != -100).sum())
 
 
 def _own_loss(folder, accumulate, world=1, **more):
@@ -134,7 +138,7 @@ class _Deaf(GuardTrainer):
 
 @pytest.mark.parametrize(("accumulate", "kind"), [(1, GuardTrainer), (2, GuardTrainer), (4, _Deaf)])
 def test_a_loss_of_ones_own_has_the_penalty_added_once_a_step(tmp_path, accumulate, kind):
-    expected, terms = _squared_step()
+    expected, terms = _expected_step(_squared_task)
     moved, trainer = _own_loss(tmp_path, accumulate, trainer=kind)
     assert (moved - expected).norm() < 1e-4 * expected.norm()
     plain, _ = _own_loss(tmp_path, accumulate, guard=False)
@@ -152,7 +156,7 @@ def _own_loss_process(folder, accumulate):
 
 
 def test_two_processes_with_a_loss_of_ones_own_take_the_step_of_one(tmp_path):
-    expected, _ = _squared_step()
+    expected, _ = _expected_step(_squared_task)
     assert distributed(_own_loss_process, 2, 29561, tmp_path, 2) == [0, 0]
     for rank in (0, 1):
         moved = load_file(tmp_path / f"moved-{rank}.safetensors")["moved"]
@@ -201,7 +205,8 @@ def test_two_processes_that_remember_take_the_steps_of_one(tmp_path):
     assert distributed(_remembering, 2, 29549, tmp_path) == [0, 0]
     first, second = (load_file(tmp_path / f"weights-{rank}.safetensors")["weights"] for rank in range(2))
     assert torch.equal(first, second)
-    assert (one - first).norm() < 1e-4 * one.norm()
+    # Sums in another order flip the last of a remembered gradient's eight bits here and there.
+    assert (one - first).norm() < 5e-4 * one.norm()
 
 
 def test_without_the_probe_accumulation_scales_t5_gradients(tmp_path):
@@ -353,18 +358,6 @@ def _lengths(completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
-def _penaltys_step():
-    """What a step of SGD moves the weights by for the penalty alone."""
-    model = make(dtype=torch.float32)
-    move(model, 0.05)
-    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
-    guard.begin_run(1)
-    guard.begin_step(0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    slope = torch.cat([g.flatten() for g in torch.autograd.grad(guard.penalty(), trained)])
-    return -SETTINGS["learning_rate"] * slope
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO", "ORPO"])
 def test_the_guard_adds_the_penaltys_gradient_to_a_trl_trainers_step_and_nothing_else(
@@ -373,7 +366,7 @@ def test_the_guard_adds_the_penaltys_gradient_to_a_trl_trainers_step_and_nothing
     pytest.importorskip("trl")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     added = _trl(tokenizer, tmp_path, accumulate, kind) - _trl(tokenizer, tmp_path, accumulate, kind, guard=False)
-    expected = _penaltys_step()
+    expected, _ = _expected_step()
     assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -391,7 +384,7 @@ def test_packed_and_padding_free_batches_leave_the_guards_own_rows_alone(tokeniz
     seen = []
     added = _trl(tokenizer, tmp_path, 2, "SFT", seen=seen, **FLAT[form])
     added = added - _trl(tokenizer, tmp_path, 2, "SFT", guard=False, **FLAT[form])
-    expected = _penaltys_step()
+    expected, _ = _expected_step()
     assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
     task = [call for call in seen if "position_ids" in call]
     restarts = [int((call["position_ids"] == 0).sum()) for call in task]
@@ -411,7 +404,7 @@ def test_a_loss_of_ones_own_under_trl_has_the_penalty_added_too(tokenizer, tmp_p
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     added = _trl(tokenizer, tmp_path, accumulate, "SFT", loss=_squared)
     added = added - _trl(tokenizer, tmp_path, accumulate, "SFT", guard=False, loss=_squared)
-    expected = _penaltys_step()
+    expected, _ = _expected_step()
     assert expected.norm() > 1e-3 and (added - expected).norm() < 1e-4 * expected.norm()
 
 
