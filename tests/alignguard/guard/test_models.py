@@ -63,6 +63,22 @@ def test_kfac_and_the_soft_projector_on_dense_and_factored_updates():
     assert float(layer.projector.weights.max()) < 1 and 0.5 in layer.projector.weights.round(decimals=12)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_alignment_term_is_the_quadratic_penalty_around_the_start(method):
+    model = make("llama") if method == "lora" else MODELS["llama"]().double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    guard = Guard(model, ROWS[None], GuardConfig.curvature(structure="kfac", lambda_alignment=0.7), method=method)
+    fisher = random_fisher(guard, torch.float64, "kfac")
+    guard.use_fisher(fisher)
+    penalty = fg.QuadraticPenalty(model, fisher, strength=1.4)
+    move(model)
+    assert float(penalty().detach()) > 1e-3
+    torch.testing.assert_close(penalty(), guard.penalty().to(penalty().dtype), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_full_fine_tuning_charges_the_dense_update(name):
     torch.manual_seed(0)
