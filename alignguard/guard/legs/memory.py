@@ -41,8 +41,8 @@ class _Block:
         return sum(weight.numel() for weight in self.weights)
 
     def flat(self) -> Tensor:
-        """End to end, (numel,)."""
-        return torch.cat([weight.flatten() for weight in self.weights])
+        """End to end, (numel,), float32 or wider."""
+        return torch.cat([weight.flatten() for weight in self.weights]).to(_wide(self.weights[0]))
 
     def parted(self, flat: Tensor) -> list[Tensor]:
         """What is end to end, in the weights' shapes."""
@@ -75,6 +75,7 @@ class Memory:
     def __init__(self, length: int) -> None:
         self._kept: deque[_Reading] = deque(maxlen=length)
         self._known: _Known | None = None
+        self._floor: Tensor | None = None  # of the readings as they are
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -90,12 +91,15 @@ class Memory:
         kept = _compact(gradient)
         parts = kept.split([weight.numel() for weight in weights])
         with torch.no_grad():
-            offset = sum(float(part.to(w.dtype) @ w.flatten()) for part, w in zip(parts, weights, strict=True))
+            offset = sum(
+                float(part.to(_wide(w)) @ w.flatten().to(_wide(w))) for part, w in zip(parts, weights, strict=True)
+            )
         if self._known is not None:
             # Of the others it is known already, unless the weights have been moved by somebody else since.
             products = torch.cat([self._known.products, self._known.products.new_tensor([offset])])
             self._known = _Known(products[-(self._kept.maxlen or 0) :], self._known.versions)
         self._kept.append(_Reading(value, kept, offset))
+        self._floor = None
 
     def value(self, weights: Sequence[Tensor]) -> Tensor:
         """Mean over the readings of ½ ρ² in nats a token, differentiable once in the weights."""
@@ -127,8 +131,9 @@ class Memory:
             products, climbs, slope = torch.zeros_like(roots), torch.zeros_like(roots), roots.new_zeros(())
             overlaps = torch.zeros(len(roots), len(roots)).to(roots)
             blocks, steps = _blocks(weights, metric), []
-            for rows, block in self._rows(blocks):
-                step = block.metric.steps(rows)
+            floors = self._floors().split([block.numel() for block in blocks])
+            for (rows, block), floor in zip(self._rows(blocks), floors, strict=True):
+                step = block.metric.steps(floor)
                 steps.append(step)
                 products += rows @ block.flat()
                 overlaps += (rows * step) @ rows.T
@@ -144,6 +149,18 @@ class Memory:
                 for weight, part in zip(block.weights, block.parted(change.mul_(step)), strict=True):
                     weight -= part
             self._known = _Known(products - overlaps @ pull + against * climbs, _versions(weights))
+
+    def _floors(self) -> Tensor:
+        """Root mean square of the readings' gradients, (weights,): the least scale of a coordinate's step.
+
+        A coordinate that the task leaves alone has no scale of its own, and would count as free.
+        """
+        if self._floor is None:
+            squares = torch.zeros_like(self._kept[0].gradient, dtype=_wide(self._kept[0].gradient))
+            for one in self._kept:
+                squares += one.gradient.to(squares.dtype).square()
+            self._floor = squares.div_(len(self._kept)).sqrt_()
+        return self._floor
 
     def _pull(
         self, products: Tensor, overlaps: Tensor, climbs: Tensor, slope: Tensor, share: float, climb: float | None
@@ -180,31 +197,31 @@ class Memory:
             ValueError: gradients of other weights.
         """
         self._kept.clear()
-        self._known = None
+        self._known = self._floor = None
         for one in kept:
             if one["gradient"].shape != (size,):
                 raise ValueError(f"a remembered gradient is of {one['gradient'].numel()} weights, and {size} train")
             self._kept.append(_Reading(float(one["value"]), _compact(one["gradient"]), float(one["offset"])))
 
     def _rows(self, blocks: Sequence[_Block]) -> Iterator[tuple[Tensor, _Block]]:
-        """With each block in turn the readings' gradients, (readings, numel), in its dtype: never all at once."""
+        """With each block in turn the readings' gradients, (readings, numel), float32 or wider: never all at once."""
         start = 0
         for block in blocks:
             end = start + block.numel()
-            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(block.weights[0].dtype), block
+            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(_wide(block.weights[0])), block
             start = end
 
     def _products(self, weights: Sequence[Tensor]) -> Tensor:
         """⟨g, θ⟩ of each reading."""
         if self._known is not None and self._known.versions == _versions(weights):
             return self._known.products
-        products = weights[0].new_zeros(len(self._kept))
+        products = weights[0].new_zeros(len(self._kept), dtype=_wide(weights[0]))
         for rows, block in self._rows(_blocks(weights)):
             products += rows @ block.flat()
         return products
 
     def _roots(self, like: Tensor) -> Tensor:
-        return (2 * like.new_tensor([one.value for one in self._kept])).sqrt()
+        return (2 * like.new_tensor([one.value for one in self._kept], dtype=_wide(like))).sqrt()
 
     def _residuals(self, roots: Tensor, products: Tensor) -> Tensor:
         """ρ of each reading, of the products ⟨g, θ⟩."""
@@ -218,7 +235,7 @@ def _blocks(weights: Sequence[Tensor], metric: Sequence[Metric] | None = None) -
 
     def close() -> None:
         if several:
-            found.append(_Block([w for w, _ in several], joined([m for _, m in several], several[0][0].dtype)))
+            found.append(_Block([w for w, _ in several], joined([m for _, m in several], _wide(several[0][0]))))
             several.clear()
 
     kind, count = None, 0
@@ -235,6 +252,11 @@ def _blocks(weights: Sequence[Tensor], metric: Sequence[Metric] | None = None) -
 
 def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(id(weight), weight._version) for weight in weights]
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """In which weights are reckoned with, whatever they are kept in."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def _compact(gradient: Tensor) -> Tensor:
@@ -256,5 +278,5 @@ class _Recalled(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         slopes, gradients = upstream * ctx.slopes, []
         for rows, block in ctx.memory._rows(_blocks(ctx.weights)):
-            gradients += block.parted(slopes @ rows)
+            gradients += [part.to(w.dtype) for part, w in zip(block.parted(slopes @ rows), block.weights, strict=True)]
         return None, *gradients

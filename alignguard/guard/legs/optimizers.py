@@ -25,14 +25,10 @@ class Metric:
     scale: Tensor | None = None
     uphill: Tensor | None = None
 
-    def steps(self, rows: Tensor) -> Tensor | float:
-        """Rate / scale, (numel,), where no scale is less than the root mean square of the ``rows`` of gradients.
-
-        A coordinate that the task leaves alone has no scale of its own, and would count as free.
-        """
+    def steps(self, floor: Tensor) -> Tensor | float:
+        """Rate / scale, (numel,), where no scale is less than the ``floor`` (numel,)."""
         if self.scale is None:
             return self.rate
-        floor = (rows * rows).sum(0).div_(len(rows)).sqrt_()
         return self.rate / torch.maximum(self.scale.flatten(), floor).clamp_min(_TINY)
 
 

@@ -147,6 +147,21 @@ def test_neither_blocks_nor_rates_that_differ_change_a_step(monkeypatch, block):
     torch.testing.assert_close((after - before).detach(), -step * after.grad, rtol=1e-6, atol=1e-8)
 
 
+def test_weights_in_half_precision_are_moved_too():
+    memory, read, weights, scales = remembered(11)
+    before = flat(weights)
+    memory.step(weights, [Metric(0.3, s) for s in scales], 2.0)
+    half, metric = Memory(5), [Metric(0.3, s.bfloat16(), s.bfloat16()) for s in scales]
+    at = [part.bfloat16() for part in before.split([6, 4, 6])]
+    at = [part.view(shape) for part, shape in zip(at, SHAPES, strict=True)]
+    for value, gradient, where in read:
+        parts = [p.view(s).bfloat16() for p, s in zip(where.split([6, 4, 6]), SHAPES, strict=True)]
+        half.add(value, gradient.bfloat16(), parts)
+    half.step(at, metric, 2.0)
+    want = flat(weights) - before
+    assert (flat(at).double() - before - want).norm() < 0.1 * want.norm()
+
+
 def test_a_weak_pull_is_gradient_descent():
     memory, read, weights, _ = remembered(3)
     before = flat(weights).requires_grad_()

@@ -200,6 +200,17 @@ def _remembering(folder):
     save_file({"weights": found}, str(folder / f"weights-{trainer.args.process_index}.safetensors"))
 
 
+def test_an_adapter_in_bfloat16_is_moved_by_what_is_remembered(tmp_path):
+    seen = []
+    for strength in (REMEMBERED.lambda_kl, 1e-6):
+        model = make(dtype=torch.bfloat16)
+        move(model, 0.05)
+        found, trainer = train(tmp_path, model=model, config=replace(REMEMBERED, lambda_kl=strength), **ADAM)
+        assert trainer.guard.legs["kl"].remembers()
+        seen.append(found)
+    assert torch.isfinite(seen[0]).all() and (seen[0] - seen[1]).norm() > 1e-3
+
+
 def test_two_processes_that_remember_take_the_steps_of_one(tmp_path):
     one, _ = train(tmp_path, config=REMEMBERED, **ADAM)
     assert distributed(_remembering, 2, 29549, tmp_path) == [0, 0]
