@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import functools
 import io
+import itertools
 import json
 import re
 import runpy
@@ -67,10 +68,13 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
 @pytest.mark.parametrize(
     "page", [ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.relative_to(ROOT).as_posix()
 )
-def test_what_belongs_to_a_list_item_is_indented_so_that_it_does(page):
+def test_what_belongs_to_a_list_item_is_indented_and_nothing_else_is_made_one(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     lost = re.findall(r"^\n {1,3}[^ \n].*", text, re.MULTILINE)
     assert not lost, f"Python-Markdown ends the list here; indent by four: {lost[0].strip()[:60]!r}"
+    numbers = [int(found) for found in re.findall(r"^ *(\d+)\. ", text, re.MULTILINE)]
+    strays = [n for before, n in itertools.pairwise([0, *numbers]) if n not in (1, before + 1)]
+    assert not strays, f"a line that begins with '{strays[0]}. ' is made an item of a list; wrap it elsewhere"
 
 
 def test_tutorials_have_a_length_that_one_reads_and_exercises():
