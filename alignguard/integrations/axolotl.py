@@ -14,7 +14,7 @@ from alignguard.drift import driftcheck
 from alignguard.integrations.options import Options
 from alignguard.training import GuardMixin
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"axolotl.{__name__}")  # axolotl shows what is logged under its own name
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
@@ -90,11 +90,12 @@ class AlignGuardPlugin(BasePlugin):
         return [] if callback is None else [callback]
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Write DriftCheck's report beside the adapter."""
+        """Write DriftCheck's report beside the adapter, once for each trainer: axolotl calls twice."""
         options = options_of(cfg)
-        if not options.driftcheck or self._tokenizer is None or int(os.environ.get("RANK", "0")) != 0:
+        tokenizer, self._tokenizer = self._tokenizer, None
+        if not options.driftcheck or tokenizer is None or int(os.environ.get("RANK", "0")) != 0:
             return
-        report = driftcheck(model, getattr(self._tokenizer, "tokenizer", self._tokenizer), limit=options.limit)
+        report = driftcheck(model, getattr(tokenizer, "tokenizer", tokenizer), limit=options.limit)
         path = Path(cfg["output_dir"]) / "driftcheck.json"
         report.save(path)
         logger.info("DriftCheck, written to %s:\n%s", path, report.table())

@@ -12,3 +12,14 @@ sed -e "s|MODEL|$MODEL|" -e "s|DATA|$OUT|" -e "s|OUT|$OUT/out|" "$HERE/axolotl.y
 axolotl train "$OUT/run.yaml" --launcher python 2>&1 | tee "$OUT/log.txt"
 grep -q "alignguard/kl" "$OUT/log.txt"
 test -s "$OUT/out/driftcheck.json"
+alignguard driftcheck --model "$MODEL" --adapter "$OUT/out" --limit 8 --output "$OUT/again.json" --overwrite
+python - "$OUT" <<'PYTHON'
+import sys
+from pathlib import Path
+from alignguard import DriftReport
+
+out = Path(sys.argv[1])
+told, again = (DriftReport.load(path).rows for path in (out / "out" / "driftcheck.json", out / "again.json"))
+assert [(row.id, row.text, row.verdict) for row in told] == [(row.id, row.text, row.verdict) for row in again]
+print(f"{len(again)} prompts, the adapter as axolotl wrote it answers as it did in training")
+PYTHON

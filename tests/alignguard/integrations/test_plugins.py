@@ -64,6 +64,11 @@ def same(trainer, history):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-7), name
 
 
+def dataset(rows):
+    """Rows as other people's trainers hold them."""
+    return Dataset.from_list([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+
+
 def go(trainer):
     set_seed(0)
     trainer.train()
@@ -94,7 +99,7 @@ def test_trls_sft_trainer_is_fits_with_its_own_adapter_too(case, tokenizer, tiny
         output_dir=str(case.path.parent / "trl"), use_cpu=True, bf16=False, activation_checkpointing=False,
         train_sampling_strategy="sequential", max_length=None, **settings,
     )  # fmt: skip
-    data = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in case.rows])
+    data = dataset(case.rows)
     make = functools.partial(alignguard.make_guard, alignment_data=str(case.path), config=case.options.guard_config())
     trainer = Guarded(
         model=tiny_llama(layers=1), args=arguments, train_dataset=data, processing_class=tokenizer, guard=make,
@@ -113,16 +118,19 @@ def axolotl(monkeypatch):
     """axolotl's names that the plugin meets; its own where it is installed."""
     try:
         import axolotl.core.trainers
+        import axolotl.core.training_args
         import axolotl.integrations.base  # noqa: F401
     except ImportError:
         base = types.ModuleType("axolotl.integrations.base")
         base.BasePlugin = type("BasePlugin", (), {"__init__": lambda self: None})
         trainers = types.ModuleType("axolotl.core.trainers")
         trainers.AxolotlTrainer = type("AxolotlTrainer", (Trainer,), {})
+        arguments = types.ModuleType("axolotl.core.training_args")
+        arguments.AxolotlTrainingArguments = TrainingArguments
         for name in ("axolotl", "axolotl.integrations", "axolotl.core"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, base.__name__, base)
-        monkeypatch.setitem(sys.modules, trainers.__name__, trainers)
+        for made in (base, trainers, arguments):
+            monkeypatch.setitem(sys.modules, made.__name__, made)
         monkeypatch.delitem(sys.modules, "alignguard.integrations.axolotl", raising=False)
     import alignguard.integrations.axolotl as plugin
 
@@ -130,14 +138,17 @@ def axolotl(monkeypatch):
 
 
 def test_the_axolotl_plugin_trains_as_fit_does_and_reports_afterwards(axolotl, case, tokenizer, tmp_path):
+    from axolotl.core.training_args import AxolotlTrainingArguments
+
     plugin = axolotl.AlignGuardPlugin()
     module, _, name = plugin.get_input_args().rpartition(".")
     arguments = getattr(sys.modules[module], name)
     block = {**BLOCK, "alignment_data": str(case.path), "drift_every": 2, "limit": 1}
     cfg = {"alignguard": arguments(alignguard=block).alignguard, "output_dir": str(tmp_path / "out")}
     kind = plugin.get_trainer_cls(cfg)
+    settings = {**case.arguments.keywords, "remove_unused_columns": False}
     trainer = kind(
-        model=case.model, args=case.arguments(remove_unused_columns=False), train_dataset=case.rows,
+        model=case.model, args=AxolotlTrainingArguments(**settings), train_dataset=dataset(case.rows),
         data_collator=collator(0, "causal"), processing_class=tokenizer,
     )  # fmt: skip
     for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
@@ -146,8 +157,13 @@ def test_the_axolotl_plugin_trains_as_fit_does_and_reports_afterwards(axolotl, c
     assert [entry["step"] for entry in trainer.state.log_history if "driftcheck/drift" in entry] == [0, 2, 3]
     (tmp_path / "out").mkdir(exist_ok=True)
     plugin.post_train(cfg, trainer.model)
-    report = alignguard.DriftReport.load(tmp_path / "out" / "driftcheck.json")
-    assert {row.category for row in report.rows} == {"unsafe", "borderline", "ordinary", "capability"}
+    path = tmp_path / "out" / "driftcheck.json"
+    assert {row.category for row in alignguard.DriftReport.load(path).rows} == {
+        "unsafe", "borderline", "ordinary", "capability"
+    }  # fmt: skip
+    path.unlink()
+    plugin.post_train(cfg, trainer.model)
+    assert not path.exists(), "axolotl calls once after training and once more at its end"
 
 
 def test_the_axolotl_plugin_names_what_it_cannot_guard(axolotl):
