@@ -427,7 +427,7 @@ def pruning(count: int) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         steps = {
-            n: fg.obs_step({n: w}, {n: fisher[n]}, {n: masks["obs"][n]}, damping[n], tolerance=1e-3, max_steps=60)
+            n: fg.obs_step({n: w}, {n: fisher[n]}, {n: masks["obs"][n]}, damping[n], tolerance=1e-3)
             for n, w in weights.items()
         }
     found["2:4 by obs, the others moved"] = pruned({n: one.weights[n] for n, one in steps.items()})
