@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # inspect_ai's own command on the embedded model, and DriftCheck's beside it: the two must give the same shares.
-# Wants an environment with fishergeo[inspect]. CI leaves it out.
+# Wants an environment with fishergeo[inspect]; LIMIT asks only so many prompts of each category. CI leaves it out.
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 MODEL=$(python -c 'from alignguard.embedded import model_path; print(model_path())')
@@ -8,9 +8,9 @@ OUT=${1:-runs/inspect}
 mkdir -p "$OUT"
 for category in unsafe borderline ordinary; do
   inspect eval "alignguard/driftcheck_$category" --model hf/local -M model_path="$MODEL" -M do_sample=false -M dtype=float32 \
-    --log-dir "$OUT/logs" --display none --no-fail-on-error
+    --log-dir "$OUT/logs" --display none --no-fail-on-error ${LIMIT:+--limit "$LIMIT"}
 done
-alignguard driftcheck --model "$MODEL" --output "$OUT/driftcheck.json" --overwrite
+alignguard driftcheck --model "$MODEL" --output "$OUT/driftcheck.json" --overwrite ${LIMIT:+--limit "$LIMIT"}
 python - "$OUT" <<'PYTHON'
 import json, sys
 from pathlib import Path
@@ -28,5 +28,5 @@ for info in list_eval_logs(str(out / "logs")):
         asked += 1
         differ += (score.answer, score.explanation) != (row["text"], row["verdict"])
 print(f"{asked} prompts, {differ} judged or answered otherwise than by driftcheck")
-sys.exit(bool(differ))
+sys.exit(bool(differ) or not asked)
 PYTHON

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lm-evaluation-harness's own command on the embedded model, and DriftCheck's beside it: the two must give the same shares.
-# Wants an environment with fishergeo[lm-eval]. CI leaves it out.
+# Wants an environment with fishergeo[lm-eval]; LIMIT asks only so many prompts of each category. CI leaves it out.
 set -euo pipefail
 export HF_HUB_OFFLINE=1
 MODEL=$(python -c 'from alignguard.embedded import model_path; print(model_path())')
@@ -8,8 +8,8 @@ OUT=${1:-runs/lm_eval}
 mkdir -p "$OUT"
 lm_eval --model hf --model_args "pretrained=$MODEL,dtype=float32" --apply_chat_template --batch_size 32 --device cpu \
   --include_path "$(python -m alignguard.integrations.lm_eval_tasks)" --tasks driftcheck \
-  --log_samples --output_path "$OUT/lm_eval"
-alignguard driftcheck --model "$MODEL" --output "$OUT/driftcheck.json" --overwrite
+  --log_samples --output_path "$OUT/lm_eval" ${LIMIT:+--limit "$LIMIT"}
+alignguard driftcheck --model "$MODEL" --output "$OUT/driftcheck.json" --overwrite ${LIMIT:+--limit "$LIMIT"}
 python - "$OUT" <<'PYTHON'
 import json, sys
 from pathlib import Path
