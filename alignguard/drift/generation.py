@@ -141,7 +141,7 @@ def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens:
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
-def asked_digest(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> Any:
+def asked_digest(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> hashlib._Hash:
     """A SHA-256 of prompts and settings, to which more may be added."""
     return hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"]] for r in rows]]).encode())
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from alignguard.data import collate, collator, pad_id, read_jsonl
 from alignguard.drift import PromptBatch, answer_batch
 from alignguard.guard import TERMS, Guard
-from alignguard.objective import evaluation_mode, widened
+from alignguard.objective import IGNORED, evaluation_mode, response_loss
 from alignguard.training import GuardTrainer
 from studies.peft_comparison.questions import is_correct
 
@@ -165,10 +164,8 @@ def text_loss(model: Any, tokenizer: Any, texts: Sequence[str], settings: Settin
         for start in range(0, len(rows), settings.batch_size):
             own = [{"input_ids": ids, "labels": ids} for ids in rows[start : start + settings.batch_size]]
             batch = {name: value.to(device) for name, value in collate(own, pad_id(tokenizer)).items()}
-            labels = batch.pop("labels")[:, 1:]
-            logits = widened(model(**batch).logits[:, :-1])
-            nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            total, count = total + float(nats), count + int((labels != -100).sum())
+            total += float(response_loss(model, batch).sum())
+            count += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total / count
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import peft
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from alignguard.data import collate, pad_id
 from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, load_prompts, share_of
 from alignguard.files import write_text
 from alignguard.loading import load_model
-from alignguard.objective import IGNORED, evaluation_mode
+from alignguard.objective import IGNORED, evaluation_mode, response_loss
 from studies.real_model import borderline, rows
 
 ORDER = 0  # of the hash by which prompts are drawn
@@ -91,12 +90,8 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
         for start in tqdm(range(0, len(order), batch_size), desc="perplexity", unit="batch"):
             chosen = [encoded[i] for i in order[start : start + batch_size]]
             batch = collate([{"input_ids": ids, "labels": ids} for ids in chosen], pad_id(tokenizer))
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-            targets = batch["labels"][:, 1:]
-            total += float(
-                cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-            )
-            count += int((targets != IGNORED).sum())
+            total += float(response_loss(model, batch).sum())
+            count += int((batch["labels"][:, 1:] != IGNORED).sum())
     return math.exp(total / count)
 
 
