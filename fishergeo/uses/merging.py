@@ -215,10 +215,16 @@ def _merged(
         total = act(torch.ones_like(mean))
         step = torch.where(total > 0, pull / torch.where(total > 0, total, 1), 0)
     elif all(isinstance(op, DenseOperator) and op.side == operators[0].side != "both" for op in operators):
-        dense = torch.stack([s * op.to_dense() for s, op in zip(shares, operators, strict=True)]).sum(0).double()
+        # Inputs of one large direction leave float32 nothing of the others: it is solved in float64, and rounded at the end.
+        left = operators[0].side == "output"
+        grams = [share * operator.to_dense().double() for share, operator in zip(shares, operators, strict=True)]
+        wide = [gram @ one.double() if left else one.double() @ gram for gram, one in zip(grams, away, strict=True)]
+        pull, dense = torch.stack(wide).sum(0), torch.stack(grams).sum(0)
         dense = dense + damping * sum(shares) * torch.eye(len(dense), dtype=dense.dtype, device=dense.device)
-        inverse = torch.linalg.pinv(dense, hermitian=True).to(mean.dtype)
-        step = inverse @ pull if operators[0].side == "output" else pull @ inverse
+        inverse = torch.linalg.pinv(dense, hermitian=True)
+        step = inverse @ pull if left else pull @ inverse
+        left_over = pull - (dense @ step if left else step @ dense)
+        return mean + step.to(mean.dtype), 0, float(torch.linalg.vector_norm(left_over) / size)
     else:
         step, steps = conjugate_gradients(act, pull, tolerance, max_steps)
     return mean + step, steps, float(torch.linalg.vector_norm(pull - act(step)) / size)

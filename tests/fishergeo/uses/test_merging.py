@@ -217,6 +217,22 @@ def test_parameters_without_a_fisher_are_told_unless_they_are_equal():
     assert found.averaged == ("0.weight", "0.bias", "2.bias")
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_gram_with_one_huge_direction_is_solved_in_float32_weights_too(side):
+    size = P if side == "output" else Q
+    grams, models = [], [One(1).float(), One(2).float()]
+    for seed in (1, 2):
+        basis = torch.linalg.qr(psd(size, seed)).Q
+        values = torch.tensor([1e6, *[1e-3] * (size - 1)]).double()
+        grams.append(((basis * values) @ basis.T).float())
+    wide = [copy.deepcopy(model).double() for model in models]
+    found = merged(models, [fg.DenseOperator(g, side) for g in grams], damping=1.0)
+    exact = merged(wide, [fg.DenseOperator(g.double(), side) for g in grams], damping=1.0)
+    move = exact.weights["layer"] - sum(m.layer.weight.detach() for m in wide) / 2
+    assert found.residuals["layer"] < 1e-6 and move.norm() > 0.1
+    assert (found.weights["layer"].double() - exact.weights["layer"]).norm() < 1e-4 * move.norm()
+
+
 def test_conjugate_gradients_that_stop_early_say_so():
     models = [One(0), One(1)]
     operators = [fg.KroneckerOperator(psd(P, s), psd(Q, s + 1)) for s in (0, 3)]
