@@ -201,12 +201,17 @@ def _merged(
 ) -> tuple[Tensor, int, float]:
     """One layer's merged weight, steps and relative residual: the plain average W̄ plus (Σ F)⁺ Σ F_k(W_k − W̄)."""
     mean = _mean(weights, shares)
+    away = [weight - mean for weight in weights]
+    one_sided = all(isinstance(op, DenseOperator) and op.side == operators[0].side != "both" for op in operators)
+    if one_sided:
+        # Inputs of one large direction leave float32 nothing of the others: solved in float64, and rounded at the end.
+        operators = [DenseOperator(operator.to_dense().double(), operator.side) for operator in operators]
+        away = [one.double() for one in away]
 
     def act(delta: Tensor) -> Tensor:
         parts = [share * operator.apply(delta) for share, operator in zip(shares, operators, strict=True)]
         return torch.stack(parts).sum(0) + damping * sum(shares) * delta
 
-    away = [weight - mean for weight in weights]
     pull = torch.stack([s * op.apply(one) for s, op, one in zip(shares, operators, away, strict=True)]).sum(0)
     size, steps = torch.linalg.vector_norm(pull), 0
     if not bool(size > 0):
@@ -214,20 +219,14 @@ def _merged(
     if all(isinstance(operator, DiagonalOperator) for operator in operators):
         total = act(torch.ones_like(mean))
         step = torch.where(total > 0, pull / torch.where(total > 0, total, 1), 0)
-    elif all(isinstance(op, DenseOperator) and op.side == operators[0].side != "both" for op in operators):
-        # Inputs of one large direction leave float32 nothing of the others: it is solved in float64, and rounded at the end.
-        left = operators[0].side == "output"
-        grams = [share * operator.to_dense().double() for share, operator in zip(shares, operators, strict=True)]
-        wide = [gram @ one.double() if left else one.double() @ gram for gram, one in zip(grams, away, strict=True)]
-        pull, dense = torch.stack(wide).sum(0), torch.stack(grams).sum(0)
+    elif one_sided:
+        dense = torch.stack([s * op.to_dense() for s, op in zip(shares, operators, strict=True)]).sum(0)
         dense = dense + damping * sum(shares) * torch.eye(len(dense), dtype=dense.dtype, device=dense.device)
         inverse = torch.linalg.pinv(dense, hermitian=True)
-        step = inverse @ pull if left else pull @ inverse
-        left_over = pull - (dense @ step if left else step @ dense)
-        return mean + step.to(mean.dtype), 0, float(torch.linalg.vector_norm(left_over) / size)
+        step = inverse @ pull if operators[0].side == "output" else pull @ inverse
     else:
         step, steps = conjugate_gradients(act, pull, tolerance, max_steps)
-    return mean + step, steps, float(torch.linalg.vector_norm(pull - act(step)) / size)
+    return mean + step.to(mean.dtype), steps, float(torch.linalg.vector_norm(pull - act(step)) / size)
 
 
 def conjugate_gradients(

@@ -88,12 +88,11 @@ class Memory:
             gradient: its slope in the weights end to end.
             weights: where it was read.
         """
-        kept = _compact(gradient)
-        parts = kept.split([weight.numel() for weight in weights])
+        kept, blocks = _compact(gradient), _blocks(weights)
         with torch.no_grad():
-            offset = sum(
-                float(part.to(_wide(w)) @ w.flatten().to(_wide(w))) for part, w in zip(parts, weights, strict=True)
-            )
+            parts = kept.split([block.numel() for block in blocks])
+            flats = [block.flat() for block in blocks]
+            offset = float(sum(part.to(flat.dtype) @ flat for part, flat in zip(parts, flats, strict=True)))
         if self._known is not None:
             # Of the others it is known already, unless the weights have been moved by somebody else since.
             products = torch.cat([self._known.products, self._known.products.new_tensor([offset])])
@@ -141,7 +140,7 @@ class Memory:
                     sunk = block.metric.uphill * step
                     climbs += rows @ sunk
                     slope += block.metric.uphill @ sunk
-            pull, against = self._pull(products, overlaps, climbs, slope, strength / len(roots), climb)
+            pull, against = self._pull(roots, products, overlaps, climbs, slope, strength / len(roots), climb)
             for (rows, block), step in zip(self._rows(blocks), steps, strict=True):
                 change = pull @ rows
                 if against and block.metric.uphill is not None:
@@ -163,10 +162,16 @@ class Memory:
         return self._floor
 
     def _pull(
-        self, products: Tensor, overlaps: Tensor, climbs: Tensor, slope: Tensor, share: float, climb: float | None
+        self,
+        roots: Tensor,
+        products: Tensor,
+        overlaps: Tensor,
+        climbs: Tensor,
+        slope: Tensor,
+        share: float,
+        climb: float | None,
     ) -> tuple[Tensor, float]:
         """How far to go against each reading's gradient, and how far along uphill, both in the optimizer's metric."""
-        roots = self._roots(products)
         overlaps, climbs = overlaps / torch.outer(roots, roots), climbs / roots
         residuals = self._residuals(roots, products)
 
