@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from alignguard.data import collate, collator, pad_id, read_jsonl
+from alignguard.data import collator, pad_id, read_jsonl
 from alignguard.drift import PromptBatch, answer_batch
 from alignguard.guard import TERMS, Guard
-from alignguard.objective import IGNORED, evaluation_mode, response_loss
 from alignguard.training import GuardTrainer
 from studies.peft_comparison.questions import is_correct
 
@@ -153,20 +152,6 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise ValueError(f"--text {path} holds no rows")
     return texts
-
-
-def text_loss(model: Any, tokenizer: Any, texts: Sequence[str], settings: Settings) -> float:
-    """Cross entropy in nats a token, the mean over all tokens of all texts but each one's first."""
-    rows = [tokenizer(text)["input_ids"][: settings.max_seq_length] for text in texts[: settings.texts]]
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    with evaluation_mode(model):
-        for start in range(0, len(rows), settings.batch_size):
-            own = [{"input_ids": ids, "labels": ids} for ids in rows[start : start + settings.batch_size]]
-            batch = {name: value.to(device) for name, value in collate(own, pad_id(tokenizer)).items()}
-            total += float(response_loss(model, batch).sum())
-            count += int((batch["labels"][:, 1:] != IGNORED).sum())
-    return total / count
 
 
 class _Readings(TrainerCallback):

@@ -28,7 +28,8 @@ from alignguard.loading import adapt, load_model
 from alignguard.tables import text_table
 from alignguard.training import versions
 from studies.peft_comparison.questions import read_questions, short_enough, sums
-from studies.peft_comparison.recipe import Settings, accuracy, encode, read_texts, text_loss, train, validation
+from studies.peft_comparison.recipe import Settings, accuracy, encode, read_texts, train, validation
+from studies.texts import text_loss
 
 GUARDS: dict[str, GuardConfig | None] = {"lora": None, "guarded-lora": GuardConfig()}
 TINY = Path(__file__).parent / "tiny.json"
@@ -122,7 +123,7 @@ def run_method(
     rows = encode(learned, tokenizer, settings)
     valid = validation(read_questions(files["valid_data"], "--valid-data"), settings)
     test = read_questions(files["test_data"], "--test-data")[: settings.test]
-    texts = read_texts(files["text"])
+    texts = read_texts(files["text"])[: settings.texts]
     set_seed(settings.seed)
     model = adapt(model, settings.lora)
     trainable, total = model.get_nb_trainable_parameters()
@@ -131,11 +132,11 @@ def run_method(
         examples = encode_source(files["alignment_data"], "alignment_data", tokenizer, "causal", config.max_length)
         guard = Guard(model, examples, config, pad_id(tokenizer))
     with model.disable_adapter():
-        before = text_loss(model, tokenizer, texts, settings)
+        before = text_loss(model, tokenizer, texts, settings.max_seq_length, settings.batch_size)
     ran = train(model, tokenizer, rows, valid, settings, folder / "trainer", guard)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     score = accuracy(model, tokenizer, test, settings)
-    forgetting = text_loss(model, tokenizer, texts, settings) - before
+    forgetting = text_loss(model, tokenizer, texts, settings.max_seq_length, settings.batch_size) - before
     last = {
         "step": settings.max_steps,
         "test accuracy": score,

@@ -14,14 +14,12 @@ from typing import Any
 import peft
 import torch
 import transformers
-from tqdm.auto import tqdm
 
-from alignguard.data import collate, pad_id
 from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, load_prompts, share_of
 from alignguard.files import write_text
 from alignguard.loading import load_model
-from alignguard.objective import IGNORED, evaluation_mode, response_loss
 from studies.real_model import borderline, rows
+from studies.texts import text_loss
 
 ORDER = 0  # of the hash by which prompts are drawn
 PARAGRAPH = 256  # tokens of a paragraph that count towards perplexity
@@ -83,16 +81,7 @@ def prompt_groups(data: str | Path, split: str, limit: int = 80) -> list[dict[st
 
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 8) -> float:
     """Perplexity of plain paragraphs, no chat template, over all tokens but each paragraph's first."""
-    encoded = [tokenizer(text)["input_ids"][:PARAGRAPH] for text in texts]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    total, count = 0.0, 0
-    with evaluation_mode(model):
-        for start in tqdm(range(0, len(order), batch_size), desc="perplexity", unit="batch"):
-            chosen = [encoded[i] for i in order[start : start + batch_size]]
-            batch = collate([{"input_ids": ids, "labels": ids} for ids in chosen], pad_id(tokenizer))
-            total += float(response_loss(model, batch).sum())
-            count += int((batch["labels"][:, 1:] != IGNORED).sum())
-    return math.exp(total / count)
+    return math.exp(text_loss(model, tokenizer, texts, PARAGRAPH, batch_size, progress=True))
 
 
 def _share(verdicts: Sequence[str], wanted: str) -> dict[str, Any]:

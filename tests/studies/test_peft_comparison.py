@@ -14,6 +14,7 @@ from alignguard.loading import load_model
 from studies.__main__ import main
 from studies.peft_comparison import recipe, run
 from studies.peft_comparison.questions import final_answer, is_correct, number, read_questions, short_enough, sums
+from studies.texts import text_loss
 
 TINY = {
     "max_seq_length": 24, "batch_size": 2, "batch_size_eval": 2, "max_steps": 6, "eval_steps": 3,
@@ -198,13 +199,13 @@ def test_the_command_trains_both_and_writes_the_benchmarks_columns(tmp_path, cap
     results = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in run.GUARDS}
     model, tokenizer = load_model(model_path())
     used = recipe.Settings.read(settings, max_steps=4, eval_steps=2)
-    texts = recipe.read_texts(data_path("task_validation"))
-    before = recipe.text_loss(model, tokenizer, texts, used)
+    texts = recipe.read_texts(data_path("task_validation"))[: used.texts]
+    before = text_loss(model, tokenizer, texts, used.max_seq_length, used.batch_size)
     for name, result in results.items():
         info, last = result["train_info"], result["train_info"]["metrics"][-1]
         assert [entry["step"] for entry in info["metrics"]] == [2, 4, 4] and 0 <= last["test accuracy"] <= 1
         adapted = PeftModel.from_pretrained(load_model(model_path())[0], tmp_path / "out" / name)
-        after = recipe.text_loss(adapted, tokenizer, texts, used)
+        after = text_loss(adapted, tokenizer, texts, used.max_seq_length, used.batch_size)
         assert last["forgetting"] == pytest.approx(after - before, abs=1e-5) and abs(last["forgetting"]) > 1e-4
         sizes = [p.numel() for n, p in adapted.named_parameters() if "lora_" in n]
         assert info["num_trainable_params"] == sum(sizes)
@@ -232,7 +233,9 @@ def test_a_text_loss_is_the_mean_over_all_tokens(tokenizer):
         ids = torch.tensor(tokenizer(text)["input_ids"][:24])
         nats += torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
     expected = float(torch.stack(nats).detach().mean())
-    assert recipe.text_loss(model, tokenizer, texts, settings) == pytest.approx(expected, rel=1e-5)
+    assert text_loss(
+        model, tokenizer, texts[: settings.texts], settings.max_seq_length, settings.batch_size
+    ) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_is_missing_is_named_before_anything_runs(tmp_path, capsys):
