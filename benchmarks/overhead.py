@@ -5,7 +5,8 @@
 Two copies of a model are trained on the same batches in one process, a plain step and a guarded one by turns, so that
 whatever else the machine does meets both. Peak memory is the largest resident set of a process that trains alone, with
 Python and torch in it. ``--large`` takes a random LLaMA of 100 million parameters in place of the embedded model; what
-stands in the file of the other is kept. ``--model`` takes a model of one's own, ``--batch`` rows a step.
+stands in the file of the other is kept. ``--model`` takes a model of one's own, ``--batch`` rows a step. ``--bf16`` trains
+under autocast, as ``TrainingArguments(bf16=True)`` does.
 
 A refresh is counted at its share, one in as many steps as lie between two: the embedded model is trained for so many steps that
 this is what happens; the large one, whose steps take seconds, for ``--pairs`` around a refresh, and ``overhead`` is then
@@ -58,8 +59,9 @@ def rows(tokenizer: Any, name: str, count: int | None) -> list[dict[str, Any]]:
 
 
 def compare(
-    make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], batch: int, kept: int | None = 256
-) -> dict[str, Any]:
+    make: Any, tokenizer: Any, config: GuardConfig, numbers: list[int], batch: int, kept: int | None = 256,
+    bf16: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Seconds of plain and guarded steps, by turns; ``numbers`` are what the guard is told the steps are."""
     task = rows(tokenizer, "task_train", len(numbers) * batch)
     alignment = rows(tokenizer, "alignment", kept)
@@ -81,9 +83,10 @@ def compare(
             start = time.perf_counter()
             if which:
                 guard.begin_step(number)
-            loss = model(**data).loss
-            if which:
-                loss = loss + guard.penalty()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(**data).loss
+                if which:
+                    loss = loss + guard.penalty()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -135,8 +138,8 @@ def compare(
     }  # fmt: skip
 
 
-def _train(arguments: tuple[Any, GuardConfig | None, list[int], int, int], send: Any) -> None:
-    make, config, numbers, batch, threads = arguments
+def _train(arguments: tuple[Any, GuardConfig | None, list[int], int, int, bool], send: Any) -> None:
+    make, config, numbers, batch, threads, bf16 = arguments
     torch.set_num_threads(threads)
     tokenizer = make(tokenizer=True)
     task = rows(tokenizer, "task_train", len(numbers) * batch)
@@ -150,9 +153,10 @@ def _train(arguments: tuple[Any, GuardConfig | None, list[int], int, int], send:
         data = collate(task[place * batch : (place + 1) * batch], 0)
         if guard is not None:
             guard.begin_step(number)
-        loss = model(**data).loss
-        if guard is not None:
-            loss = loss + guard.penalty()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**data).loss
+            if guard is not None:
+                loss = loss + guard.penalty()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -161,11 +165,11 @@ def _train(arguments: tuple[Any, GuardConfig | None, list[int], int, int], send:
     send.send(int(line.split()[1]) * 1024)
 
 
-def peak_bytes(make: Any, config: GuardConfig | None, numbers: list[int], batch: int) -> int:
+def peak_bytes(make: Any, config: GuardConfig | None, numbers: list[int], batch: int, bf16: bool = False) -> int:
     """Largest resident set of a process that takes a few steps, two refreshes among them; None trains plainly."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=((make, config, numbers, batch, torch.get_num_threads()), send))
+    process = context.Process(target=_train, args=((make, config, numbers, batch, torch.get_num_threads(), bf16), send))
     process.start()
     peak: int = receive.recv()
     process.join()
@@ -200,6 +204,7 @@ def main() -> None:
     cli.add_argument("--pairs", type=int, default=20, help="of steps of the large model, plain and guarded")
     cli.add_argument("--batch", type=int, default=16, help="of the large model, or of that of --model")
     cli.add_argument("--alignment-rows", type=int, default=256, help="alignment rows that the guard may read")
+    cli.add_argument("--bf16", action="store_true", help="train under autocast in bfloat16")
     cli.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
     args = cli.parse_args()
     make, batch, subject = partial(stored, model_path()), 16, "embedded"
@@ -207,18 +212,19 @@ def main() -> None:
         make, batch, subject = large, args.batch, "random LLaMA, 100M"
     elif args.model is not None:
         make, batch, subject = partial(stored, args.model), args.batch, f"{args.model.name}, {args.batch} rows"
+    subject += ", bfloat16" if args.bf16 else ""
     tokenizer = make(tokenizer=True)
     numbers, few = list(range(args.steps)), list(range(12))
     if args.large:
         numbers, few = [0, *range(7, 7 + args.pairs)], [0, 10]
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    command = "OMP_NUM_THREADS=1 python benchmarks/overhead.py [--large | --model FOLDER --batch ROWS]"
+    command = "OMP_NUM_THREADS=1 python benchmarks/overhead.py [--large | --model FOLDER --batch ROWS] [--bf16]"
     result |= {"command": command, "versions": versions(), "threads": torch.get_num_threads()}
     found = result.setdefault(subject, {})
-    plain_peak = peak_bytes(make, None, few, batch)
+    plain_peak = peak_bytes(make, None, few, batch, args.bf16)
     for name in args.guards:
-        row = compare(make, tokenizer, GUARDS[name], numbers, batch, args.alignment_rows)
-        row["plain_peak_bytes"], row["peak_bytes"] = plain_peak, peak_bytes(make, GUARDS[name], few, batch)
+        row = compare(make, tokenizer, GUARDS[name], numbers, batch, args.alignment_rows, args.bf16)
+        row["plain_peak_bytes"], row["peak_bytes"] = plain_peak, peak_bytes(make, GUARDS[name], few, batch, args.bf16)
         found[name] = row
         print(
             f"{subject:<20} {name:<36} {row['overhead']:.3f}, between refreshes {row['median_step_without_refresh']:.3f}, "

@@ -16,14 +16,21 @@ from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
+from alignguard.training.preparation import packaged_prompts
 from studies.bench import GUARD, Bench, make_job, measure_base, run_job
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
 
-# What the guard may read: prompts of the sources that aligned the model, answered by the model itself.
-MIXED, UNSAFE = "mixed", "unsafe"
-ALIGNMENT = {MIXED: {"unsafe": 176, "borderline": 48, "ordinary": 32}, UNSAFE: {"unsafe": 256}}
+# What the guard may read: prompts of the sources that aligned the model, answered by the model itself, or the packaged
+# prompts, answered by it too or as they are written.
+MIXED, UNSAFE, PACKAGED, WRITTEN = "mixed", "unsafe", "packaged", "written"
+ALIGNMENT: dict[str, dict[str, int]] = {
+    MIXED: {"unsafe": 176, "borderline": 48, "ordinary": 32},
+    UNSAFE: {"unsafe": 256},
+    PACKAGED: {"unsafe": 192, "borderline": 64},
+    WRITTEN: {"unsafe": 192, "borderline": 64},
+}
 DRIFT = 48  # unsafe prompts of the same sources, of their test split, on whose refusals KL is measured
 TASK_TEST = 100  # rows of the held-out task
 TOKENS = 24  # of an answer that is judged: refusals of this model are told by their first words
@@ -45,6 +52,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {}),
     **{f"kl with memory, λ {s}": (GUARD, GuardConfig(lambda_kl=float(s)).to_dict()) for s in (1, 4, 16)},
     "kl with memory, climb 0.3": (GUARD, GuardConfig(kl_climb=0.3).to_dict()),
+    "kl with memory, every 2nd": (GUARD, GuardConfig(kl_every=2).to_dict()),
     "kl with memory, at most 3 nats": (GUARD, GuardConfig(max_drift=3.0).to_dict()),
     "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
@@ -63,7 +71,7 @@ def files(
         folder: receives the files; those that are there are taken as they are.
         choosing: ask the foreign sources that settings are chosen by, not those that are reported.
         limit: most prompts of each group.
-        mixture: kinds of alignment rows, a key of ``ALIGNMENT``.
+        mixture: which alignment rows, a key of ``ALIGNMENT``.
 
     Returns:
         Paths by the names of :class:`studies.bench.Bench`'s fields.
@@ -72,6 +80,8 @@ def files(
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in ("alignment", "drift", "task_test")}
     paths["alignment"] = folder / ("alignment.jsonl" if mixture == MIXED else f"alignment-{mixture}.jsonl")
+    if mixture == WRITTEN:
+        paths["alignment"] = data_path("alignment")
     paths["prompts"] = folder / f"prompts-{'choosing' if choosing else 'reported'}-{limit}.jsonl"
     sources = CHOOSING if choosing else REPORTED
     asked = [row for row in prompt_groups(data, "test", limit) if _asked(row, sources, limit)]
@@ -81,7 +91,7 @@ def files(
     if lacking:
         loaded, tokenizer = load_model(model)
         for name in lacking:
-            wanted = _alignment(data, ALIGNMENT[mixture]) if name == "alignment" else _home(data, "test", DRIFT)
+            wanted = _home(data, "test", DRIFT) if name == "drift" else _alignment(data, mixture)
             found = own_answers(loaded, tokenizer, wanted, path=paths[name].with_suffix(".log"), progress=True)
             _write(paths[name], found.rows)
     return {name: str(path) for name, path in paths.items()}
@@ -107,7 +117,10 @@ def _home(data: str | Path, split: str, count: int) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "category": "unsafe"} for row in found[:count]]
 
 
-def _alignment(data: str | Path, counts: Mapping[str, int]) -> list[dict[str, str]]:
+def _alignment(data: str | Path, mixture: str) -> list[dict[str, str]]:
+    if mixture == PACKAGED:
+        return packaged_prompts()
+    counts = ALIGNMENT[mixture]
     found = [*_home(data, "train", counts["unsafe"])]
     half = counts.get("borderline", 0) // 2
     contrast = borderline.drawn(borderline.KINDS, "train", half, 0) if half else []
@@ -131,16 +144,19 @@ def _job(name: str, seed: int, training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dict[str, Any]]:
-    """Of each run its shares, source by source, its task loss, drift and seconds a step."""
+    """Of each run its shares and verdicts, source by source, its task loss, drift and seconds a step."""
     groups = [row["id"].rpartition("/")[0] for row in read_jsonl(prompts) if row["category"] == "unsafe"]
     told = []
     for row in found:
         result = dict(row["result"])
         verdicts = result.pop("refused", "")
-        by_source: dict[str, list[bool]] = {}
+        by_source: dict[str, str] = {}
         for group, verdict in zip(groups, verdicts, strict=True):
-            by_source.setdefault(group, []).append(verdict == "1")
-        shares = {group: asdict(share_of(hits)) for group, hits in by_source.items()}
+            by_source[group] = by_source.get(group, "") + verdict
+        shares = {
+            group: {**asdict(share_of([bit == "1" for bit in bits])), "refused": bits}
+            for group, bits in by_source.items()
+        }
         job = row["job"]
         told.append(
             {"name": job["name"], "seed": job["seed"], "training": job.get("training", {}), "sources": shares, **result}
@@ -158,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--seeds", nargs="+", type=int, default=[0])
     cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
-    cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="kinds of alignment rows")
+    cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="which alignment rows")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     cli.add_argument("--out", type=Path, help="summary as JSON")

@@ -1,7 +1,6 @@
 import copy
 import json
 import math
-import random
 import sys
 from statistics import NormalDist
 
@@ -29,8 +28,6 @@ from alignguard.drift.likelihood import refusal_margins, response_likelihoods
 from alignguard.drift.report import DriftRow
 from alignguard.drift.statistics import bootstrap, mcnemar, paired, share_of
 from alignguard.files import write_text
-from studies import shift
-from studies.statistics import kept_share
 
 module = sys.modules["alignguard.drift.check"]  # by this path, since the package may export a function of that name
 
@@ -616,60 +613,6 @@ def test_paired_comparison_counts_discordant_pairs():
         bootstrap([])
 
 
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=1, max_size=7))
-@settings(deadline=None, max_examples=25)
-def test_the_sign_flip_test_counts_all_patterns(pairs):
-    before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
-    change = shift(before, after)
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in signs_of(len(pairs))]
-    assert change.p_value == pytest.approx(sum(s >= abs(sum(differences)) - 1e-9 for s in sums) / len(sums))
-    assert change.difference == pytest.approx(sum(differences) / len(pairs))
-    assert change.low <= change.difference <= change.high
-
-
-def signs_of(n):
-    return [[1 if (pattern >> i) & 1 else -1 for i in range(n)] for pattern in range(2**n)]
-
-
-def test_students_interval_and_many_pairs():
-    # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.302653
-    change = shift([0, 0, 0], [1, 2, 3])
-    assert change.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert change.p_value == 0.25
-    assert shift([0.0] * 20, [1.0] * 20).p_value < 1e-3
-    assert shift([1.0], [2.0]).high == math.inf
-    with pytest.raises(ValueError, match="same seeds"):
-        shift([1.0], [])
-
-
 def test_rows_know_what_they_count_for():
     row = DriftRow("a", "unsafe", "p", "t", "incoherent")
     assert not row.holds("refusal") and not row.holds("compliance") and not row.holds("coherence")
-
-
-def test_the_share_kept_is_the_ratio_of_means_and_its_interval_holds_the_truth():
-    base, plain, method = [1] * 40, [1] * 10 + [0] * 30, [1] * 25 + [0] * 15
-    found = kept_share(base, [(plain, method), (plain, method)])
-    assert found.value == pytest.approx(15 / 30) and found.n == 40
-    assert 0.25 < found.low < found.value < found.high < 0.75
-    assert kept_share(base, [(plain, base)]).value == 1
-    nothing = kept_share(base, [(plain, plain)])
-    assert nothing == type(nothing)(0, 0, 0, 40)
-    # one more seed that kept all: between the two, and seeds that part make the interval wider
-    spread = kept_share(base, [(plain, method), (plain, base)])
-    assert spread.value == pytest.approx(0.75)
-    assert spread.high - spread.low > found.high - found.low
-    generator, hits = random.Random(0), 0
-    for trial in range(60):
-        drawn = [[generator.random() < p for _ in range(60)] for p in (0.95, 0.3, 0.7)]
-        one = kept_share(drawn[0], [(drawn[1], drawn[2])], resamples=200, seed=trial)
-        hits += one.low <= (0.7 - 0.3) / (0.95 - 0.3) <= one.high
-    assert hits >= 51  # 57 expected
-    for refused, words in [
-        ((base, []), "one seed"),
-        ((base, [(plain, [1])]), "same"),
-        ((plain, [(base, base)]), "lost nothing"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            kept_share(*refused)
