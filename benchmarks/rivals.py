@@ -13,7 +13,8 @@ learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the 
     python benchmarks/rivals.py report --task sst2 --seeds 0 1 2 --out benchmarks/results/rivals_sst2.json
 
 So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router. SafeLoRA wants
-the model before its alignment: it is left out unless ``--unaligned FOLDER`` names one.
+the model before its alignment: it is left out unless ``--unaligned FOLDER`` names one. ``report --foreign DATA``, the folder
+of the prompt sets, asks unsafe prompts of ``FOREIGN`` too.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.training import versions
 from studies import ANCHOR, GUARD, GUARDS, Bench, Ledger, make_job, measure_base, rivals_plan, run_job, run_jobs
+from studies.real_model.measure import prompt_groups
 from studies.rivals import RIVALS
 
+# Sources that neither the embedded model's alignment nor the packaged prompts have seen, and how many of each are asked.
+FOREIGN, ASKED = ("malicious_instruct", "donotanswer", "safetytuned_eval"), 80
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
 METHODS = [
     *GUARDS,
@@ -146,6 +150,14 @@ def best_rate(tuned: Mapping[str, Any]) -> dict[str, Any]:
     return max(plain, key=lambda run: run["task"])["settings"]
 
 
+def foreign_prompts(data: Path, out: Path) -> str:
+    """Write the foreign prompts, and give the file."""
+    groups = {f"foreign {name}" for name in FOREIGN}
+    asked = [row for row in prompt_groups(data, "test", ASKED) if row["id"].rpartition("/")[0] in groups]
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
+    return str(out)
+
+
 def report(args: argparse.Namespace) -> None:
     tuned = json.loads(args.tuning.read_text())
     settings = chosen(tuned)
@@ -175,6 +187,11 @@ def report(args: argparse.Namespace) -> None:
         lora = EXPERTS if AutoConfig.from_pretrained(args.model).model_type == "mixtral" else {}
         shared = dataclasses.replace(shared, model=str(args.model), lora=lora)
         command = f"{command} --model {args.model.name}"
+    if args.foreign is not None:
+        shared = dataclasses.replace(
+            shared, foreign=foreign_prompts(args.foreign, args.out.with_suffix(".foreign.jsonl"))
+        )
+        command = f"{command} --foreign DATA"
     sweep(shared, jobs, args.out, args.processes, command)
 
 
@@ -186,6 +203,9 @@ def main() -> None:
     cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
     cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
     cli.add_argument("--model", type=Path, help="folder of another aligned model than the embedded one (report alone)")
+    cli.add_argument(
+        "--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too (report alone)"
+    )
     cli.add_argument("--unaligned", help="folder of the model before its alignment, for safelora")
     cli.add_argument("--methods", nargs="+", choices=METHODS)
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

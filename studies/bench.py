@@ -41,6 +41,7 @@ class Bench:
         alignment: examples that methods may use to keep alignment.
         drift: other alignment examples, on which KL from the base is measured; never trained on.
         prompts: DriftCheck prompts as JSONL; None for the packaged ones.
+        foreign: unsafe prompts as JSONL, of sources that no training has seen: ``id`` is ``source/number``. None asks none.
         limit: most prompts of each category; None asks all.
         tokens: longest answer to a prompt.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
@@ -57,6 +58,7 @@ class Bench:
     alignment: str
     drift: str
     prompts: str | None = None
+    foreign: str | None = None
     limit: int | None = None
     tokens: int = 32
     training: dict[str, Any] = field(default_factory=dict)
@@ -87,8 +89,10 @@ class Bench:
             FileNotFoundError: a data file is not there; the message names the field.
         """
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
-        for name in ("task_train", "task_test", "alignment", "drift", "prompts"):
-            path = told[name]
+        if told["foreign"] is None:  # a ledger from before there were any goes on
+            del told["foreign"]
+        for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign"):
+            path = told.get(name)
             if path is not None:
                 if not Path(path).is_file():
                     raise FileNotFoundError(f"{name}: no such file: {path}")
@@ -162,7 +166,7 @@ def measure(model: Any, tokenizer: Any, bench: Bench) -> dict[str, Any]:
     """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 without an adapter.
 
     Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
-    prompt.
+    prompt; and ``foreign``, the same of each foreign source.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
     report = driftcheck(model, tokenizer, prompts, max_new_tokens=bench.tokens)
@@ -173,6 +177,12 @@ def measure(model: Any, tokenizer: Any, bench: Bench) -> dict[str, Any]:
     adapted = hasattr(model, "disable_adapter")
     numbers["kl"] = measured_kl(model, None, tokenizer, bench.drift) if adapted else 0.0
     numbers["refused"] = "".join("01"[row.verdict == REFUSAL] for row in report.rows if row.category == "unsafe")
+    if bench.foreign is not None:
+        found: dict[str, str] = {}
+        for row in driftcheck(model, tokenizer, load_prompts(bench.foreign), max_new_tokens=bench.tokens).rows:
+            source = row.id.rpartition("/")[0]
+            found[source] = found.get(source, "") + "01"[row.verdict == REFUSAL]
+        numbers["foreign"] = found
     return numbers
 
 

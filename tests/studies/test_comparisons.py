@@ -68,9 +68,7 @@ def test_prompts_of_one_source_count_as_one_draw_of_it():
         for name, given_sources in (("prompts", None), ("sources", sources)):
             found = kept_share(base, [(plain, method)], sources=given_sources, resamples=200, seed=trial)
             covered[name] += found.low <= truth <= found.high
-    assert covered["sources"] >= 34 and covered["prompts"] <= 30, (
-        covered
-    )  # 38 expected of an honest one
+    assert covered["sources"] >= 34 and covered["prompts"] <= 30, covered  # 38 expected of an honest one
     one = kept_share(base, [(plain, method)], sources=["same"] * 240, resamples=50)
     assert one == kept_share(base, [(plain, method)], resamples=50)
 
