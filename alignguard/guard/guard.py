@@ -100,7 +100,8 @@ class Guard:
         if config.lambda_kl:
             kind = model_kind(model)
             read = [shortened(row, config.kl_tokens, kind) for row in rotating]
-            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), method == "lora")
+            moved = self.updates.distance if method == "lora" else None
+            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), moved)
         self.start = self._reference(held) if held else None
         self._whole: Reference | None = None
         self.gauge = DriftGauge()
@@ -332,8 +333,8 @@ class Guard:
     def predicted_drift(self) -> float:
         """The drift from the start in nats a response, as the penalty believes it to be.
 
-        ½ Σ tr(ΔWᵀFΔW) over the matrices, the drift to second order; without a term of the curvature the trend of KL's last
-        readings, of the response tokens that it reads.
+        ½ Σ tr(ΔWᵀFΔW) over the matrices, the drift to second order; without a term of the curvature KL's last readings, of
+        the response tokens that it reads, carried on to the present ‖ΔW‖.
         """
         kl = self.legs.get(KLLeg.name)
         return kl.drift() if isinstance(kl, KLLeg) and not self.uses_curvature else self.curvature.drift()

@@ -18,7 +18,7 @@ COUNTERS = "alignguard_guard.json"
 
 TENSORS = "alignguard_guard.safetensors"
 
-FORMAT = 3
+FORMAT = 4
 
 TENSOR = "$tensor"  # key of a tensor's name in the plain values
 

@@ -119,6 +119,20 @@ class WeightUpdates:
                 "make a new guard"
             )
 
+    @torch.no_grad()
+    def distance(self) -> float:
+        """How far the guarded matrices are from where they began: the Frobenius norm of ΔW over all of them.
+
+        Raises:
+            RuntimeError: other adapters are active than when the guard was made.
+        """
+        self.check_active()
+        squares = []
+        for matrix in self.matrices.values():
+            delta = matrix.read()
+            squares.append(delta.square().sum() if isinstance(delta, Tensor) else delta.squared_norm())
+        return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
+
     def references(self) -> dict[str, Tensor]:
         """Copies that ΔW is measured from, by matrix and role, in the model's dtype; empty for plain LoRA.
 

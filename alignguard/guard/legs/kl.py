@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from alignguard.guard.schedule import DriftBudget
 
 _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth remembering
 
-_RECENT = 6  # readings by whose trend the leg believes the drift to be what it is
+_RECENT = 6  # readings by which the leg believes the drift to be what it is
 
 _COMPARED = 8  # readings over which belief and drift are compared
 
@@ -45,7 +45,7 @@ class KLLeg(Leg):
         config: strength, examples, interval and memory.
         budget: multiplier of the strength.
         reference: what the model said before training at the examples that are read.
-        remembers: whether adapters train, so that a gradient of everything that trains is small.
+        moved: ‖ΔW‖ at the present weights; None where reading it costs too much, that is where all weights train.
     """
 
     name = "kl"
@@ -56,13 +56,15 @@ class KLLeg(Leg):
         config: GuardConfig,
         budget: DriftBudget | None,
         reference: Reference,
-        remembers: bool,
+        moved: Callable[[], float] | None,
     ) -> None:
         super().__init__(rows, config, budget)
-        self.reference, self._remembers = reference, remembers
-        self._memory = Memory(config.kl_schedule(remembers)[1])
+        self.reference, self._moved = reference, moved
+        # Of adapters a gradient of everything that trains is small.
+        self._remembers = moved is not None
+        self._memory = Memory(config.kl_schedule(self._remembers)[1])
         self.apart = False  # what is remembered acts beside the loss
-        self._read_before: deque[float] = deque(maxlen=_RECENT)  # nats a response
+        self._read_before: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # nats a response, and ‖ΔW‖ there
         self._compared: deque[tuple[float, float]] = deque(maxlen=_COMPARED)
 
     def terms(self, step: int) -> dict[str, Tensor]:
@@ -121,9 +123,10 @@ class KLLeg(Leg):
         self.rows.readings += len(places)
         nats = self.reference.divergence(places)[0]
         found = float(nats.detach().sum()) / len(places)
+        moved = self._distance()
         if self._read_before:
-            self._compared.append((self.drift(), found))
-        self._read_before.append(found)
+            self._compared.append((self._believed(moved), found))
+        self._read_before.append((found, moved))
         return nats.mean()
 
     def _remember(self, value: Tensor) -> None:
@@ -138,16 +141,20 @@ class KLLeg(Leg):
     def drift(self) -> float:
         """What the leg believes the drift to be, nats a response as far as it is read.
 
-        The trend of its last readings, a straight line through their square roots, which is how KL grows while the weights
-        move steadily. What the memory comes to is no such belief: the run undoes what is remembered before it undoes the
-        rest.
+        KL is quadratic in a small update, so its root grows as ‖ΔW‖ does: (c ‖ΔW‖)², c by least squares from the roots of
+        the last readings and the distances at which they were read. Where all weights train each step is read, and the
+        distance is taken to stay what it was: the square of the mean root. What the memory comes to is no such belief, since
+        the run undoes what is remembered before it undoes the rest.
         """
-        roots = [math.sqrt(max(0.0, read)) for read in self._read_before]
-        if len(roots) < 2:
-            return math.pow(sum(roots), 2)
-        mean, places = sum(roots) / len(roots), [i - (len(roots) - 1) / 2 for i in range(len(roots))]
-        slope = sum(i * root for i, root in zip(places, roots, strict=True)) / sum(i * i for i in places)
-        return math.pow(max(0.0, mean + slope * (places[-1] + 1)), 2)
+        return self._believed(self._distance())
+
+    def _believed(self, moved: float) -> float:
+        products = sum(math.sqrt(max(0.0, read)) * then for read, then in self._read_before)
+        squares = sum(then * then for _, then in self._read_before)
+        return math.pow(products / squares * moved, 2) if squares else 0.0
+
+    def _distance(self) -> float:
+        return 1.0 if self._moved is None else self._moved()
 
     def compared(self) -> tuple[float, float] | None:
         """Drift that was believed in and drift that was then read, in nats a response.
@@ -164,7 +171,7 @@ class KLLeg(Leg):
         return {
             "kl_memory": self._memory.state(),
             "kl_compared": [list(pair) for pair in self._compared],
-            "kl_read": list(self._read_before),
+            "kl_read": [list(pair) for pair in self._read_before],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,4 +185,4 @@ class KLLeg(Leg):
         self._compared.clear()
         self._compared.extend((float(believed), float(read)) for believed, read in state["kl_compared"])
         self._read_before.clear()
-        self._read_before.extend(map(float, state["kl_read"]))
+        self._read_before.extend((float(read), float(moved)) for read, moved in state["kl_read"])

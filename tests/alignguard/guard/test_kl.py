@@ -1,6 +1,7 @@
 """KL to the start: of the first response tokens alone, and remembered between two readings as a quadratic of itself."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -138,32 +139,53 @@ def test_a_memory_that_is_no_count_is_refused(value):
         GuardConfig.curvature(kl_memory=value)
 
 
-def trend(read):
-    """The next value of a straight line through the roots of the last six."""
-    roots = np.sqrt(np.maximum(0, read[-6:]))
-    if len(roots) < 2:
-        return float(roots.sum() ** 2)
-    line = np.polynomial.Polynomial.fit(range(len(roots)), roots, 1)
-    return max(0.0, float(line(len(roots)))) ** 2
+def far(model):
+    """‖ΔW‖ over all adapted matrices, dense, by peft's own product."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    return math.sqrt(sum(float(layer.get_delta_weight("default").square().sum()) for layer in layers))
 
 
-def test_what_is_believed_is_the_trend_of_the_last_readings_in_nats_a_response():
+def carried(read, distances, now):
+    """The root of KL as a multiple of ‖ΔW‖, by least squares over the last six readings, at the present ‖ΔW‖."""
+    columns, roots = np.array(distances[-6:])[:, None], np.sqrt(np.maximum(0, read[-6:]))
+    return float(np.linalg.lstsq(columns, roots, rcond=None)[0][0] * now) ** 2
+
+
+def test_what_is_believed_are_the_last_readings_carried_on_to_the_present_distance():
     model, guard = guarded(rows(6), kl_every=2, kl_memory=2, kl_examples=1)
-    found = []
+    found, distances, believed = [], [], []
     for step in range(9):
         guard.begin_step(step)
+        if found:
+            assert guard.predicted_drift() == pytest.approx(carried(found, distances, far(model)), rel=1e-6, abs=1e-12)
         guard.penalty()
         leg = guard.legs["kl"]
         if step < 2 or step % 2 == 0:
             turn = min(step, 1) + step // 2
             with torch.no_grad():
                 nats = leg.reference.divergence(guard.alignment.places(1, turn))[0]
+            if found:
+                believed.append(carried(found, distances, far(model)))
             found.append(float(nats.sum()))
-        assert guard.predicted_drift() == pytest.approx(trend(found), rel=1e-6, abs=1e-12)
+            distances.append(far(model))
         move(model)
-    believed = [trend(found[:i]) for i in range(1, len(found))][-8:]
-    assert guard.gauge.predicted == pytest.approx(sum(believed) / len(believed), rel=1e-6)
+    assert guard.gauge.predicted == pytest.approx(sum(believed[-8:]) / len(believed[-8:]), rel=1e-6)
     assert guard.gauge.measured == pytest.approx(sum(found[1:][-8:]) / len(found[1:][-8:]), rel=1e-9)
+
+
+def test_where_every_weight_trains_the_last_readings_are_what_is_believed():
+    model = make(dtype=torch.float64).unload().requires_grad_(True)
+    guard = Guard(model, rows(4), GuardConfig(kl_examples=1), method="full")
+    found = []
+    for step in range(4):
+        guard.begin_step(step)
+        guard.penalty()
+        with torch.no_grad():
+            found.append(float(guard.legs["kl"].reference.divergence(guard.alignment.places(1, step))[0].sum()))
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    assert found[-1] > 0
+    assert guard.predicted_drift() == pytest.approx(np.sqrt(np.maximum(0, found)).mean() ** 2, rel=1e-6)
 
 
 def test_a_memory_of_sharded_weights_is_refused_if_asked_for_and_else_left_out(monkeypatch):
