@@ -21,6 +21,7 @@ from studies.rivals.nullspace import NullSpace, quiet_directions
 from studies.rivals.penalties import EWC, KFAC, L2
 from studies.rivals.projections import GradientProjection, SafeLoRA, alignment_map, without_conflict
 from studies.rivals.replay import Replay
+from studies.rivals.rewriting import SelfRewritten, SystemPrompt
 from studies.rivals.training import RivalResult, train_rival
 
 __all__ = [
@@ -45,7 +46,9 @@ __all__ = [
     "RivalResult",
     "Run",
     "SafeLoRA",
+    "SelfRewritten",
     "StoredLogits",
+    "SystemPrompt",
     "TaskKL",
     "alignment_map",
     "make_rival",
@@ -72,6 +75,8 @@ RIVALS: dict[str, type[Rival]] = {
         ConstrainedSFT,
         TaskKL,
         StoredLogits,
+        SelfRewritten,
+        SystemPrompt,
         OFT,
         CorDA,
         MLPTargets,

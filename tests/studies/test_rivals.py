@@ -466,7 +466,7 @@ def test_bad_settings_are_named_before_anything_is_written(tmp_path, tiny_llama,
 
 
 # settings that there are of rivals with few to choose
-FEWER = {"mlp-targets": 1, "corda": 3}
+FEWER = {"mlp-targets": 1, "self-rewritten": 2, "system-prompt": 3, "corda": 3}
 
 
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != "plain"])
