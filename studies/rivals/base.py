@@ -75,12 +75,14 @@ class Rival:
         name: what tables call it.
         reads_alignment: whether it needs alignment examples.
         reads_text: whether it needs the task's rows as text.
+        needs_unaligned: whether its setting ``unaligned``, the model before its alignment, must be given.
         grid: values of each setting that a tuning sweep tries; their product is the sweep.
     """
 
     name: ClassVar[str] = "plain"
     reads_alignment: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
+    needs_unaligned: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def adapter(self, model: Any, lora: LoraConfig, alignment: Sequence[Encoded]) -> PeftConfig:
