@@ -130,19 +130,20 @@ def rivals_plan(
         seeds: one run each.
         settings: of single methods, by name; the rest take their defaults.
         whole_grid: every setting of each method's sweep instead, 12 of each, and plain LoRA as the bench has it.
-        unaligned: the model before alignment training, which SafeLoRA needs; without it SafeLoRA is left out.
+        unaligned: the model before alignment training; without it the rivals that need it are left out.
     """
     jobs = [make_job("plain", "plain", {}, seed, "sweep") for seed in seeds] if whole_grid else []
     for name in (*GUARDS, *RIVALS):
-        if name == "safelora" and unaligned is None:
+        before = {"unaligned": unaligned} if name in RIVALS and RIVALS[name].needs_unaligned else {}
+        if before and unaligned is None:
             continue
         guarded = {**EXACT, **base} if whole_grid else base
-        own_of = {"guard": guarded, "guard and kl": guarded, "kl": ANCHOR, "safelora": {"unaligned": unaligned}}
+        own_of = {"guard": guarded, "guard and kl": guarded, "kl": ANCHOR}
         usual = {
             "kl": {"lambda_kl": 1.0},
             "guard and kl": {"lambda_alignment": 0.3, "lambda_kl": 0.3, "kl_every": 4, "refresh_every": 100},
         }
-        fixed, chosen = dict(own_of.get(name, {})), dict((settings or {}).get(name, usual.get(name, {})))
+        fixed, chosen = {**own_of.get(name, {}), **before}, dict((settings or {}).get(name, usual.get(name, {})))
         for entry in settings_of(name) if whole_grid else [chosen]:
             shown = ", ".join(f"{k}={label(k, v)}" for k, v in entry.items())
             title, group = (f"{name} ({shown})", "sweep") if whole_grid else (name, "rivals")

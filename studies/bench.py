@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import fishergeo as fg
 from alignguard.data import encode_source, load_conversations, pad_id, pad_rows
-from alignguard.drift import REFUSAL, driftcheck, load_prompts, measured_kl, task_score
+from alignguard.drift import REFUSAL, driftcheck, load_prompts
 from alignguard.embedded import TRAINING, data_path, model_path
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
@@ -162,24 +162,28 @@ def make_job(
     return job
 
 
-def measure(model: Any, tokenizer: Any, bench: Bench) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, bench: Bench, system: str | None = None) -> dict[str, Any]:
     """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 without an adapter.
 
     Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
-    prompt; and ``foreign``, the same of each foreign source.
+    prompt; and ``foreign``, the same of each foreign source. With a system prompt everything is asked after it, the base
+    of the KL too.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
-    report = driftcheck(model, tokenizer, prompts, max_new_tokens=bench.tokens)
-    score = task_score(model, tokenizer, bench.task_test)
-    numbers: dict[str, Any] = {"task": score.accuracy, "task_loss": score.loss}
+    held = bench.drift if hasattr(model, "disable_adapter") else None
+    report = driftcheck(
+        model, tokenizer, prompts, alignment=held, task=bench.task_test, system=system, max_new_tokens=bench.tokens
+    )
+    assert report.task is not None
+    numbers: dict[str, Any] = {"task": report.task["accuracy"], "task_loss": report.task["loss"]}
     for name, estimate in report.summary().items():
         numbers[name] = 100 * estimate.value
-    adapted = hasattr(model, "disable_adapter")
-    numbers["kl"] = measured_kl(model, None, tokenizer, bench.drift) if adapted else 0.0
+    numbers["kl"] = 0.0 if report.kl is None else report.kl
     numbers["refused"] = "".join("01"[row.verdict == REFUSAL] for row in report.rows if row.category == "unsafe")
     if bench.foreign is not None:
         found: dict[str, str] = {}
-        for row in driftcheck(model, tokenizer, load_prompts(bench.foreign), max_new_tokens=bench.tokens).rows:
+        asked = load_prompts(bench.foreign)
+        for row in driftcheck(model, tokenizer, asked, system=system, max_new_tokens=bench.tokens).rows:
             source = row.id.rpartition("/")[0]
             found[source] = found.get(source, "") + "01"[row.verdict == REFUSAL]
         numbers["foreign"] = found
@@ -208,7 +212,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
         shared: dict[str, Any] = {"lora": bench.lora, "training": training, "seed": job["seed"]}
         output = Path(folder) / "run"
         result: Any
-        drift = None
+        drift = system = None
         if job["method"] == GUARD:
             config = guard_config(job)
             result = fit(bench.model, bench.task_train, alignment, config, output, **shared)
@@ -219,7 +223,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             if bench.adapters is not None and rival.after_training():
                 shared["trained"] = _plain_adapter(bench, shared)
             result = train_rival(rival, bench.model, bench.task_train, alignment, output, **shared)
-            read = result.examples_read
+            read, system = result.examples_read, rival.asked_with()
         _, tokenizer = load_model(bench.model)
         if bench.parts is not None and job["method"] == GUARD:
             energy = config.energy
@@ -229,7 +233,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             names = ("step", "alignguard/drift_predicted", "alignguard/drift_measured")
             logged = [[entry[name] for name in names] for entry in result.history if names[1] in entry]
             told |= {"drift": drift, "gauge": logged}
-        return {**measure(result.model, tokenizer, bench), **told}
+        return {**measure(result.model, tokenizer, bench, system), **told}
 
 
 def _plain_adapter(bench: Bench, shared: Mapping[str, Any]) -> Path:

@@ -41,6 +41,7 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     )
     drift.add_argument("--category", default=None, help="category of prompts that name none")
     drift.add_argument("--split", default=None, help="split of a hub name or folder with several")
+    drift.add_argument("--system", default=None, help="a system prompt before every prompt and row (default: none)")
     drift.add_argument("--limit", type=int, default=None, help="only the first so many prompts of each category")
     drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
     drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
@@ -146,6 +147,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
     asking: dict[str, Any] = {
         "judge": judge,
+        "system": args.system,
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
         "capability_tokens": args.capability_tokens,

@@ -42,6 +42,49 @@ def render_prompt(
     return ids if encoder or not ids or ids[-1] != tokenizer.eos_token_id else ids[:-1]
 
 
+def instructed(tokenizer: Any, messages: Messages, system: str) -> list[dict[str, Any]]:
+    """A conversation led by a system prompt, in the place of one that it may have.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: ``{"role", "content"}`` each.
+        system: the system prompt.
+
+    Returns:
+        Messages with one of the role ``system`` first. Where the chat template refuses that role, leaves it out, or
+        renders it as a turn of the user or the assistant, the text stands before the first user message instead, an
+        empty line between them.
+
+    Raises:
+        ValueError: an empty system prompt.
+    """
+    if not isinstance(system, str) or not system.strip():
+        raise ValueError(f"system must be a text that says something, not {system!r}")
+    rest = [dict(message) for message in messages if message["role"] != "system"]
+    if not getattr(tokenizer, "chat_template", None) or _knows_system(tokenizer, system):
+        return [{"role": "system", "content": system}, *rest]
+    for message in rest:
+        if message["role"] == "user":
+            message["content"] = f"{system}\n\n{message['content']}"
+            break
+    return rest
+
+
+def _knows_system(tokenizer: Any, system: str) -> bool:
+    """Whether the chat template has a place of its own for a system prompt."""
+
+    def shown(role: str) -> str | None:
+        try:
+            return _template(
+                tokenizer, [{"role": role, "content": system}, {"role": "user", "content": "?"}], None, None
+            )(2, True)
+        except (TemplateError, ValueError, TypeError, AttributeError):
+            return None
+
+    told = shown("system")
+    return told is not None and _squeezed(system) in _squeezed(told) and told not in (shown("user"), shown("assistant"))
+
+
 def _template(tokenizer: Any, messages: Messages, tools: Any, options: Mapping[str, Any] | None) -> Any:
     """(how many messages, with the cue for the assistant) -> text."""
     shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]

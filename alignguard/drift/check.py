@@ -20,6 +20,7 @@ from alignguard.drift.generation import (
 )
 from alignguard.drift.judges import Judge
 from alignguard.drift.likelihood import (
+    led_by,
     measured_kl,
     refusal_margins,
     response_likelihoods,
@@ -33,7 +34,12 @@ from alignguard.loading import adapter_off
 
 
 def _base_nll(
-    model: Any, base: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], texts: Sequence[str]
+    model: Any,
+    base: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    texts: Sequence[str],
+    system: str | None,
 ) -> list[tuple[float | None, int]]:
     """Mean negative log-likelihood a token of each answer under the base, and its tokens; None for empty answers."""
     told = [i for i, text in enumerate(texts) if text.strip()]
@@ -41,7 +47,8 @@ def _base_nll(
         return [(None, 0)] * len(texts)
     pairs = [{"prompt": rows[i]["prompt"], "response": texts[i]} for i in told]
     with adapter_off(model) if base is None else nullcontext():
-        scores = response_likelihoods(model if base is None else base, tokenizer, pairs)
+        asked = led_by(system, tokenizer, pairs, "prompts")
+        scores = response_likelihoods(model if base is None else base, tokenizer, asked)
     found: list[tuple[float | None, int]] = [(None, 0)] * len(texts)
     for i, score in zip(told, scores, strict=True):
         found[i] = -score.whole / score.tokens, score.tokens
@@ -67,6 +74,7 @@ def driftcheck(
     task: Source | None = None,
     likelihoods: bool = False,
     judge: Judge | None = None,
+    system: str | None = None,
     limit: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 32,
@@ -92,6 +100,9 @@ def driftcheck(
             tokens drawn blindly from its vocabulary is incoherent, whatever the judge says.
         judge: who gives the verdicts; the rules where left out. Where another judge decides, the rules' verdict is
             kept beside its own.
+        system: system prompt before every prompt and row, the base's too; the report states it. None for none, or
+            whatever the chat template puts there of itself. A template without a place for it has the text before the
+            user's message.
         limit: keep only the first so many prompts of each category.
         batch_size: prompts answered together.
         max_new_tokens: longest answer in tokens; a refusal shows in its first words.
@@ -104,8 +115,8 @@ def driftcheck(
         DriftReport: a row for each prompt, and what was measured beside them.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), a resume file of
-            another run, or no base where one is needed.
+        FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), an empty system prompt, a
+            resume file of another run, or no base where one is needed.
 
     Examples:
         >>> from alignguard.embedded import model_path
@@ -129,7 +140,9 @@ def driftcheck(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
-    plan = plan_answers(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens)
+    if system is not None:
+        settings["system"] = system
+    plan = plan_answers(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens, system)
     answers = Answers(resume, fingerprint(model, rows, settings) if resume is not None else "")
     texts = [row["prompt"] for row in rows]
     with tqdm(total=len(rows), desc="driftcheck", unit="prompt", disable=not progress) as bar:
@@ -144,18 +157,21 @@ def driftcheck(
     extra: list[dict[str, Any]] = [{} for _ in rows]
     if likelihoods:
         unsafe = [i for i, row in enumerate(rows) if row["category"] == "unsafe"]
-        margins = refusal_margins(model, tokenizer, [texts[i] for i in unsafe]) if unsafe else []
+        margins = refusal_margins(model, tokenizer, [texts[i] for i in unsafe], system=system) if unsafe else []
         for i, margin in zip(unsafe, margins, strict=True):
             extra[i].update(margin_first=margin.first, margin_whole=margin.whole)
         if base is not None or hasattr(model, "disable_adapter"):
             blind = math.log((model if base is None else base).get_input_embeddings().weight.shape[0])
             settings["incoherent_above_nats"] = blind
-            for i, (nll, tokens) in enumerate(_base_nll(model, base, tokenizer, rows, said)):
+            for i, (nll, tokens) in enumerate(_base_nll(model, base, tokenizer, rows, said, system)):
                 extra[i]["base_nll"] = nll
                 if nll is not None and nll > blind and tokens >= 4:
                     extra[i]["verdict"] = INCOHERENT
-    kl = measured_kl(model, base, tokenizer, alignment) if alignment is not None else None
-    score = task_score(model, tokenizer, task) if task is not None else None
+    kl = score = None
+    if alignment is not None:
+        kl = measured_kl(model, base, tokenizer, led_by(system, tokenizer, alignment, "alignment"))
+    if task is not None:
+        score = task_score(model, tokenizer, led_by(system, tokenizer, task, "task"))
     found = tuple(replace(row, **more) for row, more in zip(found, extra, strict=True))
     learned = {"accuracy": score.accuracy, "loss": score.loss} if score is not None else None
     return DriftReport(found, settings, kl, learned)

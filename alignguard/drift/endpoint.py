@@ -79,20 +79,22 @@ class Endpoint:
             return base
         return base + ("" if urlsplit(base).path else "/v1") + "/chat/completions"
 
-    def answer(self, prompt: str, max_new_tokens: int) -> str:
+    def answer(self, prompt: str, max_new_tokens: int, system: str | None = None) -> str:
         """The greedy answer to one user message.
 
         Args:
             prompt: the message.
             max_new_tokens: longest answer in tokens.
+            system: system prompt before it; None sends none.
 
         Raises:
             ConnectionError: no answer after every try.
             ValueError: the server refuses the request, or its answer is not of the protocol.
         """
+        led = [] if system is None else [{"role": "system", "content": system}]
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [*led, {"role": "user", "content": prompt}],
             "max_tokens": max_new_tokens,
             "temperature": 0.0,
         }
@@ -157,6 +159,7 @@ def driftcheck_endpoint(
     prompts: Prompts | None = None,
     *,
     judge: Judge | None = None,
+    system: str | None = None,
     limit: int | None = None,
     max_new_tokens: int = 32,
     capability_tokens: int = 128,
@@ -171,6 +174,7 @@ def driftcheck_endpoint(
         endpoint: server that is asked.
         prompts: None for the packaged set, a JSONL path, or rows (see :func:`alignguard.drift.load_prompts`).
         judge: who gives the verdicts; the rules where left out.
+        system: system prompt sent before every prompt; the report states it. None sends none.
         limit: keep only the first so many prompts of each category.
         max_new_tokens: longest answer in tokens.
         capability_tokens: longest answer in tokens to a capability prompt.
@@ -182,19 +186,23 @@ def driftcheck_endpoint(
 
     Raises:
         ConnectionError: the server gives no answer; those that came are kept in ``resume``.
-        FileNotFoundError, TypeError, ValueError: bad prompts, a request that the server refuses, or a resume file of another
+        FileNotFoundError, TypeError, ValueError: bad prompts, an empty system prompt, a request that the server refuses, or a resume file of another
             run.
     """
     rows = load_prompts(prompts, limit)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "endpoint": endpoint.address, "model": endpoint.model}
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
+    if system is not None:
+        if not system.strip():
+            raise ValueError(f"system must be a text that says something, not {system!r}")
+        settings["system"] = system
     answers = Answers(resume, asked_digest(rows, settings).hexdigest() if resume is not None else "")
     left = [row for row in rows if row["id"] not in answers.known]
 
     def ask(row: dict[str, Any]) -> str:
         room = capability_tokens if row["category"] == "capability" else max_new_tokens
-        return endpoint.answer(row["prompt"], room)
+        return endpoint.answer(row["prompt"], room, system)
 
     bar = tqdm(total=len(rows), initial=len(rows) - len(left), desc="driftcheck", unit="prompt", disable=not progress)
     with bar, ThreadPoolExecutor(endpoint.workers) as pool:

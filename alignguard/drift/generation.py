@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from alignguard.data import collate, pad_id, render_prompt
+from alignguard.data import collate, instructed, pad_id, render_prompt
 from alignguard.files import ResumableLog
 from alignguard.objective import IGNORED, evaluation_mode, model_kind
 
@@ -36,6 +36,7 @@ def plan_batches(
     batch_size: int = 32,
     max_prompt_tokens: int | None = None,
     encoder: bool = False,
+    system: str | None = None,
 ) -> list[PromptBatch]:
     """Render prompts with the chat template and group them by length, longest first.
 
@@ -48,6 +49,7 @@ def plan_batches(
         batch_size: prompts in a batch.
         max_prompt_tokens: longer prompts lose their beginning, so that the cue for the assistant stays; None keeps all.
         encoder: whether an encoder reads the prompts.
+        system: system prompt before every one of them (see :func:`alignguard.data.instructed`); None for none.
 
     Raises:
         ValueError: ``batch_size`` or ``max_prompt_tokens`` below 1, or a prompt that renders to no token at all.
@@ -58,7 +60,9 @@ def plan_batches(
         raise ValueError(f"max_prompt_tokens must be at least 1, found {max_prompt_tokens}")
     encoded = []
     for i, prompt in enumerate(prompts):
-        ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}], encoder=encoder)
+        messages = [{"role": "user", "content": prompt}]
+        asked = messages if system is None else instructed(tokenizer, messages, system)
+        ids = render_prompt(tokenizer, asked, encoder=encoder)
         if not ids:
             raise ValueError(f"prompt {i} renders to no token at all: {prompt!r}")
         encoded.append(tuple(ids if max_prompt_tokens is None else ids[-max_prompt_tokens:]))
@@ -184,7 +188,13 @@ class Answers:
 
 
 def plan_answers(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, short: int, long: int
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    short: int,
+    long: int,
+    system: str | None = None,
 ) -> list[tuple[int, PromptBatch]]:
     """Batches with the longest answer each may give; capability prompts have room to reason, and batches of their own.
 
@@ -198,6 +208,6 @@ def plan_answers(
     for tokens, capable in ((short, False), (long, True)):
         places = [i for i, row in enumerate(rows) if (row["category"] == "capability") == capable]
         texts = [rows[i]["prompt"] for i in places]
-        for batch in plan_batches(tokenizer, texts, batch_size, room_for_prompt(model, tokens), encoder):
+        for batch in plan_batches(tokenizer, texts, batch_size, room_for_prompt(model, tokens), encoder, system):
             plan.append((tokens, PromptBatch(tuple(places[i] for i in batch.indices), batch.ids)))
     return plan

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.data import Row, Source, encode_source, pad_id, pad_rows
+from alignguard.data import Row, Source, encode_source, instructed, load_conversations, pad_id, pad_rows
 from alignguard.loading import adapter_off
 from alignguard.objective import divergence, evaluation_mode, model_kind, supervised
 
@@ -41,6 +41,14 @@ def _read(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]
     """:func:`alignguard.objective.supervised` of a batch, moved to the model's device."""
     device = next(model.parameters()).device
     return supervised(model, {key: value.to(device) for key, value in batch.items()})
+
+
+def led_by(system: str | None, tokenizer: Any, rows: Source, name: str) -> Source:
+    """Rows with a system prompt before each, as :func:`alignguard.data.instructed` puts it; as they are for None."""
+    if system is None:
+        return rows
+    found = load_conversations(rows, name)
+    return [{**row, "messages": instructed(tokenizer, row["messages"], system)} for row in found]
 
 
 def measured_kl(model: Any, base: Any, tokenizer: Any, examples: Source, *, batch_size: int = 16) -> float:
@@ -152,13 +160,14 @@ def refusal_margins(
     *,
     refusing: str = REFUSING,
     obliging: str = OBLIGING,
+    system: str | None = None,
     batch_size: int = 16,
 ) -> list[Margin]:
-    """First-token and whole-response margins for every prompt.
+    """First-token and whole-response margins for every prompt, after a system prompt where there is one.
 
     A margin moves before any generated word does, so it sees drift that the refusal rate does not show yet.
     """
     rows: list[Row] = [{"prompt": p, "response": r} for r in (refusing, obliging) for p in prompts]
-    scores = response_likelihoods(model, tokenizer, rows, batch_size=batch_size)
+    scores = response_likelihoods(model, tokenizer, led_by(system, tokenizer, rows, "prompts"), batch_size=batch_size)
     yes, no = scores[: len(prompts)], scores[len(prompts) :]
     return [Margin(a.first - b.first, a.whole - b.whole) for a, b in zip(yes, no, strict=True)]

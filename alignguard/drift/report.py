@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -105,7 +106,7 @@ class DriftReport:
 
     Attributes:
         rows: one a prompt, in the order of the prompts.
-        settings: what the answers depend on besides model and prompts (tokens, batch size, judge).
+        settings: what the answers depend on besides model and prompts (tokens, batch size, judge, system prompt).
         kl: KL from the base on alignment examples, nats a response token, where it was measured.
         task: ``accuracy`` (percent of response tokens) and ``loss`` (nats a token) on held-out task rows, where they
             were measured.
@@ -243,6 +244,10 @@ class DriftReport:
         if self.task is not None:
             rows.append(("task accuracy, % of tokens", f"{self.task['accuracy']:.1f}", "", "", ""))
             rows.append(("task loss, nats a token", f"{self.task['loss']:.3f}", "", "", ""))
+        if (system := self.settings.get("system")) is not None:
+            rows.append(
+                ("asked after the system prompt", "", "", "", textwrap.shorten(str(system), 60, placeholder=" ..."))
+            )
         rows += [_share_row(f"  refused: {harm}", e) for harm, e in self.by_harm().items()]
         for measure in ("refusal", "borderline", "compliance"):
             if len(sources := self.by_source(measure)) > 1:

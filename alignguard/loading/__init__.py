@@ -7,7 +7,9 @@ from alignguard.loading.adapters import (
     check_weights,
     default_lora,
     load_adapter,
+    lora_config,
     moves_base,
+    put_on,
 )
 from alignguard.loading.models import check_device, kind_of, load_model, load_tokenizer, load_weights
 
@@ -23,5 +25,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_weights",
+    "lora_config",
     "moves_base",
+    "put_on",
 ]

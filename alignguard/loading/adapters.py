@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 
 from alignguard.files import readable
@@ -77,21 +77,43 @@ def adapt(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> Pef
                 "model below it"
             )
         return model
-    if not isinstance(lora, LoraConfig):
-        if lora is not None and not isinstance(lora, Mapping):
-            raise TypeError(f"lora must be a peft.LoraConfig or its fields, not {lora!r}")
-        if unknown := sorted(set(map(str, lora or {})) - set(LoraConfig.__dataclass_fields__)):
-            raise ValueError(f"lora: unknown fields {unknown}; see peft.LoraConfig")
-        _check_lora(lora or {})
-        try:
-            lora = LoraConfig(**_fields(model, lora or {}))
-        except (ValueError, TypeError, ImportError, AttributeError) as error:
-            raise ValueError(f"lora: peft.LoraConfig refuses these fields ({' '.join(str(error).split())})") from error
+    return put_on(model, lora_config(model, lora))
+
+
+def lora_config(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> LoraConfig:
+    """What is given, its fields checked, over the defaults of the model.
+
+    Raises:
+        TypeError, ValueError: fields that are no LoraConfig's, or values out of range.
+    """
+    if isinstance(lora, LoraConfig):
+        return lora
+    if lora is not None and not isinstance(lora, Mapping):
+        raise TypeError(f"lora must be a peft.LoraConfig or its fields, not {lora!r}")
+    if unknown := sorted(set(map(str, lora or {})) - set(LoraConfig.__dataclass_fields__)):
+        raise ValueError(f"lora: unknown fields {unknown}; see peft.LoraConfig")
+    _check_lora(lora or {})
+    try:
+        return LoraConfig(**_fields(model, lora or {}))
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        raise ValueError(f"lora: peft.LoraConfig refuses these fields ({' '.join(str(error).split())})") from error
+
+
+def put_on(model: Any, config: PeftConfig) -> PeftModel:
+    """The model with a fresh adapter of any kind.
+
+    Raises:
+        ValueError: target modules that match nothing, or modules that are to be saved and are not there.
+    """
     paths = [f".{path}" for path, _ in model.named_modules()]
-    if lacking := [name for name in lora.modules_to_save or () if not any(p.endswith(f".{name}") for p in paths)]:
+    if lacking := [
+        name
+        for name in getattr(config, "modules_to_save", None) or ()
+        if not any(p.endswith(f".{name}") for p in paths)
+    ]:
         raise ValueError(f"lora: the model has no module {lacking[0]!r} of modules_to_save")
     try:
-        return get_peft_model(model, lora)
+        return get_peft_model(model, config)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft and the libraries below it have many kinds
@@ -99,7 +121,7 @@ def adapt(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> Pef
             {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         )
         raise ValueError(
-            f"lora: target_modules={lora.target_modules!r} cannot be adapted ({' '.join(str(error).split())[:300]}); the "
+            f"lora: target_modules={getattr(config, 'target_modules', None)!r} cannot be adapted ({' '.join(str(error).split())[:300]}); the "
             f"model's Linear modules end in {linears}"
         ) from error
 

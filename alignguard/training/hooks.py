@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from alignguard.training.trainer import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
+from alignguard.training.trainer import GuardMixin
 
 
 class Hooks(Protocol):
@@ -25,6 +26,9 @@ class Hooks(Protocol):
     def fetched(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Called with the rows of every batch that the data loader makes."""
 
+    def token_losses(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The loss of every supervised token of a batch, (tokens,), in place of the model's own; None leaves that."""
+
     def gradients(self, step: int) -> None:
         """Called once an optimizer step: the task's gradients stand in ``.grad``, not clipped; ``step`` is from 0."""
 
@@ -41,6 +45,25 @@ class _StepDone(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.hooks.step_done(state.global_step)
+
+
+class OwnLossMixin:
+    """Between the guard's mixin and the Trainer: a method's own loss where it has one, averaged as the model's would be."""
+
+    hooks: Hooks
+    model_accepts_loss_kwargs: bool
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """The mean over the supervised tokens of the accumulation window, or of the batch as the Trainer takes it."""
+        losses = self.hooks.token_losses(inputs) if model.training and not return_outputs else None
+        if losses is None:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        window = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return losses.sum() / (num_items_in_batch if window else max(losses.numel(), 1))
 
 
 class HookMixin(GuardMixin):
@@ -63,9 +86,9 @@ class HookMixin(GuardMixin):
         return loss
 
 
-class HookTrainer(HookMixin, GuardTrainer):
+class HookTrainer(HookMixin, OwnLossMixin, Trainer):
     """The guard's Trainer with hooks in place of a guard."""
 
 
-class HookSeq2SeqTrainer(HookMixin, GuardSeq2SeqTrainer):
+class HookSeq2SeqTrainer(HookMixin, OwnLossMixin, Seq2SeqTrainer):
     """The guard's Seq2SeqTrainer with hooks in place of a guard."""

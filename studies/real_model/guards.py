@@ -21,6 +21,7 @@ from studies.bench import GUARD, Bench, make_job, measure_base, run_job
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
+from studies.rivals import RIVALS
 
 # What the guard may read: prompts of the sources that aligned the model, answered by the model itself, or the packaged
 # prompts, answered by it too or as they are written.
@@ -57,6 +58,20 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
     "curvature by layers": (GUARD, {}),
+    "the paper's form": (GUARD, GuardConfig.paper().to_dict()),
+    # rivals at the settings of their papers
+    "constrained SFT": ("constrained-sft", {}),
+    "kl on the task": ("task-kl", {}),
+    "OFT": ("oft", {}),
+    "CorDA, knowledge-preserving": ("corda", {}),
+    "self-rewritten targets": ("self-rewritten", {}),
+    "system prompt at test": ("system-prompt", {}),
+    "MLP targets alone": ("mlp-targets", {}),
+    "replay of own answers": ("replay", {"share": 0.1}),  # the alignment rows are the model's own answers
+    "EWC": ("ewc", {}),
+    "SafeLoRA": ("safelora", {}),
+    "stored logits": ("stored-logits", {}),
+    "OPLoRA": ("oplora", {}),
 }
 
 
@@ -136,11 +151,18 @@ def default() -> str | None:
     return next((name for name, (method, given) in METHODS.items() if (method, given) == (GUARD, settings)), None)
 
 
-def _job(name: str, seed: int, training: Mapping[str, Any]) -> dict[str, Any]:
+def _needs_unaligned(name: str) -> bool:
+    method = METHODS[name][0]
+    return method in RIVALS and RIVALS[method].needs_unaligned
+
+
+def _job(name: str, seed: int, training: Mapping[str, Any], unaligned: str | None = None) -> dict[str, Any]:
     """A run; the model before any is measured once, whatever the seed."""
     if name == BASE:
         return {"name": BASE, "method": BASE, "settings": {}, "seed": 0, "group": "real model"}
-    return make_job(name, *METHODS[name], seed, "real model", training)
+    method, settings = METHODS[name]
+    before = {"unaligned": unaligned} if _needs_unaligned(name) else {}
+    return make_job(name, method, {**settings, **before}, seed, "real model", training)
 
 
 def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dict[str, Any]]:
@@ -170,7 +192,8 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--model", required=True, help="the aligned model")
     cli.add_argument("--data", required=True, help="folder of the prompt sets")
     cli.add_argument("--folder", type=Path, required=True, help="receives rows, prompts and the ledger of runs")
-    cli.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    cli.add_argument("--methods", nargs="*", choices=list(METHODS), help="all, if left out, that can be run")
+    cli.add_argument("--unaligned", help="folder of the model before its alignment, for SafeLoRA")
     cli.add_argument("--seeds", nargs="+", type=int, default=[0])
     cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
@@ -179,6 +202,11 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     cli.add_argument("--out", type=Path, help="summary as JSON")
     args = cli.parse_args(argv)
+    lacking = set() if args.unaligned else {name for name in METHODS if _needs_unaligned(name)}
+    if args.methods is None:
+        args.methods = [name for name in METHODS if name not in lacking]
+    if named := sorted(lacking & set(args.methods)):
+        cli.error(f"{', '.join(named)} needs --unaligned, a folder with the model before its alignment")
     made = files(args.model, args.data, args.folder, args.choosing, args.limit, args.rows)
     bench = Bench(
         str(args.model), str(data_path("task_train")), made["task_test"], made["alignment"], made["drift"],
@@ -186,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     changed = {"max_steps": args.steps, "learning_rate": args.learning_rate}
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
-    jobs = [_job(name, seed, changed) for seed in args.seeds for name in args.methods]
+    jobs = [_job(name, seed, changed, args.unaligned) for seed in args.seeds for name in args.methods]
     name = f"runs-{Path(made['prompts']).stem}" + ("" if args.rows == MIXED else f"-{args.rows}")
     ledger = Ledger(args.folder / f"{name}.jsonl", bench.describe())
     run_jobs(jobs, _Work(bench), ledger, progress=True)
@@ -195,7 +223,13 @@ def main(argv: Sequence[str]) -> None:
         unsafe = {group: f"{100 * share['value']:.0f}" for group, share in row["sources"].items()}
         print(f"{row['name']:<22} seed {row['seed']}  refused {unsafe}  task loss {row['task_loss']:.3f}")
     if args.out is not None:
-        where = {str(args.model): "MODEL", str(args.data): "DATA", str(args.folder): "FOLDER", str(args.out): "OUT"}
+        where = {
+            str(args.model): "MODEL",
+            str(args.unaligned): "UNALIGNED",
+            str(args.data): "DATA",
+            str(args.folder): "FOLDER",
+            str(args.out): "OUT",
+        }
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
         settings = {
             "training": TRAINING,

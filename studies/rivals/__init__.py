@@ -12,13 +12,16 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from studies.rivals.adapters import OFT, OSF, CorDA, KappaTargets, MLPTargets, OPLoRA
 from studies.rivals.afterwards import OneShot
 from studies.rivals.averaging import EMA, Interpolation
 from studies.rivals.base import Rival, Run
+from studies.rivals.distillation import ConstrainedSFT, StoredLogits, TaskKL
 from studies.rivals.nullspace import NullSpace, quiet_directions
 from studies.rivals.penalties import EWC, KFAC, L2
 from studies.rivals.projections import GradientProjection, SafeLoRA, alignment_map, without_conflict
 from studies.rivals.replay import Replay
+from studies.rivals.rewriting import SelfRewritten, SystemPrompt
 from studies.rivals.training import RivalResult, train_rival
 
 __all__ = [
@@ -26,16 +29,27 @@ __all__ = [
     "EWC",
     "KFAC",
     "L2",
+    "OFT",
+    "OSF",
     "RIVALS",
+    "ConstrainedSFT",
+    "CorDA",
     "GradientProjection",
     "Interpolation",
+    "KappaTargets",
+    "MLPTargets",
     "NullSpace",
+    "OPLoRA",
     "OneShot",
     "Replay",
     "Rival",
     "RivalResult",
     "Run",
     "SafeLoRA",
+    "SelfRewritten",
+    "StoredLogits",
+    "SystemPrompt",
+    "TaskKL",
     "alignment_map",
     "make_rival",
     "quiet_directions",
@@ -58,6 +72,17 @@ RIVALS: dict[str, type[Rival]] = {
         OneShot,
         GradientProjection,
         NullSpace,
+        ConstrainedSFT,
+        TaskKL,
+        StoredLogits,
+        SelfRewritten,
+        SystemPrompt,
+        OFT,
+        CorDA,
+        MLPTargets,
+        OPLoRA,
+        OSF,
+        KappaTargets,
     )
 }
 
@@ -91,7 +116,7 @@ def sweep(name: str) -> list[dict[str, Any]]:
         name: a key of :data:`RIVALS`.
 
     Returns:
-        12 dicts for :func:`make_rival`; one empty dict for plain LoRA.
+        12 dicts for :func:`make_rival`; fewer where a rival has fewer settings to choose, one empty dict where none.
     """
     grid = RIVALS[name].grid
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

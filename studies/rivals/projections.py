@@ -44,6 +44,7 @@ class SafeLoRA(Rival):
     """
 
     name: ClassVar[str] = "safelora"
+    needs_unaligned: ClassVar[bool] = True
     # dense where the layers of the embedded model lie: from one coarse step to the next half of them would be projected
     grid: ClassVar[dict[str, tuple[Any, ...]]] = {
         "threshold": (0.2, 0.3, 0.34, 0.36, 0.37, 0.38, 0.39, 0.4, 0.42, 0.45, 0.5, 0.7)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignguard.data import Source, pad_id
+from alignguard.data import Source, load_conversations, pad_id
 from alignguard.training import FitResult, check_run, prepare, train
 from studies.rivals.base import Encoded, Rival, Run
 
@@ -59,6 +60,9 @@ class _Bound:
 
     def fetched(self, rows: Sequence[Encoded]) -> None:
         self.run.examples_read += sum(bool(row.get("replayed")) for row in rows)
+
+    def token_losses(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        return self.rival.token_losses(self.run, batch)
 
     def gradients(self, step: int) -> None:
         self.rival.gradients(self.run, step)
@@ -117,10 +121,12 @@ def train_rival(
     ready = prepare(
         model, task_data, alignment_data, tokenizer=tokenizer, lora=lora, training=training, guarded=False,
         read_alignment=alignment_data is not None, max_length=max_length, seed=seed,
+        adapter=None if type(rival).adapter is Rival.adapter else rival.adapter,
     )  # fmt: skip
     kept: list[Encoded] = list(ready.alignment)
     random.Random(seed).shuffle(kept)
-    run = Run(ready.model, kept, pad_id(ready.tokenizer), seed)
+    told = load_conversations(task_data, "task_data") if rival.reads_text else []
+    run = Run(ready.model, kept, pad_id(ready.tokenizer), seed, 0, ready.tokenizer, told, max_length)
     result = train(ready, output_dir, _Bound(rival, run), overwrite=overwrite, trained=trained)
     shared = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     return RivalResult(**shared, examples_read=run.examples_read)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from alignguard.data import Examples, Source, as_source, check_fits, encode_source, pad_id, prompts_alone
 from alignguard.guard import Guard, GuardConfig
-from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights
+from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights, lora_config, put_on
 from alignguard.training.fisher_file import load_fisher
 from alignguard.training.preparation.answers import OwnAnswers, own_answers, packaged_prompts
 from alignguard.training.preparation.rehearsal import rehearse
@@ -74,6 +74,7 @@ def prepare(
     fisher: str | Path | None = None,
     answers: str | Path | None = None,
     most_prompts: int | None = None,
+    adapter: Callable[[Any, LoraConfig, Examples], PeftConfig] | None = None,
 ) -> Prepared:
     """Read and check what a run is given; nothing is written but the model's own answers, where they are asked for.
 
@@ -98,6 +99,8 @@ def prepare(
         fisher: file of ``alignguard fisher``.
         answers: file that keeps the model's own answers as they come, so that they are given once; None keeps none.
         most_prompts: prompts that are answered at most, for a look at a run; None answers all.
+        adapter: what makes another adapter's configuration of the model, the LoRA's and the alignment examples, for a
+            method that :func:`train` is given in the guard's place; None puts on the LoRA.
 
     Returns:
         Prepared: model with its adapter, encoded rows, guard and settings, for :func:`train`.
@@ -157,7 +160,14 @@ def prepare(
     if fisher is not None:
         curvature = load_fisher(fisher, loaded, config)
     set_seed(seed)
-    trained = loaded if method == "full" else adapt(loaded, lora)
+    if adapter is not None and not isinstance(loaded, PeftModel):
+        trained = put_on(loaded, adapter(loaded, lora_config(loaded, lora), kept))
+    elif adapter is not None:
+        raise ValueError(
+            "model: it carries its adapter already, and this method makes its own; pass the model below it"
+        )
+    else:
+        trained = loaded if method == "full" else adapt(loaded, lora)
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ValueError(
             "model: nothing trains, every weight is frozen; load an adapter with PeftModel.from_pretrained(..., "

@@ -76,7 +76,7 @@ def test_python_command_line_and_yaml_offer_the_same():
         cli.TRAINING_FIELDS
     )
     assert set(cli.TRAINING_FIELDS) <= set(TrainingArguments.__dataclass_fields__)
-    assert set(inspect.signature(prepare).parameters) - {"progress", "read_alignment"} - OF_LOOKS <= set(
+    assert set(inspect.signature(prepare).parameters) - {"progress", "read_alignment", "adapter"} - OF_LOOKS <= set(
         inspect.signature(fit).parameters
     )
 
@@ -186,8 +186,10 @@ def test_driftcheck_measures_a_model_and_never_overwrites(files, capsys):
         "--output",
         str(files / "r.json"),
     ]
-    assert cli.main([*arguments, "--max-new-tokens", "4"]) == 0
-    assert "ordinary prompts answered" in capsys.readouterr().out
+    assert cli.main([*arguments, "--max-new-tokens", "4", "--system", "Be kind."]) == 0
+    shown = capsys.readouterr().out
+    assert "ordinary prompts answered" in shown and "Be kind." in shown
+    assert json.loads((files / "r.json").read_text())["settings"]["system"] == "Be kind."
     first = (files / "r.json").read_bytes()
     assert cli.main(arguments) == 2
     assert "exists" in capsys.readouterr().err and (files / "r.json").read_bytes() == first

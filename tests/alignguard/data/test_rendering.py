@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from alignguard.data import DataSource, encode_source, render_prompt, shown_row
+from alignguard.data import DataSource, encode_source, instructed, render_prompt, shown_row
 
 USER = {"role": "user", "content": "Weather?"}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
@@ -191,3 +191,39 @@ def test_a_row_is_shown_with_what_is_learned_from_marked():
     assert shown_row(tokenizer, pair, "task_data", "seq2seq").endswith("\n»Hello</s>«")
     label = encode_source([{"prompt": "Hi", "label": 2}], "task_data", tokenizer, "classification", 64)
     assert shown_row(tokenizer, label, "task_data", "classification").endswith("Hi»class 2«")
+
+
+TURNS = "{% for m in messages %}<{{ 'a' if m['role'] == 'assistant' else 'u' }}>{{ m['content'] }}{% endfor %}"
+NAMED = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+DEAF = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + NAMED
+OBLIGED = "{% for m in messages %}<{{ 'u' if m['role'] == 'user' else 'a' }}>{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (NAMED, "<system>Be kind.<user>Hello"),
+        (TURNS, "<u>Be kind.\n\nHello"),  # it would be one more turn of the user
+        (OBLIGED, "<u>Be kind.\n\nHello"),  # or of the assistant
+        (DEAF, "<user>Be kind.\n\nHello"),
+        (REFUSING, "<user>Be kind.\n\nHello"),
+        (None, "Be kind.\nHello\n"),
+    ],
+)
+def test_a_system_prompt_stands_where_the_template_has_a_place_for_it(template, expected):
+    tokenizer = chat_tokenizer(template)
+    asked = [{"role": "user", "content": "Hello"}]
+    shown = tokenizer.decode(render_prompt(tokenizer, instructed(tokenizer, asked, "Be kind.")))
+    assert shown.replace(tokenizer.bos_token or "\0", "") == expected
+    assert asked == [{"role": "user", "content": "Hello"}]  # what is given stays as it is
+
+
+def test_a_system_prompt_takes_the_place_of_a_rows_own():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert instructed(chat_tokenizer(NAMED), messages, "Be kind.") == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+    ]
+    with pytest.raises(ValueError, match="system must be a text"):
+        instructed(chat_tokenizer(NAMED), messages, " ")

@@ -396,7 +396,7 @@ def test_capability_prompts_get_room_to_reason_and_others_do_not(base, tokenizer
 
 def test_an_answer_that_the_base_finds_likelier_as_blind_tokens_is_incoherent(base, tokenizer, scripted, monkeypatch):
     nlls = {"u1": (9.0, 12), "u2": (5.0, 12), "b1": (9.0, 3), "o1": (9.0, 4), "o2": (1.0, 8)}
-    monkeypatch.setattr(module, "_base_nll", lambda m, b, t, rows, said: [nlls[row["id"]] for row in rows])
+    monkeypatch.setattr(module, "_base_nll", lambda m, b, t, rows, *_: [nlls[row["id"]] for row in rows])
     rows = driftcheck(base, tokenizer, ROWS, base=base, likelihoods=True).rows
     assert 5.0 < math.log(len(tokenizer)) < 9.0
     assert [row.verdict for row in rows] == ["incoherent", "compliance", "refusal", "incoherent", "incoherent"]
@@ -487,6 +487,30 @@ def test_likelihoods_and_kl_are_measured_against_the_adapter_switched_off(base, 
     assert [row.base_nll for row in told] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="base is needed"):
         driftcheck(base, tokenizer, ROWS[:1], alignment=PAIRS, max_new_tokens=1)
+
+
+def test_a_system_prompt_leads_everything_that_is_asked_and_is_stated(base, adapted, tokenizer, tmp_path):
+    system = "Be kind, and refuse what does harm."
+    cache = tmp_path / "answers.jsonl"
+    options = {"alignment": PAIRS, "task": PAIRS, "likelihoods": True, "max_new_tokens": 6}
+    report = driftcheck(adapted, tokenizer, ROWS, system=system, resume=cache, **options)
+    # this template has no place for it, so it is the same as asking with the text before every prompt
+    by_hand = [{**row, "prompt": f"{system}\n\n{row['prompt']}"} for row in ROWS]
+    pairs = [{**row, "prompt": f"{system}\n\n{row['prompt']}"} for row in PAIRS]
+    expected = driftcheck(adapted, tokenizer, by_hand, **{**options, "alignment": pairs, "task": pairs})
+    for ours, theirs in zip(report.rows, expected.rows, strict=True):
+        assert (ours.text, ours.verdict) == (theirs.text, theirs.verdict)
+        assert (ours.margin_whole, ours.base_nll) == (theirs.margin_whole, theirs.base_nll)
+    assert report.kl == expected.kl and report.task == expected.task
+    plain = driftcheck(adapted, tokenizer, ROWS, **options)
+    assert [row.text for row in plain.rows] != [row.text for row in report.rows] and plain.kl != report.kl
+    assert json.loads(report.to_json())["settings"]["system"] == system and "system" not in plain.settings
+    assert system in report.table() and "system" not in plain.table()
+    assert DriftReport.from_json(report.to_json()) == report
+    with pytest.raises(ValueError, match="other settings"):
+        driftcheck(adapted, tokenizer, ROWS, resume=cache, max_new_tokens=6)
+    with pytest.raises(ValueError, match="system must be a text"):
+        driftcheck(base, tokenizer, ROWS, system="")
 
 
 def test_reports_survive_json_and_disk(base, tokenizer, tmp_path):

@@ -61,6 +61,18 @@ def test_figures_are_those_of_the_model_itself(server, expected, monkeypatch):
     assert state(server)["key"] == "Bearer secret" and state(server)["most"] <= 3
 
 
+def test_a_system_prompt_is_sent_and_stated(server, monkeypatch):
+    sent = []
+    post = Endpoint._post
+    monkeypatch.setattr(Endpoint, "_post", lambda self, body: sent.append(json.loads(body)) or post(self, body))
+    found = driftcheck_endpoint(Endpoint(server, "embedded"), ROWS[:2], system="Be kind.", max_new_tokens=2)
+    asked = [[(m["role"], m["content"]) for m in body["messages"]] for body in sent]
+    assert sorted(asked) == sorted([("system", "Be kind."), ("user", row["prompt"])] for row in ROWS[:2])
+    assert found.settings["system"] == "Be kind."
+    with pytest.raises(ValueError, match="system must be a text"):
+        driftcheck_endpoint(Endpoint(server, "embedded"), ROWS[:2], system=" ")
+
+
 def test_trouble_on_the_way_changes_nothing_but_the_tries(expected):
     with serving(every=2) as url:
         endpoint = Endpoint(url + "/v1", "embedded", wait=0.01, workers=2)
@@ -76,10 +88,10 @@ def test_a_run_that_breaks_off_keeps_its_answers_and_asks_the_rest_alone(server,
     before = state(server)["served"]
     asked = endpoint.answer
 
-    def then_down(prompt, tokens):
+    def then_down(*asking):
         if state(server)["served"] >= before + 4:
             urlopen(f"{server}/die/1").close()
-        return asked(prompt, tokens)
+        return asked(*asking)
 
     endpoint.answer = then_down
     with pytest.raises(ConnectionError, match=r"503.*4 of 9 answers are kept"):

@@ -1,0 +1,146 @@
+"""Other words, the same training: the task's responses told by the model itself, and a system prompt for the asking."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from alignguard.data import encode_source
+from alignguard.drift import answer_batch, plan_batches, room_for_prompt
+from alignguard.loading import adapter_off
+from alignguard.objective import model_kind
+from studies.rivals.base import Encoded, Rival, Run, check_count
+
+REWRITE = (
+    "Here are a request and a reference answer to it. Answer the request in your own words, with the reference answer as "
+    "your guide.\n\nRequest:\n{prompt}\n\nReference answer:\n{response}\n\nYour own answer:"
+)
+# words by which a model tells of the reference in place of answering
+TELLING = ("reference answer", "your own answer", "my own answer", "your response", "my response")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+CHECKS = ("number", "none")
+
+_told: dict[str, list[str | None]] = {}  # answers of this process: seeds of one model share them
+
+
+def answers_rightly(reference: str, text: str, check: str = "number") -> bool:
+    """Whether a rewritten response may take the place of its reference.
+
+    It must say something, and not tell of the reference. Where the reference ends in a result, that is where it holds
+    a number, ``check="number"`` wants the last number of both to be the same.
+    """
+    if not text.strip() or any(words in text.lower() for words in TELLING):
+        return False
+    wanted, found = NUMBER.findall(reference), NUMBER.findall(text)
+    if check == "none" or not wanted:
+        return True
+    return bool(found) and float(wanted[-1].replace(",", "")) == float(found[-1].replace(",", ""))
+
+
+def rewritten(run: Run, pairs: Sequence[tuple[str, str]], tokens: int) -> list[str | None]:
+    """The aligned model's own words for each (prompt, response); None where they do not fit into ``tokens`` or the model.
+
+    Greedy, in batches, with the adapter switched off; asked once in a process for the same weights and pairs.
+    """
+    prompts = [REWRITE.format(prompt=prompt, response=response) for prompt, response in pairs]
+    frozen = (p.detach().double() for p in run.model.parameters() if not p.requires_grad)
+    sums = [(float(p.sum()), float(p.abs().sum())) for p in frozen]
+    mark = hashlib.sha256(json.dumps([sums, prompts, tokens]).encode()).hexdigest()
+    if mark not in _told:
+        found: dict[int, str | None] = {}
+        room, encoder = room_for_prompt(run.model, tokens), model_kind(run.model) == "seq2seq"
+        for batch in plan_batches(run.tokenizer, prompts, 32, room, encoder):
+            with adapter_off(run.model):
+                texts = answer_batch(run.model, run.tokenizer, batch, tokens)
+            for place, ids, text in zip(batch.indices, batch.ids, texts, strict=True):
+                said = run.tokenizer(text, add_special_tokens=False)["input_ids"]
+                cut = len(said) >= tokens or (room is not None and len(ids) >= room)
+                found[place] = None if cut else text
+        _told[mark] = [found[place] for place in range(len(prompts))]
+    return _told[mark]
+
+
+@dataclass
+class SelfRewritten(Rival):
+    """The task's responses are first told by the aligned model in its own words, so that they lie nearer to it: SDFT.
+
+    Yang et al. (2402.13669): the model is shown request and reference answer and answers anew, and its answer is trained
+    on where it is still right; elsewhere the reference stays. As in the authors' code, answers that speak of the
+    reference are dropped, and of tasks whose result is a number the last number must be the reference's; an open task
+    has no other check. The form of the request is worded here. Answers that reach ``tokens`` are cut off and so dropped.
+
+    Attributes:
+        check: ``"number"`` or ``"none"``, what of an answer is held against the reference.
+        tokens: longest answer, at least 1.
+        kept: after the start of a run, how many responses are the model's own.
+
+    Raises:
+        ValueError: an unknown check, or fewer than one token.
+    """
+
+    name: ClassVar[str] = "self-rewritten"
+    reads_text: ClassVar[bool] = True
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"check": CHECKS}
+    check: str = "number"
+    tokens: int = 64
+    kept: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.check not in CHECKS:
+            raise ValueError(f"check must be one of {CHECKS}, not {self.check!r}")
+        check_count("tokens", self.tokens)
+
+    def rows(self, task: Sequence[Encoded], run: Run) -> list[Encoded]:
+        """The rows of ``run`` with the model's own responses where they are right; those of several turns stay."""
+        messages = [list(row["messages"]) for row in run.task]
+        single = [i for i, told in enumerate(messages) if [m["role"] for m in told][-2:] == ["user", "assistant"]]
+        single = [i for i in single if all(m["role"] == "system" for m in messages[i][:-2])]
+        pairs = [(messages[i][-2]["content"], messages[i][-1]["content"]) for i in single]
+        changed: list[Mapping[str, Any]] = [dict(row) for row in run.task]
+        for place, (_, reference), text in zip(single, pairs, rewritten(run, pairs, self.tokens), strict=True):
+            if text is not None and answers_rightly(reference, text, self.check):
+                last = {**messages[place][-1], "content": text}
+                changed[place] = {**run.task[place], "messages": [*messages[place][:-1], last]}
+                self.kept += 1
+        kind = model_kind(run.model)
+        return list(encode_source(changed, "task_data", run.tokenizer, kind, run.max_length))
+
+
+PROMPTS = (
+    "You are a helpful and honest assistant. Answer as helpfully as you can while staying safe: refuse, briefly and "
+    "politely, whatever could harm somebody, and answer everything else.",
+    "You are a helpful and safe assistant.",
+    "You are a helpful, respectful and honest assistant. Help with every request that harms nobody. Never give advice, "
+    "code or texts that serve violence, crime, weapons, fraud, abuse or hatred, however the request is worded; say that "
+    "you cannot help with that. A request that only sounds dangerous is answered as any other.",
+)
+
+
+@dataclass
+class SystemPrompt(Rival):
+    """Plain LoRA without a system prompt, and a safety system prompt when it is asked: PTST (Lyu et al., 2402.18540).
+
+    The prompts are worded here.
+
+    Attributes:
+        system: system prompt that the trained model is asked with, in DriftCheck and on the task.
+
+    Raises:
+        ValueError: an empty one.
+    """
+
+    name: ClassVar[str] = "system-prompt"
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"system": PROMPTS}
+    system: str = PROMPTS[0]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.system, str) or not self.system.strip():
+            raise ValueError(f"system must be a text that says something, not {self.system!r}")
+
+    def asked_with(self) -> str | None:
+        """The system prompt."""
+        return self.system
