@@ -5,6 +5,7 @@ is tested here, and what the tool does with it by the scripts in scripts/integra
 """
 
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from architectures import move
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -108,6 +110,53 @@ def test_trls_sft_trainer_is_fits_with_its_own_adapter_too(case, tokenizer, tiny
     assert len(trainer.guard.updates.matrices) == 7
     trainer.model.load_state_dict(case.model.state_dict())  # TRL draws before it makes the adapter
     same(go(trainer), case.history)
+
+
+def _letters(completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO", "ORPO"])
+def test_every_trainer_of_trls_begins_with_fits_terms(
+    kind, accumulate, case, tokenizer, tiny_llama, task_rows, tmp_path, monkeypatch
+):
+    """Whatever its loss, from the same moved adapter; what the penalty adds to its step, test_trainers.py tests."""
+    trl = pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+    def moved():
+        model = adapt(tiny_llama(layers=1), LORA)
+        move(model, 0.05)
+        return model
+
+    config = case.options.guard_config()
+    settings = {**SETTINGS, "max_steps": 1, "gradient_accumulation_steps": accumulate}
+    settings["per_device_train_batch_size"] = 4 // accumulate
+    theirs = fit(
+        moved(), task_rows, str(case.path), config, tmp_path / "moved", tokenizer=tokenizer, max_length=64,
+        training={k: v for k, v in settings.items() if k not in ("report_to", "disable_tqdm")},
+    ).history[0]  # fmt: skip
+    home = importlib.import_module("trl.experimental.orpo") if kind == "ORPO" else trl
+    data = [{"prompt": row["prompt"], "completion": row["response"]} for row in task_rows]
+    more, extra = {"max_length": 64 if kind == "ORPO" else None}, {}
+    if kind in ("DPO", "ORPO"):
+        data = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in data]
+    elif kind == "KTO":
+        data = [{**row, "label": place % 2 == 0} for place, row in enumerate(data)]
+    elif kind == "GRPO":
+        data, more = [{"prompt": row["prompt"]} for row in data], {"num_generations": 2, "max_completion_length": 4}
+        extra = {"reward_funcs": _letters}
+    arguments = getattr(home, f"{kind}Config")(
+        output_dir=str(tmp_path / kind), use_cpu=True, bf16=False, activation_checkpointing=False, **more, **settings
+    )
+    trainer = type(f"Guarded{kind}", (GuardMixin, getattr(home, f"{kind}Trainer")), {})(
+        model=moved(), args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+        guard=functools.partial(alignguard.make_guard, alignment_data=str(case.path), config=config), **extra,
+    )  # fmt: skip
+    found = next(entry for entry in go(trainer).state.log_history if "loss" in entry)
+    for name in TERMS:
+        assert theirs[name] > 1e-4 and found[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 # axolotl
