@@ -282,7 +282,7 @@ class OPLoRA(Rival):
         """Project both factors of every adapted matrix of ``run`` from now on.
 
         Raises:
-            ValueError: a matrix has no more singular triples than are to be left alone.
+            ValueError: of a matrix nothing would be left to train, since it has too few singular triples.
         """
         (adapter,) = run.model.active_adapters
         for name in lora_updates(run.model):
