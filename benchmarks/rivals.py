@@ -3,7 +3,7 @@
     python benchmarks/rivals.py tune   --out benchmarks/results/tuning.json
     python benchmarks/rivals.py report --out benchmarks/results/rivals.json
 
-``tune`` runs 12 settings of each method, or as many as it has (``studies.ablation.settings_of``), with a seed that nothing is reported for,
+``tune`` runs 12 settings of each method, or all of fewer (``studies.ablation.settings_of``), with a seed of its own,
 and asks validation prompts. ``report`` takes of each method the setting that :func:`best` names and runs it for every
 seed on DriftCheck's own prompts. All runs share data, batches, schedule and the same 256 alignment examples. Both go on
 where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays. ``report --task NAME``
