@@ -3,7 +3,7 @@
     python benchmarks/rivals.py tune   --out benchmarks/results/tuning.json
     python benchmarks/rivals.py report --out benchmarks/results/rivals.json
 
-``tune`` runs 12 settings of each method (``studies.ablation.settings_of``) with a seed that nothing is reported for,
+``tune`` runs 12 settings of each method, or all of fewer (``studies.ablation.settings_of``), with a seed of its own,
 and asks validation prompts. ``report`` takes of each method the setting that :func:`best` names and runs it for every
 seed on DriftCheck's own prompts. All runs share data, batches, schedule and the same 256 alignment examples. Both go on
 where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays. ``report --task NAME``
@@ -12,9 +12,10 @@ learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the 
     python benchmarks/tasks.py DATA runs/tasks
     python benchmarks/rivals.py report --task sst2 --seeds 0 1 2 --out benchmarks/results/rivals_sst2.json
 
-So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router. SafeLoRA wants
-the model before its alignment: it is left out unless ``--unaligned FOLDER`` names one. ``report --foreign DATA``, the folder
-of the prompt sets, asks unsafe prompts of ``FOREIGN`` too.
+So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router. SafeLoRA and
+SafeMERGE want the model before its alignment: they are left out unless ``--unaligned FOLDER`` names one. Without
+``--methods``, ``report`` runs what the tuning file holds, and says what it lacks. ``report --foreign DATA``, the folder of
+the prompt sets, asks unsafe prompts of ``FOREIGN`` too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,7 @@ from studies.rivals import RIVALS
 
 # Sources that neither the embedded model's alignment nor the packaged prompts have seen, and how many of each are asked.
 FOREIGN, ASKED = ("malicious_instruct", "donotanswer", "safetytuned_eval"), 80
+BEFORE = {name for name, rival in RIVALS.items() if rival.needs_unaligned}
 SLACK = 0.5  # points of task accuracy below tuned plain LoRA that count as equal
 METHODS = [
     *GUARDS,
@@ -161,6 +164,10 @@ def foreign_prompts(data: Path, out: Path) -> str:
 def report(args: argparse.Namespace) -> None:
     tuned = json.loads(args.tuning.read_text())
     settings = chosen(tuned)
+    if not args.named:
+        lacking = [name for name in args.methods if name in (*GUARDS, *RIVALS) and name not in settings]
+        print(f"not tuned in {args.tuning} and left out: {', '.join(lacking) or 'none'}", file=sys.stderr)
+        args.methods = [name for name in args.methods if name not in lacking]
     jobs = []
     for seed in args.seeds:
         for name in args.methods:
@@ -173,7 +180,7 @@ def report(args: argparse.Namespace) -> None:
             elif name == "plain":
                 jobs.append(make_job(name, "plain", {}, seed, name))
             elif name in settings:
-                if name == "safelora":
+                if name in BEFORE:
                     settings[name]["unaligned"] = args.unaligned
                 jobs.append(make_job(name, GUARD if name in GUARDS else name, settings[name], seed, name))
             else:
@@ -206,15 +213,18 @@ def main() -> None:
     cli.add_argument(
         "--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too (report alone)"
     )
-    cli.add_argument("--unaligned", help="folder of the model before its alignment, for safelora")
+    cli.add_argument("--unaligned", help="folder of the model before its alignment, for those that need it")
     cli.add_argument("--methods", nargs="+", choices=METHODS)
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
+    args.named = args.methods is not None
     if args.methods is None:
-        args.methods = [name for name in METHODS if name != "safelora" or args.unaligned]
-    if "safelora" in args.methods and not (args.unaligned and Path(args.unaligned).is_dir()):
-        cli.error(f"safelora needs --unaligned, a folder with the model before its alignment, not {args.unaligned!r}")
+        args.methods = [name for name in METHODS if name not in BEFORE or args.unaligned]
+    if (named := sorted(BEFORE & set(args.methods))) and not (args.unaligned and Path(args.unaligned).is_dir()):
+        cli.error(
+            f"{', '.join(named)} needs --unaligned, a folder with the model before its alignment, not {args.unaligned!r}"
+        )
     (tune if args.what == "tune" else report)(args)
 
 

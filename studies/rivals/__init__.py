@@ -13,15 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from studies.rivals.adapters import OFT, OSF, CorDA, KappaTargets, MLPTargets, OPLoRA
-from studies.rivals.afterwards import OneShot
+from studies.rivals.afterwards import Intruders, OneShot, SafeDelta, SafeMERGE
 from studies.rivals.averaging import EMA, Interpolation
 from studies.rivals.base import Rival, Run
 from studies.rivals.distillation import ConstrainedSFT, StoredLogits, TaskKL
 from studies.rivals.nullspace import NullSpace, quiet_directions
 from studies.rivals.penalties import EWC, KFAC, L2
 from studies.rivals.projections import GradientProjection, SafeLoRA, alignment_map, without_conflict
-from studies.rivals.replay import Replay
-from studies.rivals.rewriting import SelfRewritten, SystemPrompt
+from studies.rivals.rows import Replay, SelfRewritten, SystemPrompt
 from studies.rivals.training import RivalResult, train_rival
 
 __all__ = [
@@ -36,6 +35,7 @@ __all__ = [
     "CorDA",
     "GradientProjection",
     "Interpolation",
+    "Intruders",
     "KappaTargets",
     "MLPTargets",
     "NullSpace",
@@ -45,7 +45,9 @@ __all__ = [
     "Rival",
     "RivalResult",
     "Run",
+    "SafeDelta",
     "SafeLoRA",
+    "SafeMERGE",
     "SelfRewritten",
     "StoredLogits",
     "SystemPrompt",
@@ -83,6 +85,9 @@ RIVALS: dict[str, type[Rival]] = {
         OPLoRA,
         OSF,
         KappaTargets,
+        SafeDelta,
+        SafeMERGE,
+        Intruders,
     )
 }
 

@@ -97,7 +97,7 @@ class Rival:
         """Before the optimizer is made; the adapter is new, so the model is the aligned one."""
 
     def token_losses(self, run: Run, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """The loss of every supervised token of a task batch, (tokens,); None leaves the cross entropy."""
+        """The loss of every supervised token of a task batch, (tokens,) of any floating dtype; None for cross entropy."""
         return None
 
     def gradients(self, run: Run, step: int) -> None:

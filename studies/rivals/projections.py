@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import fishergeo as fg
 from alignguard.objective import divergence, response_loss, supervised
 from alignguard.updates import lora_updates
 from studies.rivals.base import Rival, Run, check_count, check_strength
@@ -26,6 +28,32 @@ def alignment_map(aligned: Tensor, unaligned: Tensor) -> Tensor:
     v = (aligned - unaligned).to(torch.promote_types(aligned.dtype, torch.float32))
     norm = v.norm()
     return v @ v.mT / norm if norm > 0 else torch.zeros(len(v), len(v), dtype=v.dtype, device=v.device)
+
+
+def toward_alignment(
+    run: Run, unaligned: str | Path | PreTrainedModel | None
+) -> Iterator[tuple[str, Tensor, fg.LowRank, float]]:
+    """Of every adapted matrix its name, C of :func:`alignment_map`, ΔW, and cos(C ΔW, ΔW).
+
+    Raises:
+        ValueError: the unaligned model lacks a layer, or has it in another shape.
+    """
+    model = unaligned
+    if not isinstance(model, PreTrainedModel):
+        model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    before = model.state_dict()
+    for name, delta in lora_updates(run.model).items():
+        delta = delta.detach()
+        module: Any = run.model.get_submodule(name)
+        weight = module.get_base_layer().weight.detach()
+        key = f"{name.removeprefix('base_model.model.')}.weight"
+        if key not in before or before[key].shape != weight.shape:
+            found = tuple(before[key].shape) if key in before else "nothing"
+            raise ValueError(f"unaligned model: {key} should be {tuple(weight.shape)}, found {found}")
+        c = alignment_map(weight, before[key].to(weight)).to(delta.dtype)
+        moved = c @ delta.left @ delta.right
+        cosine = torch.nn.functional.cosine_similarity(moved.flatten(), delta.to_dense().flatten(), dim=0)
+        yield name, c, delta, float(cosine)
 
 
 @dataclass
@@ -65,22 +93,10 @@ class SafeLoRA(Rival):
         Raises:
             ValueError: the unaligned model lacks a layer, or has it in another shape.
         """
-        model = self.unaligned
-        if not isinstance(model, PreTrainedModel):
-            model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-        before = model.state_dict()
         (adapter,) = run.model.active_adapters
-        for name, delta in lora_updates(run.model).items():
-            module: Any = run.model.get_submodule(name)
-            weight = module.get_base_layer().weight
-            key = f"{name.removeprefix('base_model.model.')}.weight"
-            if key not in before or before[key].shape != weight.shape:
-                found = tuple(before[key].shape) if key in before else "nothing"
-                raise ValueError(f"unaligned model: {key} should be {tuple(weight.shape)}, found {found}")
-            c = alignment_map(weight, before[key].to(weight)).to(delta.dtype)
-            moved = c @ delta.left @ delta.right
-            cosine = torch.nn.functional.cosine_similarity(moved.flatten(), delta.to_dense().flatten(), dim=0)
-            if float(cosine) <= self.threshold:
+        for name, c, _, cosine in toward_alignment(run, self.unaligned):
+            if cosine <= self.threshold:
+                module: Any = run.model.get_submodule(name)
                 b = module.lora_B[adapter].weight
                 b.copy_(c.to(b) @ b)
                 self.projected.append(name)

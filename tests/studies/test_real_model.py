@@ -110,6 +110,13 @@ def test_fetch_says_how_to_install(monkeypatch, tmp_path):
         fetch.fetch(tmp_path / "model")
 
 
+def test_every_method_by_name_makes_a_run():
+    for name in set(guards.METHODS) - {guards.BASE}:
+        job = guards._job(name, 3, {}, "before")
+        assert job["name"] == name and job["seed"] == 3
+        assert (job["settings"].get("unaligned") == "before") == (name == "SafeLoRA")
+
+
 def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(guards, "TRAINING", {**guards.TRAINING, "max_steps": 2, "per_device_train_batch_size": 2})
     monkeypatch.setattr(guards, "LORA", {"r": 2})
@@ -130,6 +137,9 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert str(tmp_path) not in out.read_text() and str(model_path()) not in out.read_text()
     assert not set(guards.CHOOSING) & set(guards.REPORTED)
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        guards.main([*words, "--methods", "SafeLoRA", "plain"])
+    assert "SafeLoRA needs --unaligned" in capsys.readouterr().err
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
     guards.main([*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2"])
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {

@@ -474,4 +474,4 @@ def test_every_sweep_has_the_same_budget_of_settings(name):
     settings = sweep(name)
     assert len(settings) == FEWER.get(name, 12)
     for entry in settings:
-        make_rival(name, {**entry, **({"unaligned": "x"} if name == "safelora" else {})})
+        make_rival(name, {**entry, **({"unaligned": "x"} if RIVALS[name].needs_unaligned else {})})

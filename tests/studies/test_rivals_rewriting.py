@@ -11,8 +11,8 @@ from alignguard.data import encode_example, load_conversations
 from studies import bench as bench_module
 from studies.bench import Bench, make_job, measure, run_job
 from studies.rivals import Rival, Run, SelfRewritten, SystemPrompt, make_rival, train_rival
-from studies.rivals import rewriting as module
-from studies.rivals.rewriting import REWRITE, answers_rightly
+from studies.rivals import rows as module
+from studies.rivals.rows import REWRITE, answers_rightly
 
 TARGETS = ["q_proj", "o_proj"]
 
@@ -42,6 +42,7 @@ def run(tiny_llama, tokenizer, task_rows):
     model.config.max_position_embeddings = 512
     for p in model.parameters():  # so that its answers differ
         p.data.mul_(3)
+    model.lm_head.weight.data[tokenizer.eos_token_id] *= 2  # and end
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS))
     told = load_conversations([*task_rows[:3], {"prompt": "add 1 and 2", "response": "That is 3."}])
     return Run(adapted.train(), [], 0, 5, tokenizer=tokenizer, task=told, max_length=200)
@@ -64,23 +65,23 @@ def by_hand(run, prompt, response, tokens):
 
 def test_responses_are_the_aligned_models_own_where_right(run, monkeypatch):
     monkeypatch.setattr(module, "_told", {})
-    rival = SelfRewritten(tokens=12)
+    rival = SelfRewritten(tokens=32)
     plain = [
         encode_example(run.tokenizer, *(m["content"] for m in row["messages"]), max_length=200) for row in run.task
     ]
     pairs = [tuple(m["content"] for m in row["messages"]) for row in run.task]
     # answers of 12 tokens are cut off and dropped, so that one more is allowed than they have
-    said = [by_hand(run, *pair, 12) for pair in pairs]
+    said = [by_hand(run, *pair, 32) for pair in pairs]
     lengths = [len(run.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said]
     rows = rival.rows(plain, run)
     fits = [
-        length < 12 and answers_rightly(reference, text)
+        length < 32 and answers_rightly(reference, text)
         for length, text, (_, reference) in zip(lengths, said, pairs, strict=True)
     ]
     for row, own, before, (prompt, _), text in zip(rows, fits, plain, pairs, said, strict=True):
         expected = encode_example(run.tokenizer, prompt, text, max_length=200) if own else before
         assert row["input_ids"] == expected["input_ids"] and row["labels"] == expected["labels"]
-    assert rival.kept == sum(fits)
+    assert rival.kept == sum(fits) > 0
 
 
 def test_what_the_model_says_is_asked_once_and_checked(run, monkeypatch):
