@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # axolotl's own command with the plugin on the embedded model; the log must hold the guard's terms, and DriftCheck's report.
-# Wants an environment with fishergeo[axolotl], which without a GPU may not install. CI leaves it out.
+# Wants an environment with fishergeo[axolotl], installed by uv: pip does not resolve it. CI leaves it out.
 set -euo pipefail
 export HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -12,6 +12,7 @@ sed -e "s|MODEL|$MODEL|" -e "s|DATA|$OUT|" -e "s|OUT|$OUT/out|" "$HERE/axolotl.y
 axolotl train "$OUT/run.yaml" --launcher python 2>&1 | tee "$OUT/log.txt"
 grep -q "alignguard/kl" "$OUT/log.txt"
 test -s "$OUT/out/driftcheck.json"
+test "$(grep -c "DriftCheck, written to" "$OUT/log.txt")" = 1  # axolotl ends a run twice
 alignguard driftcheck --model "$MODEL" --adapter "$OUT/out" --limit 8 --output "$OUT/again.json" --overwrite
 python - "$OUT" <<'PYTHON'
 import sys
