@@ -15,7 +15,8 @@ learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the 
 So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router. SafeLoRA and
 SafeMERGE want the model before its alignment: they are left out unless ``--unaligned FOLDER`` names one. Without
 ``--methods``, ``report`` runs what the tuning file holds, and says what it lacks. ``report --foreign DATA``, the folder of
-the prompt sets, asks unsafe prompts of ``FOREIGN`` too.
+the prompt sets, asks unsafe prompts of ``FOREIGN`` too; ``report --own-answers`` keeps the model's own answers to the packaged
+prompts in place of the written ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from transformers import AutoConfig
 from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
-from alignguard.training import versions
+from alignguard.loading import load_model
+from alignguard.training import own_answers, versions
+from alignguard.training.preparation import packaged_prompts
 from studies import ANCHOR, GUARD, GUARDS, Bench, Ledger, make_job, measure_base, rivals_plan, run_job, run_jobs
 from studies.real_model.measure import prompt_groups
 from studies.rivals import RIVALS
@@ -161,6 +164,13 @@ def foreign_prompts(data: Path, out: Path) -> str:
     return str(out)
 
 
+def own_rows(model: str, out: Path) -> str:
+    """Write the packaged prompts with the model's own answers, as a run without alignment data keeps them; the file."""
+    found = own_answers(*load_model(model), packaged_prompts(), progress=True)
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
+    return str(out)
+
+
 def report(args: argparse.Namespace) -> None:
     tuned = json.loads(args.tuning.read_text())
     settings = chosen(tuned)
@@ -194,6 +204,9 @@ def report(args: argparse.Namespace) -> None:
         lora = EXPERTS if AutoConfig.from_pretrained(args.model).model_type == "mixtral" else {}
         shared = dataclasses.replace(shared, model=str(args.model), lora=lora)
         command = f"{command} --model {args.model.name}"
+    if args.own_answers:
+        shared = dataclasses.replace(shared, alignment=own_rows(shared.model, args.out.with_suffix(".own.jsonl")))
+        command = f"{command} --own-answers"
     if args.foreign is not None:
         shared = dataclasses.replace(
             shared, foreign=foreign_prompts(args.foreign, args.out.with_suffix(".foreign.jsonl"))
@@ -213,6 +226,7 @@ def main() -> None:
     cli.add_argument(
         "--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too (report alone)"
     )
+    cli.add_argument("--own-answers", action="store_true", help="keep the model's own answers (report alone)")
     cli.add_argument("--unaligned", help="folder of the model before its alignment, for those that need it")
     cli.add_argument("--methods", nargs="+", choices=METHODS)
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
