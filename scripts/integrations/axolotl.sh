@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # axolotl's own command with the plugin on the embedded model; the log must hold the guard's terms, and DriftCheck's report.
-# Wants an environment with fishergeo[axolotl], installed by uv: pip does not resolve it. CI leaves it out.
+# Wants an environment with fishergeo[axolotl], installed by uv: pip alone took more than six minutes. CI leaves it out.
 set -euo pipefail
 export HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 HERE=$(cd "$(dirname "$0")" && pwd)

@@ -91,7 +91,7 @@ assert len(wanted) == 6 and min(step[name] for step in wanted for name in terms)
 for kind, steps, names in (("sft", 6, ("loss", *terms)), *((kind, 1, terms) for kind in ("dpo", "orpo", "kto", "grpo"))):
     (state,) = (out / kind).glob("checkpoint-*/trainer_state.json")
     found = [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-    assert len(found) >= max(steps, 3) and all(math.isfinite(entry["loss"]) for entry in found)
+    assert len(found) >= max(steps, 3) and all(math.isfinite(entry[name]) for entry in found for name in ("loss", *terms))
     apart = {  # in parts of the run's largest: a KL of 1e-5 nats is not told to its fifth digit in float32
         name: max(abs(mine[name] - theirs[name]) for mine, theirs in zip(found[:steps], wanted))
         / max(theirs[name] for theirs in wanted[:steps])
