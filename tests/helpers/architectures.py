@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
 )
 
 VOCABULARY = 320
@@ -50,6 +51,9 @@ MODELS = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)),
     "classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3)),
 }  # fmt: skip
+# No activation is computed again, which TRL asks for by itself. transformers has called that by two names.
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+RECOMPUTED = {next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__): False}
 TASKS = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ADAPTERS = {

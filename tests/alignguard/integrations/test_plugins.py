@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from architectures import move
+from architectures import RECOMPUTED, move
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -98,7 +98,7 @@ def test_trls_sft_trainer_is_fits_with_its_own_adapter_too(case, tokenizer, tiny
 
     settings = {name: value for name, value in SETTINGS.items() if name != "train_sampling_strategy"}
     arguments = trl.SFTConfig(
-        output_dir=str(case.path.parent / "trl"), use_cpu=True, bf16=False, activation_checkpointing=False,
+        output_dir=str(case.path.parent / "trl"), use_cpu=True, bf16=False, **RECOMPUTED,
         train_sampling_strategy="sequential", max_length=None, **settings,
     )  # fmt: skip
     data = dataset(case.rows)
@@ -148,7 +148,7 @@ def test_every_trainer_of_trls_begins_with_fits_terms(
         data, more = [{"prompt": row["prompt"]} for row in data], {"num_generations": 2, "max_completion_length": 4}
         extra = {"reward_funcs": _letters}
     arguments = getattr(home, f"{kind}Config")(
-        output_dir=str(tmp_path / kind), use_cpu=True, bf16=False, activation_checkpointing=False, **more, **settings
+        output_dir=str(tmp_path / kind), use_cpu=True, bf16=False, **RECOMPUTED, **more, **settings
     )
     trainer = type(f"Guarded{kind}", (GuardMixin, getattr(home, f"{kind}Trainer")), {})(
         model=moved(), args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,

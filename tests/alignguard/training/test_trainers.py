@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import MODELS, make, move
+from architectures import MODELS, RECOMPUTED, make, move
 from forked import distributed
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
@@ -352,7 +352,7 @@ def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, seen=None, 
         more = {"max_length": 64 if kind == "ORPO" else None, **more}
     arguments = getattr(home, f"{kind}Config")(
         output_dir=str(tmp_path), per_device_train_batch_size=4 // accumulate // world,
-        gradient_accumulation_steps=accumulate, activation_checkpointing=False,
+        gradient_accumulation_steps=accumulate, **RECOMPUTED,
         **{**settings, "max_steps": 1, "bf16": False, **more},
     )  # fmt: skip
     trainer = type(f"Guard{kind}Trainer", (GuardMixin, base), {})(
