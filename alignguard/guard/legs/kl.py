@@ -22,7 +22,7 @@ from alignguard.guard.schedule import DriftBudget
 
 _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth remembering
 
-_RECENT = 6  # readings by which the leg believes the drift to be what it is
+_RECENT = 3  # readings by which the leg believes the drift to be what it is
 
 _COMPARED = 8  # readings over which belief and drift are compared
 
