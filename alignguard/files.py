@@ -39,6 +39,15 @@ def write_text(path: str | Path, text: str) -> None:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, one a row, as :func:`write_text` does.
+
+    Raises:
+        OSError: the folder is missing or full.
+    """
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 class ResumableLog:
     """JSON lines that an interrupted run goes on from: a head that says what they depend on, then a line an entry.
 

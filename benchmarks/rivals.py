@@ -35,7 +35,7 @@ from learning_rate import SEED, bench
 from transformers import AutoConfig
 
 from alignguard.embedded import TRAINING
-from alignguard.files import write_text
+from alignguard.files import write_rows, write_text
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
@@ -160,14 +160,14 @@ def foreign_prompts(data: Path, out: Path) -> str:
     """Write the foreign prompts, and give the file."""
     groups = {f"foreign {name}" for name in FOREIGN}
     asked = [row for row in prompt_groups(data, "test", ASKED) if row["id"].rpartition("/")[0] in groups]
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
+    write_rows(out, asked)
     return str(out)
 
 
 def own_rows(model: str, out: Path) -> str:
     """Write the packaged prompts with the model's own answers, as a run without alignment data keeps them; the file."""
     found = own_answers(*load_model(model), packaged_prompts(), progress=True)
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
+    write_rows(out, found.rows)
     return str(out)
 
 

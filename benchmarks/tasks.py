@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from alignguard.data import read_jsonl
-from alignguard.files import write_text
+from alignguard.files import write_rows
 
 Row = dict[str, str]
 UNSAFE = ("advbench", "harmbench", "catqa", "dangerousqa", "orbench_toxic", "tdc2023")
@@ -135,8 +134,7 @@ def main() -> None:
         for which, most in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
             rows = list({row["prompt"]: row for row in parts[which]}.values())
             random.Random(0).shuffle(rows)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:most])
-            write_text(args.out / f"{name}_{which}.jsonl", text)
+            write_rows(args.out / f"{name}_{which}.jsonl", rows[:most])
             print(f"{name}_{which}: {min(len(rows), most)} rows")
 
 

@@ -2,7 +2,7 @@
 
 from alignguard.data.batches import Encoded, collate, collator, pad_id, pad_rows, supervised_tokens
 from alignguard.data.encoding import Examples, check_fits, encode_example, encode_messages, encode_source
-from alignguard.data.rendering import instructed, render_prompt
+from alignguard.data.rendering import check_system, instructed, render_prompt
 from alignguard.data.rows import check_text, conversation, load_conversations, prompts_alone
 from alignguard.data.shown import shown_row
 from alignguard.data.sources import FIELDS, TURNS, DataSource, Row, Source, as_source, read_jsonl, read_rows, read_text
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "as_source",
     "check_fits",
+    "check_system",
     "check_text",
     "collate",
     "collator",

@@ -42,6 +42,16 @@ def render_prompt(
     return ids if encoder or not ids or ids[-1] != tokenizer.eos_token_id else ids[:-1]
 
 
+def check_system(system: Any) -> None:
+    """Refuse a system prompt that says nothing.
+
+    Raises:
+        ValueError: it is no text, or empty.
+    """
+    if not isinstance(system, str) or not system.strip():
+        raise ValueError(f"system must be a text that says something, not {system!r}")
+
+
 def instructed(tokenizer: Any, messages: Messages, system: str) -> list[dict[str, Any]]:
     """A conversation led by a system prompt, in the place of one that it may have.
 
@@ -58,8 +68,7 @@ def instructed(tokenizer: Any, messages: Messages, system: str) -> list[dict[str
     Raises:
         ValueError: an empty system prompt.
     """
-    if not isinstance(system, str) or not system.strip():
-        raise ValueError(f"system must be a text that says something, not {system!r}")
+    check_system(system)
     rest = [dict(message) for message in messages if message["role"] != "system"]
     if not getattr(tokenizer, "chat_template", None) or _knows_system(tokenizer, system):
         return [{"role": "system", "content": system}, *rest]

@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
+from alignguard.data import check_system
 from alignguard.drift.generation import Answers, asked_digest
 from alignguard.drift.judges import Judge
 from alignguard.drift.prompts import Prompts, load_prompts
@@ -194,8 +195,7 @@ def driftcheck_endpoint(
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
     if system is not None:
-        if not system.strip():
-            raise ValueError(f"system must be a text that says something, not {system!r}")
+        check_system(system)
         settings["system"] = system
     answers = Answers(resume, asked_digest(rows, settings).hexdigest() if resume is not None else "")
     left = [row for row in rows if row["id"] not in answers.known]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import GenerationConfig
 
 from alignguard.data import collate, pad_id, read_jsonl
 from alignguard.drift import PromptBatch, plan_batches
-from alignguard.files import write_text
+from alignguard.files import write_rows
 from alignguard.objective import IGNORED, evaluation_mode
 
 Answer = dict[str, Any]
@@ -52,7 +51,7 @@ def own_answers(
                 ended = tokenizer.eos_token_id in ids
                 known[lacking[place]] = {"prompt": lacking[place], "response": text, "ended": ended, "tokens": tokens}
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in known.values()))
+            write_rows(cache, known.values())
             bar.update(len(batch.indices))
     return [known[prompt] for prompt in prompts]
 

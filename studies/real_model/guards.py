@@ -12,7 +12,7 @@ from typing import Any
 from alignguard.data import read_jsonl
 from alignguard.drift import share_of
 from alignguard.embedded import data_path
-from alignguard.files import write_text
+from alignguard.files import write_rows, write_text
 from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
@@ -100,15 +100,15 @@ def files(
     paths["prompts"] = folder / f"prompts-{'choosing' if choosing else 'reported'}-{limit}.jsonl"
     sources = CHOOSING if choosing else REPORTED
     asked = [row for row in prompt_groups(data, "test", limit) if _asked(row, sources, limit)]
-    _write(paths["prompts"], asked)
-    _write(paths["task_test"], list(read_jsonl(data_path("task_test")))[:TASK_TEST])
+    write_rows(paths["prompts"], asked)
+    write_rows(paths["task_test"], list(read_jsonl(data_path("task_test")))[:TASK_TEST])
     lacking = [name for name in ("alignment", "drift") if not paths[name].exists()]
     if lacking:
         loaded, tokenizer = load_model(model)
         for name in lacking:
             wanted = _home(data, "test", DRIFT) if name == "drift" else _alignment(data, mixture)
             found = own_answers(loaded, tokenizer, wanted, path=paths[name].with_suffix(".log"), progress=True)
-            _write(paths[name], found.rows)
+            write_rows(paths[name], found.rows)
     return {name: str(path) for name, path in paths.items()}
 
 
@@ -119,10 +119,6 @@ def _asked(row: Mapping[str, Any], sources: Sequence[str], limit: int) -> bool:
         return group in {f"foreign {name}" for name in sources}
     same = HARMLESS[row["category"]]
     return any(group.startswith(name) for name in same) and int(number) < limit // len(same)
-
-
-def _write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
 
 
 def _home(data: str | Path, split: str, count: int) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from alignguard.data import encode_source
+from alignguard.data import check_system, encode_source
 from alignguard.drift import answer_batch, plan_batches, room_for_prompt
 from alignguard.loading import adapter_off
 from alignguard.objective import model_kind
@@ -171,8 +171,7 @@ class SystemPrompt(Rival):
     system: str = PROMPTS[0]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.system, str) or not self.system.strip():
-            raise ValueError(f"system must be a text that says something, not {self.system!r}")
+        check_system(self.system)
 
     def asked_with(self) -> str | None:
         """The system prompt."""

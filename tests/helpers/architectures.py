@@ -105,3 +105,14 @@ def weight_of(weights, plain):
         return weight.mT if ".c_" in plain else weight  # GPT-2's Conv1D
     stack, expert = plain.rsplit(".", 1)
     return weights[stack][int(expert)]
+
+
+def before_alignment(tiny_llama):
+    """The model before an alignment that moved every matrix, of a factory of the aligned one."""
+    before = tiny_llama(torch.float64)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, p in before.named_parameters():
+            if name.endswith("weight") and p.ndim == 2:
+                p += 0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return before

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from architectures import before_alignment
 from architectures import t5 as small_t5
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -204,12 +205,7 @@ def test_the_alignment_map_is_v_v_transposed_over_its_norm_and_no_projector():
 
 
 def test_safelora_projects_the_layers_below_the_threshold_and_no_others(run, tiny_llama):
-    before = tiny_llama(torch.float64)
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for name, p in before.named_parameters():
-            if name.endswith("weight") and p.ndim == 2:
-                p += 0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    before = before_alignment(tiny_llama)
     plain = dict(tiny_llama(torch.float64).named_parameters())
     starts = {name: d.detach().clone() for name, d in dense(run.model).items()}
     cosines, moved = {}, {}

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from architectures import before_alignment
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -119,19 +120,8 @@ def test_safe_delta_leaves_what_the_dense_formula_leaves(run, tiny_llama, streng
     assert run.examples_read == 3
 
 
-def moved(tiny_llama):
-    """The model before an alignment that moved every matrix."""
-    before = tiny_llama(torch.float64)
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for name, p in before.named_parameters():
-            if name.endswith("weight") and p.ndim == 2:
-                p += 0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    return before
-
-
 def test_safemerge_merges_the_layers_below_the_threshold_with_an_adapter_trained_on_alignment(run, tiny_llama):
-    before, starts, twin = moved(tiny_llama), dense(run.model), copy.deepcopy(run.model)
+    before, starts, twin = before_alignment(tiny_llama), dense(run.model), copy.deepcopy(run.model)
     plain = dict(tiny_llama(torch.float64).named_parameters())
     cosines = {}
     for name, delta in starts.items():
@@ -195,7 +185,7 @@ def test_each_goes_on_from_plain_lora_and_is_saved_as_it_is(
     options |= {"training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}}
     settings = AFTERWARDS[name]
     if name == "safemerge":
-        moved(tiny_llama).float().save_pretrained(str(tmp_path / "before"))
+        before_alignment(tiny_llama).float().save_pretrained(str(tmp_path / "before"))
         settings = {**settings, "unaligned": str(tmp_path / "before")}
     plain = train_rival(Rival(), tiny_llama(), task_rows, None, tmp_path / "plain", **options)
     whole, on = (

@@ -7,7 +7,6 @@ built offline too. Only prompts (and right answers of capability rows) are taken
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.drift.prompts import load_prompts
-from alignguard.files import write_text
+from alignguard.files import write_rows
 
 HARMS = ("violence", "hate speech", "illegal activity", "explicit", "privacy", "disinformation")
 
@@ -287,7 +286,7 @@ def build_prompts(
         for name, count in shares.items():
             chosen += rows[name][:count]
     load_prompts(chosen)  # the same checks that a reader makes, before anything is written
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
+    write_rows(output, chosen)
     counts: dict[str, int] = {}
     for row in chosen:
         for key in (row["category"], f"{row['category']}: {row['harm']}" if "harm" in row else None):
