@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from alignguard.updates import base_name, lora_updates
 from studies.rivals import RIVALS, make_rival, train_rival
 
 GUARD = "guard"
+PLAIN = "plain"
 
 ASKED = ("unsafe", "borderline", "ordinary")  # categories that a run is asked; capability is the task's own score here
 
@@ -220,9 +222,12 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             read, drift = result.guard.examples_read, result.guard.measured_drift()
         else:
             rival = make_rival(job["method"], job["settings"])
-            if bench.adapters is not None and rival.after_training():
-                shared["trained"] = _plain_adapter(bench, shared)
+            kept = None if bench.adapters is None or not rival.after_training() else _adapter_folder(bench, shared)
+            if kept is not None and job["method"] != PLAIN:
+                shared["trained"] = kept if kept.is_dir() else _train_plain(bench, shared, kept)
             result = train_rival(rival, bench.model, bench.task_train, alignment, output, **shared)
+            if kept is not None and job["method"] == PLAIN and not kept.is_dir():  # its seconds a step are told
+                _keep(result.adapter_dir, kept)
             read, system = result.examples_read, rival.asked_with()
         _, tokenizer = load_model(bench.model)
         if bench.parts is not None and job["method"] == GUARD:
@@ -236,19 +241,29 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
         return {**measure(result.model, tokenizer, bench, system), **told}
 
 
-def _plain_adapter(bench: Bench, shared: Mapping[str, Any]) -> Path:
-    """The adapter that plain LoRA leaves, trained where the folder does not hold it yet."""
+def _adapter_folder(bench: Bench, shared: Mapping[str, Any]) -> Path:
+    """Where the adapter that plain LoRA leaves is kept."""
     name = hashlib.sha256(json.dumps([bench.describe(), shared], sort_keys=True).encode()).hexdigest()[:16]
-    kept = Path(bench.adapters or "") / name
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            made = train_rival(make_rival("plain"), bench.model, bench.task_train, None, Path(folder) / "run", **shared)
-            try:
-                made.adapter_dir.rename(kept)
-            except OSError:
-                if not kept.is_dir():  # another process may have been first
-                    raise
+    return Path(bench.adapters or "") / name
+
+
+def _train_plain(bench: Bench, shared: Mapping[str, Any], kept: Path) -> Path:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        made = train_rival(make_rival(PLAIN), bench.model, bench.task_train, None, Path(folder) / "run", **shared)
+        return _keep(made.adapter_dir, kept)
+
+
+def _keep(adapter: Path, kept: Path) -> Path:
+    """Copy an adapter to where it is kept, whole or not at all."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        copied = shutil.copytree(adapter, Path(folder) / "adapter")
+        try:
+            copied.rename(kept)
+        except OSError:
+            if not kept.is_dir():  # another process may have been first
+                raise
     return kept
 
 

@@ -72,6 +72,33 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SafeLoRA": ("safelora", {}),
     "stored logits": ("stored-logits", {}),
     "OPLoRA": ("oplora", {}),
+    "weights between both": ("interpolation", {"factor": 0.8}),
+    "Safe Delta": ("safe-delta", {}),
+    "intruders scaled down": ("intruders", {}),
+    "SafeMERGE": ("safemerge", {}),
+}
+# What is tried of each on the sources that settings are chosen by, beside the settings of its paper.
+TRIED: dict[str, tuple[dict[str, Any], ...]] = {
+    "constrained SFT": ({"early": 4.0, "later": 0.3}, {"early": 4.0, "later": 1.0}),
+    "kl on the task": ({"strength": 1.0}, {"strength": 10.0}),
+    "OFT": ({"eps": 0.1}, {"eps": 0.01}),
+    "replay of own answers": ({"share": 0.05}, {"share": 0.2}),
+    "EWC": ({"strength": 1e4}, {"strength": 1e6}),
+    "SafeLoRA": ({"threshold": 0.5}, {"threshold": 0.8}),
+    "stored logits": ({"strength": 0.1}, {"strength": 10.0}),
+    "OPLoRA": ({"directions": 64}, {"directions": 128}),
+    "weights between both": ({"factor": 0.6}, {"factor": 0.4}),
+    "Safe Delta": ({"strength": 0.01}, {"strength": 1.0}),
+    "intruders scaled down": ({"strength": 0.25}, {"strength": 0.0}),
+    "SafeMERGE": ({"threshold": 1.0}, {"threshold": 1.0, "weight": 0.5}),
+}
+METHODS |= {
+    f"{name}, {', '.join(f'{key} {value:g}' for key, value in settings.items())}": (
+        METHODS[name][0],
+        {**METHODS[name][1], **settings},
+    )
+    for name, tried in TRIED.items()
+    for settings in tried
 }
 
 
@@ -195,6 +222,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
     cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="which alignment rows")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
+    cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     cli.add_argument("--out", type=Path, help="summary as JSON")
     args = cli.parse_args(argv)
@@ -207,8 +235,13 @@ def main(argv: Sequence[str]) -> None:
     bench = Bench(
         str(args.model), str(data_path("task_train")), made["task_test"], made["alignment"], made["drift"],
         made["prompts"], training=dict(TRAINING), lora=dict(LORA), tokens=TOKENS,
+        adapters=str(args.folder / "adapters"),
     )  # fmt: skip
-    changed = {"max_steps": args.steps, "learning_rate": args.learning_rate}
+    changed = {
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch,
+        "learning_rate": args.learning_rate,
+    }
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
     jobs = [_job(name, seed, changed, args.unaligned) for seed in args.seeds for name in args.methods]
     name = f"runs-{Path(made['prompts']).stem}" + ("" if args.rows == MIXED else f"-{args.rows}")

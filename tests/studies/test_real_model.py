@@ -114,7 +114,7 @@ def test_every_method_by_name_makes_a_run():
     for name in set(guards.METHODS) - {guards.BASE}:
         job = guards._job(name, 3, {}, "before")
         assert job["name"] == name and job["seed"] == 3
-        assert (job["settings"].get("unaligned") == "before") == (name == "SafeLoRA")
+        assert (job["settings"].get("unaligned") == "before") == name.startswith(("SafeLoRA", "SafeMERGE"))
 
 
 def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, tmp_path, monkeypatch, capsys):
@@ -131,6 +131,9 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     guards.main([*words, "--methods", guards.BASE, "--out", str(out), "--steps", "2"])
     told = json.loads(out.read_text())
     assert {run["name"] for run in told["runs"]} == {"plain", guards.default(), guards.BASE}
+    kept = [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()]
+    guards.main([*words, "--methods", "weights between both", "--steps", "2"])  # goes on from plain LoRA's adapter
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()] == kept and len(kept) == 1
     asked = {f"foreign {name}" for name in guards.REPORTED}
     assert all(set(run["sources"]) == asked for run in told["runs"])
     assert all(share["n"] == 2 for share in told["runs"][0]["sources"].values())
