@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"kl with memory, λ {s}": (GUARD, GuardConfig(lambda_kl=float(s)).to_dict()) for s in (1, 4, 16)},
     "kl with memory, climb 0.3": (GUARD, GuardConfig(kl_climb=0.3).to_dict()),
     "kl with memory, every 2nd": (GUARD, GuardConfig(kl_every=2).to_dict()),
+    "kl with memory, 1 row every 2nd": (GUARD, GuardConfig(kl_every=2, kl_examples=1).to_dict()),
     "kl with memory, at most 3 nats": (GUARD, GuardConfig(max_drift=3.0).to_dict()),
     "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),

@@ -22,9 +22,9 @@ from alignguard.guard.schedule import DriftBudget
 
 _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth remembering
 
-_RECENT = 3  # readings by which the leg believes the drift to be what it is
+_RECENT = 6  # examples read by which the leg believes the drift to be what it is
 
-_COMPARED = 8  # readings over which belief and drift are compared
+_COMPARED = 16  # examples over which belief and drift are compared
 
 
 class KLLeg(Leg):
@@ -64,8 +64,9 @@ class KLLeg(Leg):
         self._remembers = moved is not None
         self._memory = Memory(config.kl_schedule(self._remembers)[1])
         self.apart = False  # what is remembered acts beside the loss
-        self._read_before: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # nats a response, and ‖ΔW‖ there
-        self._compared: deque[tuple[float, float]] = deque(maxlen=_COMPARED)
+        recent, compared = (math.ceil(count / config.kl_examples) for count in (_RECENT, _COMPARED))
+        self._read_before: deque[tuple[float, float]] = deque(maxlen=recent)  # nats a response, and ‖ΔW‖ there
+        self._compared: deque[tuple[float, float]] = deque(maxlen=compared)
 
     def terms(self, step: int) -> dict[str, Tensor]:
         """The term ``kl``: where it is due its own, ``kl_every`` times as heavy; with a memory the mean of its models.

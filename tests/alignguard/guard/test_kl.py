@@ -145,39 +145,41 @@ def far(model):
     return math.sqrt(sum(float(layer.get_delta_weight("default").square().sum()) for layer in layers))
 
 
-def carried(read, distances, now):
-    """The root of KL as a multiple of ‖ΔW‖, by least squares over the last three readings, at the present ‖ΔW‖."""
-    columns, roots = np.array(distances[-3:])[:, None], np.sqrt(np.maximum(0, read[-3:]))
+def carried(read, distances, now, kept):
+    """The root of KL as a multiple of ‖ΔW‖, by least squares over the last readings, at the present ‖ΔW‖."""
+    columns, roots = np.array(distances[-kept:])[:, None], np.sqrt(np.maximum(0, read[-kept:]))
     return float(np.linalg.lstsq(columns, roots, rcond=None)[0][0] * now) ** 2
 
 
-def test_what_is_believed_are_the_last_readings_carried_on_to_the_present_distance():
-    model, guard = guarded(rows(6), kl_every=2, kl_memory=2, kl_examples=1)
+@pytest.mark.parametrize(("examples", "kept", "over"), [(1, 6, 16), (2, 3, 8), (5, 2, 4)])
+def test_what_is_believed_are_the_last_readings_carried_on_to_the_present_distance(examples, kept, over):
+    model, guard = guarded(rows(6), kl_every=2, kl_memory=2, kl_examples=examples)
     found, distances, believed = [], [], []
-    for step in range(9):
+    for step in range(36):
         guard.begin_step(step)
         if found:
-            assert guard.predicted_drift() == pytest.approx(carried(found, distances, far(model)), rel=1e-6, abs=1e-12)
+            now = carried(found, distances, far(model), kept)
+            assert guard.predicted_drift() == pytest.approx(now, rel=1e-6, abs=1e-12)
         guard.penalty()
         leg = guard.legs["kl"]
         if step < 2 or step % 2 == 0:
             turn = min(step, 1) + step // 2
             with torch.no_grad():
-                nats = leg.reference.divergence(guard.alignment.places(1, turn))[0]
+                nats = leg.reference.divergence(guard.alignment.places(examples, turn))[0]
             if found:
-                believed.append(carried(found, distances, far(model)))
-            found.append(float(nats.sum()))
+                believed.append(carried(found, distances, far(model), kept))
+            found.append(float(nats.sum()) / examples)
             distances.append(far(model))
         move(model)
-    assert guard.gauge.predicted == pytest.approx(sum(believed[-8:]) / len(believed[-8:]), rel=1e-6)
-    assert guard.gauge.measured == pytest.approx(sum(found[1:][-8:]) / len(found[1:][-8:]), rel=1e-9)
+    assert guard.gauge.predicted == pytest.approx(np.mean(believed[-over:]), rel=1e-6)
+    assert guard.gauge.measured == pytest.approx(np.mean(found[1:][-over:]), rel=1e-9)
 
 
 def test_where_every_weight_trains_the_last_readings_are_what_is_believed():
     model = make(dtype=torch.float64).unload().requires_grad_(True)
     guard = Guard(model, rows(4), GuardConfig(kl_examples=1), method="full")
     found = []
-    for step in range(4):
+    for step in range(8):
         guard.begin_step(step)
         guard.penalty()
         with torch.no_grad():
@@ -185,7 +187,7 @@ def test_where_every_weight_trains_the_last_readings_are_what_is_believed():
             for parameter in model.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
     assert found[-1] > 0
-    assert guard.predicted_drift() == pytest.approx(np.sqrt(np.maximum(0, found[-3:])).mean() ** 2, rel=1e-6)
+    assert guard.predicted_drift() == pytest.approx(np.sqrt(np.maximum(0, found[-6:])).mean() ** 2, rel=1e-6)
 
 
 def test_a_memory_of_sharded_weights_is_refused_if_asked_for_and_else_left_out(monkeypatch):
