@@ -67,15 +67,18 @@ EXPERTS = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 SKETCHED = {"structure": "kfac-sketch", "lambda_alignment": 1.0, "refresh_every": 25, "refresh_examples": 8}
+DEFAULT = {
+    name: getattr(GuardConfig(), name)
+    for name in ("lambda_alignment", "lambda_kl", "kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
+}
 FIXED: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
     "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
     "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
-    # the default: chosen on the public model (studies/real_model)
-    "kl with memory": {
-        name: getattr(GuardConfig(), name)
-        for name in ("lambda_alignment", "lambda_kl", "kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
-    },
+    # the default, chosen on the public model (studies/real_model), and what could be turned in it
+    "kl with memory": DEFAULT,
+    "kl with memory, every 2nd": {**DEFAULT, "kl_every": 2},
+    "kl with memory, climb 0.3": {**DEFAULT, "kl_climb": 0.3},
     # the default before it: both factors sketched, half the alignment examples, at the strength and schedule of the sweep
     "guard, sketched": SKETCHED,
     # ΔW_A in place of the whole update, by a hard projector and a soft one
