@@ -52,7 +52,7 @@ METHODS = [
     *GUARDS,
     *RIVALS,
     *("paper", "paper, refreshed", "kl, every step", "guard, refreshed rarely", "guard, sketched"),
-    "kl with memory",
+    *("kl with memory", "kl with memory, every 2nd", "kl with memory, climb 0.3"),
     *("guard, leading part", "guard, leading part, soft"),
     *("plain, best rate", "guard, sketched, best rate"),
 ]
