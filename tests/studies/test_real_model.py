@@ -144,7 +144,11 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
         guards.main([*words, "--methods", "SafeLoRA", "plain"])
     assert "SafeLoRA needs --unaligned" in capsys.readouterr().err
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
-    guards.main([*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2"])
+    guards.main(
+        [*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2", "--batch", "1", "--out", str(out)]
+    )
+    (run,) = json.loads(out.read_text())["runs"]
+    assert run["training"] == {"per_device_train_batch_size": 1}
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
         "unsafe"
     }
