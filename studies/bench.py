@@ -48,6 +48,7 @@ class Bench:
         tokens: longest answer to a prompt.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
         lora: fields of ``peft.LoraConfig``.
+        method: ``"lora"``, or ``"full"`` where every weight trains.
         alignment_limit: how many alignment examples any method may see; None gives all.
         parts: folder that receives ΔW_A of every guarded run, for its stability over seeds; None keeps nothing.
         adapters: folder of plain LoRA's adapters, one a seed; rivals that act after training alone go on from them in
@@ -65,6 +66,7 @@ class Bench:
     tokens: int = 32
     training: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    method: str = "lora"
     alignment_limit: int | None = None
     parts: str | None = None
     adapters: str | None = None
@@ -91,8 +93,9 @@ class Bench:
             FileNotFoundError: a data file is not there; the message names the field.
         """
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
-        if told["foreign"] is None:  # a ledger from before there were any goes on
-            del told["foreign"]
+        for name, usual in (("foreign", None), ("method", "lora")):  # a ledger from before there were any goes on
+            if told[name] == usual:
+                del told[name]
         for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign"):
             path = told.get(name)
             if path is not None:
@@ -164,18 +167,21 @@ def make_job(
     return job
 
 
-def measure(model: Any, tokenizer: Any, bench: Bench, system: str | None = None) -> dict[str, Any]:
-    """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 without an adapter.
+def measure(
+    model: Any, tokenizer: Any, bench: Bench, system: str | None = None, fine_tuned: bool = True
+) -> dict[str, Any]:
+    """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 of the base itself.
 
     Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
     prompt; and ``foreign``, the same of each foreign source. With a system prompt everything is asked after it, the base
     of the KL too.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
-    held = bench.drift if hasattr(model, "disable_adapter") else None
+    base = load_model(bench.model)[0].eval() if fine_tuned and bench.method == "full" else None
     report = driftcheck(
-        model, tokenizer, prompts, alignment=held, task=bench.task_test, system=system, max_new_tokens=bench.tokens
-    )
+        model, tokenizer, prompts, base=base, alignment=bench.drift if fine_tuned else None, task=bench.task_test,
+        system=system, max_new_tokens=bench.tokens,
+    )  # fmt: skip
     assert report.task is not None
     numbers: dict[str, Any] = {"task": report.task["accuracy"], "task_loss": report.task["loss"]}
     for name, estimate in report.summary().items():
@@ -195,7 +201,7 @@ def measure(model: Any, tokenizer: Any, bench: Bench, system: str | None = None)
 def measure_base(bench: Bench) -> dict[str, Any]:
     """:func:`measure` of the model before any fine-tuning."""
     model, tokenizer = load_model(bench.model)
-    return measure(model.eval(), tokenizer, bench)
+    return measure(model.eval(), tokenizer, bench, fine_tuned=False)
 
 
 def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +218,8 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             alignment = load_conversations(alignment, "alignment")[: bench.alignment_limit]
         training = {**bench.training, **job.get("training", {})}
         shared: dict[str, Any] = {"lora": bench.lora, "training": training, "seed": job["seed"]}
+        if bench.method == "full":
+            shared |= {"method": "full", "lora": None}
         output = Path(folder) / "run"
         result: Any
         drift = system = None
@@ -222,7 +230,8 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             read, drift = result.guard.examples_read, result.guard.measured_drift()
         else:
             rival = make_rival(job["method"], job["settings"])
-            kept = None if bench.adapters is None or not rival.after_training() else _adapter_folder(bench, shared)
+            keeps = bench.adapters is not None and bench.method == "lora" and rival.after_training()
+            kept = _adapter_folder(bench, shared) if keeps else None
             if kept is not None and job["method"] != PLAIN:
                 shared["trained"] = kept if kept.is_dir() else _train_plain(bench, shared, kept)
             result = train_rival(rival, bench.model, bench.task_train, alignment, output, **shared)

@@ -70,6 +70,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP targets alone": ("mlp-targets", {}),
     "replay of own answers": ("replay", {"share": 0.1}),  # the alignment rows are the model's own answers
     "EWC": ("ewc", {}),
+    "L2 to the start": ("l2", {}),
     "SafeLoRA": ("safelora", {}),
     "stored logits": ("stored-logits", {}),
     "OPLoRA": ("oplora", {}),
@@ -85,6 +86,7 @@ TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "OFT": ({"eps": 0.1}, {"eps": 0.01}),
     "replay of own answers": ({"share": 0.05}, {"share": 0.2}),
     "EWC": ({"strength": 1e4}, {"strength": 1e6}),
+    "L2 to the start": ({"strength": 0.001}, {"strength": 0.1}),
     "SafeLoRA": ({"threshold": 0.5}, {"threshold": 0.8}),
     "stored logits": ({"strength": 0.1}, {"strength": 10.0}),
     "OPLoRA": ({"directions": 64}, {"directions": 128}),
@@ -222,6 +224,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
     cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="which alignment rows")
+    cli.add_argument("--method", default="lora", choices=["lora", "full"], help="what trains")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
@@ -235,8 +238,8 @@ def main(argv: Sequence[str]) -> None:
     made = files(args.model, args.data, args.folder, args.choosing, args.limit, args.rows)
     bench = Bench(
         str(args.model), str(data_path("task_train")), made["task_test"], made["alignment"], made["drift"],
-        made["prompts"], training=dict(TRAINING), lora=dict(LORA), tokens=TOKENS,
-        adapters=str(args.folder / "adapters"),
+        made["prompts"], training=dict(TRAINING), lora=dict(LORA) if args.method == "lora" else {}, tokens=TOKENS,
+        method=args.method, adapters=str(args.folder / "adapters"),
     )  # fmt: skip
     changed = {
         "max_steps": args.steps,
@@ -245,7 +248,13 @@ def main(argv: Sequence[str]) -> None:
     }
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
     jobs = [_job(name, seed, changed, args.unaligned) for seed in args.seeds for name in args.methods]
-    name = f"runs-{Path(made['prompts']).stem}" + ("" if args.rows == MIXED else f"-{args.rows}")
+    name = "-".join(
+        [
+            f"runs-{Path(made['prompts']).stem}",
+            *([args.rows] * (args.rows != MIXED)),
+            *(["full"] * (args.method == "full")),
+        ]
+    )
     ledger = Ledger(args.folder / f"{name}.jsonl", bench.describe())
     run_jobs(jobs, _Work(bench), ledger, progress=True)
     told = summary(ledger.rows, made["prompts"])  # of earlier calls too
@@ -263,7 +272,7 @@ def main(argv: Sequence[str]) -> None:
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
         settings = {
             "training": TRAINING,
-            "lora": LORA,
+            "lora": LORA if args.method == "lora" else None,
             "alignment": ALIGNMENT[args.rows],
             "tokens": TOKENS,
             "limit": args.limit,

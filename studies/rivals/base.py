@@ -22,7 +22,7 @@ class Run:
     """One training run as a rival sees it.
 
     Attributes:
-        model: the peft model that trains.
+        model: the peft model that trains, or the model itself where every weight does.
         alignment: encoded alignment examples, ``{"input_ids": list, "labels": list}``, in the run's own order.
         pad_token_id: fills padded positions.
         seed: of whatever the rival draws.

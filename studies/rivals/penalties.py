@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 import fishergeo as fg
@@ -29,6 +30,8 @@ class UpdatePenalty(Rival):
 class L2(UpdatePenalty):
     """strength · Σ ‖ΔW‖²_F: the pull toward W0 that knows nothing of alignment (L2-SP, Li et al. 2018).
 
+    Where every weight trains, ΔW is of all of them, norms and embeddings too.
+
     Attributes:
         strength: weight of the sum, not negative.
 
@@ -41,13 +44,23 @@ class L2(UpdatePenalty):
         "strength": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     }
     strength: float = 0.01
+    begun: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_strength("strength", self.strength)
 
+    def start(self, run: Run) -> None:
+        """Keep the weights of ``run`` where no adapter does."""
+        if not isinstance(run.model, PeftModel):
+            self.begun = [p.detach().clone() for p in run.parameters()]
+
     def value(self, run: Run) -> Tensor:
-        """Σ ‖ΔW‖² of ``run``, in factors, times the strength: a scalar in the factors' dtype."""
-        return self.strength * torch.stack([d.squared_norm() for d in lora_updates(run.model).values()]).sum()
+        """Σ ‖ΔW‖² of ``run``, in factors where an adapter trains, times the strength: a scalar in the weights' dtype."""
+        if self.begun:
+            moved = [(p - start).square().sum() for p, start in zip(run.parameters(), self.begun, strict=True)]
+        else:
+            moved = [d.squared_norm() for d in lora_updates(run.model).values()]
+        return self.strength * torch.stack(moved).sum()
 
 
 def fisher_at_start(run: Run, structure: str, kind: str, examples: int, batch_size: int = 16) -> dict[str, Any]:

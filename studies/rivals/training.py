@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from alignguard.data import Source, load_conversations, pad_id
 from alignguard.training import FitResult, check_run, prepare, train
 from studies.rivals.base import Encoded, Rival, Run
+from studies.rivals.penalties import L2
+
+EVERY_WEIGHT = (Rival, L2)  # what has a sense where every weight trains
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,13 @@ def train_rival(
     tokenizer: Any = None,
     lora: LoraConfig | Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    method: str = "lora",
     overwrite: bool = False,
     max_length: int = 256,
     seed: int = 0,
     trained: str | Path | None = None,
 ) -> RivalResult:
-    """Fine-tune with LoRA under one rival; arguments and defaults are those of :func:`alignguard.fit`.
+    """Fine-tune under one rival; arguments and defaults are those of :func:`alignguard.fit`.
 
     Args:
         rival: new rival; an instance serves one run.
@@ -100,6 +104,7 @@ def train_rival(
         tokenizer: tokenizer of a loaded model.
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
+        method: ``"lora"``, or ``"full"``, in which plain fine-tuning and L2 have a sense.
         overwrite: allow an output folder that holds something.
         max_length: longest example in tokens.
         seed: seed of the adapter's start, the data order and the rival.
@@ -115,11 +120,14 @@ def train_rival(
     """
     if rival.reads_alignment and alignment_data is None:
         raise ValueError(f"{rival.name} reads alignment examples; give alignment_data")
+    if method == "full" and type(rival) not in EVERY_WEIGHT:
+        named = ", ".join(kind.name for kind in EVERY_WEIGHT)
+        raise ValueError(f'{rival.name} acts on an adapter; with method="full" there are {named}')
     if trained is not None and not rival.after_training():
         raise ValueError(f"{rival.name} acts while it trains, so it cannot go on from the adapter in trained={trained}")
     check_run(Path(output_dir), overwrite=overwrite)
     ready = prepare(
-        model, task_data, alignment_data, tokenizer=tokenizer, lora=lora, training=training, guarded=False,
+        model, task_data, alignment_data, tokenizer=tokenizer, lora=lora, training=training, method=method, guarded=False,
         read_alignment=alignment_data is not None, max_length=max_length, seed=seed,
         adapter=None if type(rival).adapter is Rival.adapter else rival.adapter,
     )  # fmt: skip

@@ -152,4 +152,9 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
         "unsafe"
     }
-    assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 2  # a ledger of its own
+    every = ["plain", "L2 to the start", guards.default()]
+    guards.main([*words, "--methods", *every, "--method", "full", "--steps", "2", "--out", str(out)])
+    told = json.loads(out.read_text())
+    assert [run["name"] for run in told["runs"]] == every and told["lora"] is None
+    assert all(run["kl"] > 0 for run in told["runs"])  # every weight has moved
+    assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 3  # ledgers of their own

@@ -122,6 +122,39 @@ def test_l2_is_the_squared_norm_of_the_dense_update(run):
     check_penalty(L2(strength=0.3), run, 0.3 * sum(d.square().sum() for d in dense(run.model).values()))
 
 
+def test_l2_where_every_weight_trains_is_the_squared_distance_of_all_of_them(tiny_llama):
+    model = tiny_llama(torch.float64)
+    run = Run(model, [], 0, seed=5)
+    rival = L2(0.7)
+    rival.start(run)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    check_penalty(rival, run, 0.7 * sum((p - start[name]).square().sum() for name, p in model.named_parameters()))
+
+
+def test_every_weight_trains_as_fit_does_and_what_needs_an_adapter_is_refused(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    options = {
+        "tokenizer": tokenizer, "training": {"max_steps": 5, "learning_rate": 1e-3}, "seed": 3, "method": "full",
+    }  # fmt: skip
+    ours = train_rival(Rival(), tiny_llama(), task_rows, None, tmp_path / "rival", **options)
+    theirs = fit(tiny_llama(), task_rows, None, output_dir=tmp_path / "fit", guarded=False, **options)
+    for (name, p), q in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0, msg=name)
+    held = train_rival(L2(1e6), tiny_llama(), task_rows, None, tmp_path / "held", **options)
+    start = list(tiny_llama().parameters())
+
+    def distance(model):
+        return sum(float((p - q).square().sum()) for p, q in zip(model.parameters(), start, strict=True))
+
+    assert 0 < distance(held.model) < distance(ours.model)
+    with pytest.raises(ValueError, match='ewc acts on an adapter; with method="full" there are plain, l2'):
+        train_rival(EWC(), tiny_llama(), task_rows, alignment_rows, tmp_path / "refused", **options)
+
+
 def test_ewc_weighs_every_squared_entry_by_the_mean_squared_gradient(run):
     rival = EWC(strength=2.0)
     with_zero_adapter(run, lambda: rival.start(run))
