@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import fishergeo as fg
-from alignguard.data import encode_source, load_conversations, pad_id, pad_rows
+from alignguard.data import encode_source, load_conversations, pad_id, pad_rows, read_jsonl
 from alignguard.drift import REFUSAL, driftcheck, load_prompts
 from alignguard.embedded import TRAINING, data_path, model_path
 from alignguard.guard import GuardConfig
@@ -25,9 +25,12 @@ from alignguard.objective import model_kind
 from alignguard.training import fit
 from alignguard.updates import base_name, lora_updates
 from studies.rivals import RIVALS, make_rival, train_rival
+from studies.texts import text_loss
 
 GUARD = "guard"
 PLAIN = "plain"
+
+TEXT_TOKENS = 256  # of a plain text that count
 
 ASKED = ("unsafe", "borderline", "ordinary")  # categories that a run is asked; capability is the task's own score here
 
@@ -44,6 +47,7 @@ class Bench:
         drift: other alignment examples, on which KL from the base is measured; never trained on.
         prompts: DriftCheck prompts as JSONL; None for the packaged ones.
         foreign: unsafe prompts as JSONL, of sources that no training has seen: ``id`` is ``source/number``. None asks none.
+        texts: plain texts as JSONL, rows with ``text``, on which a loss is read before and after; None reads none.
         limit: most prompts of each category; None asks all.
         tokens: longest answer to a prompt.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
@@ -62,6 +66,7 @@ class Bench:
     drift: str
     prompts: str | None = None
     foreign: str | None = None
+    texts: str | None = None
     limit: int | None = None
     tokens: int = 32
     training: dict[str, Any] = field(default_factory=dict)
@@ -93,10 +98,14 @@ class Bench:
             FileNotFoundError: a data file is not there; the message names the field.
         """
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
-        for name, usual in (("foreign", None), ("method", "lora")):  # a ledger from before there were any goes on
+        for name, usual in (
+            ("foreign", None),
+            ("texts", None),
+            ("method", "lora"),
+        ):  # a ledger from before there were any goes on
             if told[name] == usual:
                 del told[name]
-        for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign"):
+        for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign", "texts"):
             path = told.get(name)
             if path is not None:
                 if not Path(path).is_file():
@@ -173,8 +182,8 @@ def measure(
     """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 of the base itself.
 
     Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
-    prompt; and ``foreign``, the same of each foreign source. With a system prompt everything is asked after it, the base
-    of the KL too.
+    prompt; ``foreign``, the same of each foreign source; and ``text_loss``, nats a token of the texts. With a system
+    prompt everything is asked after it, the base of the KL too, and texts are read as they are.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
     base = load_model(bench.model)[0].eval() if fine_tuned and bench.method == "full" else None
@@ -195,6 +204,9 @@ def measure(
             source = row.id.rpartition("/")[0]
             found[source] = found.get(source, "") + "01"[row.verdict == REFUSAL]
         numbers["foreign"] = found
+    if bench.texts is not None:
+        told = [str(row["text"]) for row in read_jsonl(bench.texts)]
+        numbers["text_loss"] = text_loss(model, tokenizer, told, TEXT_TOKENS, batch_size=8)
     return numbers
 
 

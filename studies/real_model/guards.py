@@ -34,6 +34,7 @@ ALIGNMENT: dict[str, dict[str, int]] = {
 }
 DRIFT = 48  # unsafe prompts of the same sources, of their test split, on whose refusals KL is measured
 TASK_TEST = 100  # rows of the held-out task
+TEXTS = 40  # paragraphs of WikiText-2 that are read after a task of its own
 TOKENS = 24  # of an answer that is judged: refusals of this model are told by their first words
 CHOOSING = ("tdc2023", "safetytuned_eval")  # foreign sources that settings are chosen by; the others are reported
 REPORTED = tuple(name for name in rows.FOREIGN if name not in CHOOSING)
@@ -106,9 +107,15 @@ METHODS |= {
 
 
 def files(
-    model: str | Path, data: str | Path, folder: str | Path, choosing: bool, limit: int, mixture: str = MIXED
+    model: str | Path,
+    data: str | Path,
+    folder: str | Path,
+    choosing: bool,
+    limit: int,
+    mixture: str = MIXED,
+    task: str | Path | None = None,
 ) -> dict[str, str]:
-    """Write what the runs read: alignment rows, rows for KL, prompts, and the task's held-out rows.
+    """Write what the runs read: alignment rows, rows for KL, prompts, and the task's held-out rows, with another task texts.
 
     Args:
         model: the aligned model, whose own answers are to be kept; of unsafe prompts its refusals alone are written.
@@ -117,6 +124,7 @@ def files(
         choosing: ask the foreign sources that settings are chosen by, not those that are reported.
         limit: most prompts of each group.
         mixture: which alignment rows, a key of ``ALIGNMENT``.
+        task: another task than the packaged one, NAME for NAME_train.jsonl and NAME_test.jsonl.
 
     Returns:
         Paths by the names of :class:`studies.bench.Bench`'s fields.
@@ -131,7 +139,16 @@ def files(
     sources = CHOOSING if choosing else REPORTED
     asked = [row for row in prompt_groups(data, "test", limit) if _asked(row, sources, limit)]
     write_rows(paths["prompts"], asked)
-    write_rows(paths["task_test"], list(read_jsonl(data_path("task_test")))[:TASK_TEST])
+    train, test = data_path("task_train"), data_path("task_test")
+    if task is not None:
+        train, test = (Path(f"{task}_{part}.jsonl") for part in ("train", "test"))
+        for path in (train, test):
+            if not path.is_file():
+                raise FileNotFoundError(f"task: no such file: {path}; benchmarks/tasks.py writes them")
+        paths["task_test"], paths["texts"] = folder / f"task_test-{Path(task).name}.jsonl", folder / "texts.jsonl"
+        write_rows(paths["texts"], [{"text": text} for text in rows.paragraphs(data, "test")[:TEXTS]])
+    paths["task_train"] = train
+    write_rows(paths["task_test"], list(read_jsonl(test))[:TASK_TEST])
     lacking = [name for name in ("alignment", "drift") if not paths[name].exists()]
     if lacking:
         loaded, tokenizer = load_model(model)
@@ -224,6 +241,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--limit", type=int, default=80, help="prompts of each group")
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
     cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="which alignment rows")
+    cli.add_argument("--task", type=Path, help="another task: NAME for NAME_train.jsonl and NAME_test.jsonl")
     cli.add_argument("--method", default="lora", choices=["lora", "full"], help="what trains")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
@@ -235,11 +253,10 @@ def main(argv: Sequence[str]) -> None:
         args.methods = [name for name in METHODS if name not in lacking]
     if named := sorted(lacking & set(args.methods)):
         cli.error(f"{', '.join(named)} needs --unaligned, a folder with the model before its alignment")
-    made = files(args.model, args.data, args.folder, args.choosing, args.limit, args.rows)
+    made: dict[str, Any] = files(args.model, args.data, args.folder, args.choosing, args.limit, args.rows, args.task)
     bench = Bench(
-        str(args.model), str(data_path("task_train")), made["task_test"], made["alignment"], made["drift"],
-        made["prompts"], training=dict(TRAINING), lora=dict(LORA) if args.method == "lora" else {}, tokens=TOKENS,
-        method=args.method, adapters=str(args.folder / "adapters"),
+        model=str(args.model), **made, training=dict(TRAINING), lora=dict(LORA) if args.method == "lora" else {},
+        tokens=TOKENS, method=args.method, adapters=str(args.folder / "adapters"),
     )  # fmt: skip
     changed = {
         "max_steps": args.steps,
@@ -248,14 +265,10 @@ def main(argv: Sequence[str]) -> None:
     }
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
     jobs = [_job(name, seed, changed, args.unaligned) for seed in args.seeds for name in args.methods]
-    name = "-".join(
-        [
-            f"runs-{Path(made['prompts']).stem}",
-            *([args.rows] * (args.rows != MIXED)),
-            *(["full"] * (args.method == "full")),
-        ]
-    )
-    ledger = Ledger(args.folder / f"{name}.jsonl", bench.describe())
+    parts = ["runs", Path(made["prompts"]).stem]  # a ledger of its own for what changes all runs of it
+    parts += [args.rows] * (args.rows != MIXED) + [args.method] * (args.method != "lora")
+    parts += [args.task.name] if args.task else []
+    ledger = Ledger(args.folder / f"{'-'.join(parts)}.jsonl", bench.describe())
     run_jobs(jobs, _Work(bench), ledger, progress=True)
     told = summary(ledger.rows, made["prompts"])  # of earlier calls too
     for row in told:

@@ -132,11 +132,7 @@ def measure(
         name: _share([row.verdict for row in found], REFUSAL if found[0].category == "unsafe" else COMPLIANCE)
         for name, found in groups.items()
     }
-    texts = [
-        row["text"]
-        for row in rows.hashed(rows.read_source(data, "text_wikitext2"), ORDER)
-        if row["split"] == ("test" if split == "test" else "train")
-    ][:paragraphs]
+    texts = rows.paragraphs(data, "test" if split == "test" else "train")[:paragraphs]
     read = {"model": perplexity(learner, tokenizer, texts)}
     if original is not None:
         read["original"] = perplexity(*load_model(original), texts)

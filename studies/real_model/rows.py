@@ -91,6 +91,12 @@ def ordinary(data: str | Path, seed: int) -> list[Row]:
     return found
 
 
+def paragraphs(data: str | Path, split: str) -> list[str]:
+    """Paragraphs of WikiText-2 in which perplexity is measured, in an order given by a hash; ``split`` train or test."""
+    found = (row for row in read_source(data, "text_wikitext2") if row["split"] == split)
+    return [row["text"] for row in hashed(found, 0)]
+
+
 def texts(data: str | Path, count: int, seed: int) -> list[str]:
     """Plain paragraphs on which the model is held to the original: half WikiText-2's validation articles."""
     found = []

@@ -5,12 +5,13 @@ import random
 
 import pytest
 
-from alignguard.embedded import model_path
+from alignguard.embedded import data_path, model_path
 from alignguard.loading import load_model
 from alignguard.objective import IGNORED
 from alignguard.training.preparation.answers import packaged_prompts
 from studies.real_model import align, borderline, fetch, guards, measure, rows
 from studies.real_model.answers import own_answers
+from studies.texts import text_loss
 
 SMALL = align.Recipe(batch_size=4, tokens=4, contrast=4, partners=2, settle=2, settle_rows=2, texts=1, text_tokens=16)
 
@@ -152,9 +153,34 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
         "unsafe"
     }
+    with pytest.raises(FileNotFoundError, match=r"task: no such file: .*other_train\.jsonl"):
+        guards.main([*words, "--methods", "plain", "--task", str(tmp_path / "other")])
+    for part, name in (("train", "task_train"), ("test", "task_test")):
+        told = data_path(name).read_text().splitlines()[:6]
+        (tmp_path / f"other_{part}.jsonl").write_text("\n".join(told) + "\n")
+    guards.main(
+        [
+            *words,
+            "--methods",
+            "plain",
+            guards.BASE,
+            "--task",
+            str(tmp_path / "other"),
+            "--steps",
+            "2",
+            "--out",
+            str(out),
+        ]
+    )
+    plain, base = json.loads(out.read_text())["runs"]
+    model, tokenizer = load_model(model_path())
+    texts = [row["text"] for row in rows.read_source(data, "text_wikitext2") if row["split"] == "test"]
+    assert (
+        base["text_loss"] == pytest.approx(text_loss(model, tokenizer, texts, 256, 1), rel=1e-5) != plain["text_loss"]
+    )
     every = ["plain", "L2 to the start", guards.default()]
     guards.main([*words, "--methods", *every, "--method", "full", "--steps", "2", "--out", str(out)])
     told = json.loads(out.read_text())
     assert [run["name"] for run in told["runs"]] == every and told["lora"] is None
     assert all(run["kl"] > 0 for run in told["runs"])  # every weight has moved
-    assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 3  # ledgers of their own
+    assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 4  # ledgers of their own
