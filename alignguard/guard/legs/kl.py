@@ -24,7 +24,7 @@ _SETTLED = 1e-4  # nats a token: a divergence below this has no direction worth 
 
 _RECENT = 6  # examples read by which the leg believes the drift to be what it is
 
-_COMPARED = 16  # examples over which belief and drift are compared
+_COMPARED = 24  # examples over which belief and drift are compared
 
 
 class KLLeg(Leg):
