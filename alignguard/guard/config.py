@@ -104,7 +104,7 @@ class GuardConfig:
     known charged beside the loss (:meth:`alignguard.Guard.attach`) as far as ``kl_climb`` lets it. They were chosen on
     SmolLM2-135M-Instruct, where in 120 steps of LoRA they kept 98 % of the refusals of foreign unsafe prompts that plain LoRA
     lost, at no price in task score (three seeds at a rate of 5e-4; at 1e-3 they kept 88 %, and with ``kl_every=2`` all of one
-    seed's, docs/evidence.md).
+    seed's; in runs of 500 and 1500 steps all, and borderline prompts were refused too, docs/evidence.md).
 
     With ``max_drift`` λ_A and λ_KL say how the two share the work, and both are multiplied by one factor that a damped
     dual ascent finds (:class:`alignguard.guard.schedule.DriftBudget`).
