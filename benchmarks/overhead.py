@@ -95,8 +95,8 @@ def compare(
                 fresh.append(place)
         if config.lambda_kl and guard.examples_read > readings and place not in fresh:
             reading.add(place)
-        if place in reading and place >= 2:
-            read["first" if readings < len(alignment) else "known"].append(seconds[1][-1] - seconds[0][-1])
+            if place >= 2:
+                read["first" if readings < len(alignment) else "known"].append(seconds[1][-1] - seconds[0][-1])
         if number % 5 == 4:  # what a Trainer logs; it is not part of a step
             start = time.perf_counter()
             guard.numbers()
@@ -104,8 +104,7 @@ def compare(
     sampled = numbers != list(range(len(numbers)))  # a few steps around a refresh, which comes too often among them
     warm = 1 if sampled else 2
     usual = [place for place in range(warm, len(numbers)) if place not in fresh]
-    apart = [place for place in usual if place not in reading]
-    usual = apart or usual  # steps without a reading, where some have none
+    usual = [place for place in usual if place not in reading] or usual  # each step may have one
     refreshes = [place for place in fresh if place >= warm]
     plain, guarded = (sum(s[warm:]) for s in seconds)
     refresh = 0.0
@@ -124,7 +123,6 @@ def compare(
         plain, guarded = plain * (len(numbers) - warm), guarded * (len(numbers) - warm)
     if config.lambda_kl:
         cut = [shortened(one, config.kl_tokens, "causal") for one in alignment]
-        every = config.kl_schedule(remembers=True)[0]
         read_tokens = config.kl_examples * sum(len(one["input_ids"]) for one in cut) / len(cut)
         per_token = statistics.mean(seconds[0][warm:]) / (task_tokens / len(numbers))
         row["reading"] = {
@@ -135,7 +133,7 @@ def compare(
             }
             for when, found in read.items()
             if found
-        } | {"every": every, "tokens": read_tokens, "task_tokens": task_tokens / len(numbers)}
+        } | {"tokens": read_tokens, "task_tokens": task_tokens / len(numbers)}
     return row | {
         "median_step_without_refresh": statistics.median(seconds[1][place] / seconds[0][place] for place in usual),
         "refresh_seconds": refresh, "plain_step": plain / (len(numbers) - warm), "guarded_step": guarded / (len(numbers) - warm),

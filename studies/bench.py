@@ -269,8 +269,7 @@ def _adapter_folder(bench: Bench, shared: Mapping[str, Any]) -> Path:
 
 
 def _train_plain(bench: Bench, shared: Mapping[str, Any], kept: Path) -> Path:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         made = train_rival(make_rival(PLAIN), bench.model, bench.task_train, None, Path(folder) / "run", **shared)
         return _keep(made.adapter_dir, kept)
 
