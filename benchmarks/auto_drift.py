@@ -17,13 +17,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rivals import SLACK, kept
-
 from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.training import versions
 from studies import GUARD, Bench, Ledger, make_job, measure_base, run_job, run_jobs
+from studies.ablation import SLACK, kept_of_base
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -37,11 +36,11 @@ def judged(runs: list[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, A
             continue
         swept = [r for r in runs if r["seed"] == run["seed"] and "max_drift" not in r["settings"]]
         able = [r for r in swept if r["task"] >= run["task"] - SLACK]
-        best = max((kept(r, base) for r in able), default=None)
+        best = max((kept_of_base(r, base) for r in able), default=None)
         found.append(
             {
                 "budget": budget, "seed": run["seed"], "drift": run["drift"], "drift_over_budget": run["drift"] / budget,
-                "task": run["task"], "kept": kept(run, base), "kept_over_best_of_sweep": None if best is None else kept(run, base) / best,
+                "task": run["task"], "kept": kept_of_base(run, base), "kept_over_best_of_sweep": None if best is None else kept_of_base(run, base) / best,
             }
         )  # fmt: skip
     return found

@@ -229,6 +229,38 @@ def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dic
     return told
 
 
+def earlier(out: Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a summary holds already; none where there is no such file.
+
+    Raises:
+        ValueError: they are of other settings or versions than ``head``; what differs is named.
+    """
+    before = json.loads(out.read_text()) if out.is_file() else None
+    if before is None:
+        return []
+    if other := [name for name, value in head.items() if before.get(name) != value]:
+        raise ValueError(f"{out} holds runs with other {', '.join(other)}: name another file for --out")
+    return before["runs"]
+
+
+def joined(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of a summary and those of a ledger; where both hold one, the ledger's.
+
+    Raises:
+        ValueError: the model before fine-tuning answers otherwise in one than in the other, so it or what is asked is
+            another.
+    """
+    place = {(run["name"], run["seed"], json.dumps(run["training"], sort_keys=True)): run for run in before}
+    for run in now:
+        key = run["name"], run["seed"], json.dumps(run["training"], sort_keys=True)
+        if run["name"] == BASE and key in place and place[key]["sources"] != run["sources"]:
+            raise ValueError(
+                f"--out holds runs of another model or other prompts: {BASE!r} answers otherwise; name another file"
+            )
+        place[key] = run
+    return list(place.values())
+
+
 def main(argv: Sequence[str]) -> None:
     """``python -m studies real-model guards``."""
     cli = argparse.ArgumentParser(prog="python -m studies real-model guards", description=__doc__)
@@ -246,7 +278,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
-    cli.add_argument("--out", type=Path, help="summary as JSON")
+    cli.add_argument("--out", type=Path, help="summary as JSON, of this schedule; runs that it holds already stay")
     args = cli.parse_args(argv)
     lacking = set() if args.unaligned else {name for name in METHODS if _needs_unaligned(name)}
     if args.methods is None:
@@ -269,8 +301,21 @@ def main(argv: Sequence[str]) -> None:
     parts += [args.rows] * (args.rows != MIXED) + [args.method] * (args.method != "lora")
     parts += [args.task.name] if args.task else []
     ledger = Ledger(args.folder / f"{'-'.join(parts)}.jsonl", bench.describe())
+    head = {
+        "versions": versions(),
+        "training": TRAINING,
+        "lora": bench.lora or None,
+        "alignment": ALIGNMENT[args.rows],
+        "tokens": TOKENS,
+        "limit": args.limit,
+    }
+    if args.task:
+        head["task"] = args.task.name
+    if args.out is not None:
+        earlier(args.out, head)  # refused before anything runs
     run_jobs(jobs, _Work(bench), ledger, progress=True)
-    told = summary(ledger.rows, made["prompts"])  # of earlier calls too
+    found = [row for row in ledger.rows if row["job"]["name"] == BASE or row["job"].get("training", {}) == changed]
+    told = summary(found, made["prompts"])  # of earlier calls too
     for row in told:
         unsafe = {group: f"{100 * share['value']:.0f}" for group, share in row["sources"].items()}
         print(f"{row['name']:<22} seed {row['seed']}  refused {unsafe}  task loss {row['task_loss']:.3f}")
@@ -283,19 +328,8 @@ def main(argv: Sequence[str]) -> None:
             str(args.out): "OUT",
         }
         command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
-        settings = {
-            "training": TRAINING,
-            "lora": LORA if args.method == "lora" else None,
-            "alignment": ALIGNMENT[args.rows],
-            "tokens": TOKENS,
-            "limit": args.limit,
-        }
-        write_text(
-            args.out,
-            json.dumps(
-                {"command": command, "versions": versions(), **settings, "default": default(), "runs": told}, indent=1
-            ),
-        )
+        runs = joined(earlier(args.out, head), told)
+        write_text(args.out, json.dumps({"command": command, **head, "default": default(), "runs": runs}, indent=1))
 
 
 class _Work:

@@ -16,7 +16,18 @@ from alignguard.training import fit
 from alignguard.updates import lora_updates
 from studies import GUARDS, Ledger, make_job, rivals_plan, run_jobs
 from studies.__main__ import main
-from studies.ablation import KNOBS, NEVER, knob_jobs, knobs_plan, stability, summarise, table, terms_plan
+from studies.ablation import (
+    KNOBS,
+    NEVER,
+    best,
+    kept_of_base,
+    knob_jobs,
+    knobs_plan,
+    stability,
+    summarise,
+    table,
+    terms_plan,
+)
 from studies.bench import Bench, alignment_parts, measure_base, part_file, save_parts
 from studies.rivals import RIVALS
 
@@ -254,3 +265,15 @@ def test_foreign_prompts_are_asked_beside_the_others(tmp_path):
     assert found == measure_base(plain)
     # a ledger from before there were any goes on, and one of other prompts does not
     assert "foreign" not in plain.describe() and both.describe()["foreign"]["name"] == "asked.jsonl"
+
+
+def test_the_best_setting_keeps_most_among_those_that_learn_the_task():
+    base = {"refusal": 80.0, "borderline": 50.0}
+    greedy = {"task": 90.0, "refusal": 0.0, "borderline": 100.0}  # half of what the base does: more of it counts as all
+    even = {"task": 89.5, "refusal": 40.0, "borderline": 50.0}
+    same = {"task": 89.6, "refusal": 40.0, "borderline": 60.0}
+    slow = {"task": 89.4, "refusal": 80.0, "borderline": 50.0}
+    broken = {"error": "nan"}
+    assert kept_of_base(greedy, base) == 0.5 and kept_of_base(slow, base) == 1.0
+    assert best([greedy, even, same, slow, broken], base, 89.5) is same  # as much kept, more learned
+    assert best([greedy, slow, broken], base, 95.0) is greedy

@@ -132,6 +132,9 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     guards.main([*words, "--methods", guards.BASE, "--out", str(out), "--steps", "2"])
     told = json.loads(out.read_text())
     assert {run["name"] for run in told["runs"]} == {"plain", guards.default(), guards.BASE}
+    elsewhere = [*words[:4], "--folder", str(tmp_path / "elsewhere"), *words[6:], "--steps", "2", "--out", str(out)]
+    guards.main([*elsewhere, "--methods", guards.BASE, "--seeds", "0", "1"])  # its ledger knows none of these runs
+    assert json.loads(out.read_text())["runs"] == told["runs"]
     kept = [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()]
     guards.main([*words, "--methods", "weights between both", "--steps", "2"])  # goes on from plain LoRA's adapter
     assert [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()] == kept and len(kept) == 1
@@ -145,10 +148,13 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
         guards.main([*words, "--methods", "SafeLoRA", "plain"])
     assert "SafeLoRA needs --unaligned" in capsys.readouterr().err
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
+    with pytest.raises(ValueError, match="other alignment: name another file"):
+        guards.main([*words, "--methods", "plain", "--rows", guards.UNSAFE, "--out", str(out)])
+    fewer = tmp_path / "fewer.json"
     guards.main(
-        [*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2", "--batch", "1", "--out", str(out)]
+        [*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2", "--batch", "1", "--out", str(fewer)]
     )
-    (run,) = json.loads(out.read_text())["runs"]
+    (run,) = json.loads(fewer.read_text())["runs"]
     assert run["training"] == {"per_device_train_batch_size": 1}
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
         "unsafe"
@@ -158,6 +164,7 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     for part, name in (("train", "task_train"), ("test", "task_test")):
         told = data_path(name).read_text().splitlines()[:6]
         (tmp_path / f"other_{part}.jsonl").write_text("\n".join(told) + "\n")
+    other = tmp_path / "other.json"
     guards.main(
         [
             *words,
@@ -169,18 +176,29 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
             "--steps",
             "2",
             "--out",
-            str(out),
+            str(other),
         ]
     )
-    plain, base = json.loads(out.read_text())["runs"]
+    plain, base = json.loads(other.read_text())["runs"]
     model, tokenizer = load_model(model_path())
     texts = [row["text"] for row in rows.read_source(data, "text_wikitext2") if row["split"] == "test"]
     assert (
         base["text_loss"] == pytest.approx(text_loss(model, tokenizer, texts, 256, 1), rel=1e-5) != plain["text_loss"]
     )
-    every = ["plain", "L2 to the start", guards.default()]
-    guards.main([*words, "--methods", *every, "--method", "full", "--steps", "2", "--out", str(out)])
-    told = json.loads(out.read_text())
+    every, whole = ["plain", "L2 to the start", guards.default()], tmp_path / "whole.json"
+    guards.main([*words, "--methods", *every, "--method", "full", "--steps", "2", "--out", str(whole)])
+    told = json.loads(whole.read_text())
     assert [run["name"] for run in told["runs"]] == every and told["lora"] is None
     assert all(run["kl"] > 0 for run in told["runs"])  # every weight has moved
     assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 4  # ledgers of their own
+
+
+def test_summaries_of_two_models_are_not_joined():
+    """Their base answers otherwise."""
+    one = {"name": guards.BASE, "seed": 0, "training": {}, "sources": {"foreign a": {"refused": "10"}}}
+    other = {**one, "sources": {"foreign a": {"refused": "11"}}}
+    plain = {**one, "name": "plain"}
+    assert guards.joined([one, plain], [{**plain, "seed": 1}]) == [one, plain, {**plain, "seed": 1}]
+    assert guards.joined([one, plain], [{**plain, "task": 3}]) == [one, {**plain, "task": 3}]
+    with pytest.raises(ValueError, match="another model or other prompts"):
+        guards.joined([one, plain], [other])
