@@ -20,6 +20,7 @@ import torch
 
 from alignguard.data import read_jsonl
 from alignguard.drift import judge
+from studies.wording import WordingJudge
 
 NOTE = (
     "The rules reach 0.95 in recall but not in precision on the held-out half, and no judge of the wording can be "
@@ -57,11 +58,6 @@ def scores(truth: list[bool], said: list[bool]) -> dict[str, float | int]:
     }
 
 
-def grams(text: str) -> set[str]:
-    words = re.findall(r"[a-z']+", text.lower().replace("’", "'"))[:60]
-    return {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
-
-
 def opening(row: dict) -> str:
     """The first eight words of a reply, those that stand in the prompt masked."""
     asked = {w for w in re.findall(r"[a-z']+", row["prompt"].lower()) if len(w) > 3}
@@ -97,32 +93,6 @@ def precision_at(recall: float, truth: list[bool], score: list[float]) -> float:
     return round(best, 4)
 
 
-def classifier(train: list[dict], test: list[dict], decay: float = 1e-3) -> list[float]:
-    """A logistic regression on word n-grams of the training half: what the wording alone can tell."""
-    counts = Counter(g for row in train for g in grams(row["response"]))
-    index = {g: i for i, g in enumerate(sorted(g for g, n in counts.items() if n >= 3))}
-
-    def matrix(rows: list[dict]) -> torch.Tensor:
-        out = torch.zeros(len(rows), len(index) + 1, dtype=torch.float64)
-        out[:, -1] = 1
-        for i, row in enumerate(rows):
-            out[i, [index[g] for g in grams(row["response"]) if g in index]] = 1
-        return out
-
-    x, y = matrix(train), torch.tensor([float(row["is_refusal"]) for row in train], dtype=torch.float64)
-    weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=200)
-
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ weight, y) + decay / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    return (matrix(test) @ weight.detach()).tolist()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -148,7 +118,8 @@ def main() -> None:
             "refused_by_label": {k: {"rows": len(v), "refused": sum(v)} for k, v in sorted(by_label.items())},
         }
     held = halves["held_out"]
-    truth, told = [row["is_refusal"] for row in held], classifier(halves["development"], held)
+    truth = [row["is_refusal"] for row in held]
+    told = WordingJudge(halves["development"]).scores([row["response"] for row in held])
     result["word_ngram_classifier_held_out"] = scores(truth, [score > 0 for score in told]) | {
         "precision_at_recall_0.95": precision_at(0.95, truth, told)
     }

@@ -26,6 +26,7 @@ from alignguard.training import fit
 from alignguard.updates import base_name, lora_updates
 from studies.rivals import RIVALS, make_rival, train_rival
 from studies.texts import text_loss
+from studies.wording import WordingJudge
 
 GUARD = "guard"
 PLAIN = "plain"
@@ -48,6 +49,8 @@ class Bench:
         prompts: DriftCheck prompts as JSONL; None for the packaged ones.
         foreign: unsafe prompts as JSONL, of sources that no training has seen: ``id`` is ``source/number``. None asks none.
         texts: plain texts as JSONL, rows with ``text``, on which a loss is read before and after; None reads none.
+        replies: replies that people have labelled, as JSONL, for a second judge of unsafe prompts' answers
+            (:class:`studies.wording.WordingJudge`); None leaves them to the rules alone.
         limit: most prompts of each category; None asks all.
         tokens: longest answer to a prompt.
         training: fields of ``transformers.TrainingArguments`` that replace the defaults.
@@ -67,6 +70,7 @@ class Bench:
     prompts: str | None = None
     foreign: str | None = None
     texts: str | None = None
+    replies: str | None = None
     limit: int | None = None
     tokens: int = 32
     training: dict[str, Any] = field(default_factory=dict)
@@ -98,14 +102,11 @@ class Bench:
             FileNotFoundError: a data file is not there; the message names the field.
         """
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
-        for name, usual in (
-            ("foreign", None),
-            ("texts", None),
-            ("method", "lora"),
-        ):  # a ledger from before there were any goes on
-            if told[name] == usual:
+        usual = {"foreign": None, "texts": None, "replies": None, "method": "lora"}
+        for name in usual:  # a ledger from before there were any goes on
+            if told[name] == usual[name]:
                 del told[name]
-        for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign", "texts"):
+        for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign", "texts", "replies"):
             path = told.get(name)
             if path is not None:
                 if not Path(path).is_file():
@@ -182,8 +183,8 @@ def measure(
     """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 of the base itself.
 
     Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
-    prompt; ``foreign``, the same of each foreign source; and ``text_loss``, nats a token of the texts. With a system
-    prompt everything is asked after it, the base of the KL too, and texts are read as they are.
+    prompt, and ``second``, the same by the second judge; ``foreign``, those of each foreign source; and ``text_loss``,
+    nats a token of the texts. With a system prompt everything is asked after it, the base of the KL too, and texts are read as they are.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
     base = load_model(bench.model)[0].eval() if fine_tuned and bench.method == "full" else None
@@ -196,14 +197,19 @@ def measure(
     for name, estimate in report.summary().items():
         numbers[name] = 100 * estimate.value
     numbers["kl"] = 0.0 if report.kl is None else report.kl
-    numbers["refused"] = "".join("01"[row.verdict == REFUSAL] for row in report.rows if row.category == "unsafe")
+    unsafe = [row for row in report.rows if row.category == "unsafe"]
+    numbers["refused"] = "".join("01"[row.verdict == REFUSAL] for row in unsafe)
+    if bench.replies is not None:
+        second = WordingJudge(list(read_jsonl(bench.replies)))
+        found = second([row.prompt for row in unsafe], [row.text for row in unsafe])
+        numbers["second"] = "".join("01"[verdict == REFUSAL] for verdict in found)
     if bench.foreign is not None:
-        found: dict[str, str] = {}
+        foreign: dict[str, str] = {}
         asked = load_prompts(bench.foreign)
         for row in driftcheck(model, tokenizer, asked, system=system, max_new_tokens=bench.tokens).rows:
             source = row.id.rpartition("/")[0]
-            found[source] = found.get(source, "") + "01"[row.verdict == REFUSAL]
-        numbers["foreign"] = found
+            foreign[source] = foreign.get(source, "") + "01"[row.verdict == REFUSAL]
+        numbers["foreign"] = foreign
     if bench.texts is not None:
         told = [str(row["text"]) for row in read_jsonl(bench.texts)]
         numbers["text_loss"] = text_loss(model, tokenizer, told, TEXT_TOKENS, batch_size=8)
@@ -263,8 +269,9 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapter_folder(bench: Bench, shared: Mapping[str, Any]) -> Path:
-    """Where the adapter that plain LoRA leaves is kept."""
-    name = hashlib.sha256(json.dumps([bench.describe(), shared], sort_keys=True).encode()).hexdigest()[:16]
+    """Where the adapter that plain LoRA leaves is kept: by what it is trained from, whatever is asked afterwards."""
+    trained = {name: told for name, told in bench.describe().items() if name in ("model", "task_train")}
+    name = hashlib.sha256(json.dumps([trained, shared], sort_keys=True).encode()).hexdigest()[:16]
     return Path(bench.adapters or "") / name
 
 

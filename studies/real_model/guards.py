@@ -35,6 +35,7 @@ ALIGNMENT: dict[str, dict[str, int]] = {
 DRIFT = 48  # unsafe prompts of the same sources, of their test split, on whose refusals KL is measured
 TASK_TEST = 100  # rows of the held-out task
 TEXTS = 40  # paragraphs of WikiText-2 that are read after a task of its own
+LABELLED = "judge_donotanswer_labelled.jsonl"  # replies that people have labelled, for a second judge
 TOKENS = 24  # of an answer that is judged: refusals of this model are told by their first words
 CHOOSING = ("tdc2023", "safetytuned_eval")  # foreign sources that settings are chosen by; the others are reported
 REPORTED = tuple(name for name in rows.FOREIGN if name not in CHOOSING)
@@ -60,7 +61,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
     "curvature by layers": (GUARD, {}),
-    "the paper's form": (GUARD, GuardConfig.paper().to_dict()),
+    "curvature and KL": (GUARD, GuardConfig.combined().to_dict()),
+    **{
+        f"the paper's form{words}": (GUARD, GuardConfig.paper(**changes).to_dict())
+        for words, changes in {
+            "": {},
+            ", without its Fisher term": {"lambda_alignment": 0.0},
+            ", without its stability term": {"lambda_task": 0.0},
+            ", without its overlap term": {"lambda_collision": 0.05, "alpha": 0.0},  # what separation has of it stays
+            ", 4 directions": {"max_rank": 4},
+            ", 128 directions": {"max_rank": 128},
+            ", estimated every 25 steps": {"refresh_every": 25, "refresh_examples": 32},
+        }.items()
+    },
     # rivals at the settings of their papers
     "constrained SFT": ("constrained-sft", {}),
     "kl on the task": ("task-kl", {}),
@@ -82,6 +95,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What is tried of each on the sources that settings are chosen by, beside the settings of its paper.
 TRIED: dict[str, tuple[dict[str, Any], ...]] = {
+    "kl, 1 row every step": ({"lambda_kl": 0.3}, {"lambda_kl": 3.0}),
+    "curvature and KL": ({"lambda_kl": 1.0}, {"lambda_kl": 3.0}),
     "constrained SFT": ({"early": 4.0, "later": 0.3}, {"early": 4.0, "later": 1.0}),
     "kl on the task": ({"strength": 1.0}, {"strength": 10.0}),
     "OFT": ({"eps": 0.1}, {"eps": 0.01}),
@@ -96,11 +111,19 @@ TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "intruders scaled down": ({"strength": 0.25}, {"strength": 0.0}),
     "SafeMERGE": ({"threshold": 1.0}, {"threshold": 1.0, "weight": 0.5}),
 }
+
+
+def _titled(name: str, settings: Mapping[str, Any]) -> str:
+    return f"{name}, {', '.join(f'{key} {value:g}' for key, value in settings.items())}"
+
+
+def settings_tried(name: str) -> list[str]:
+    """What is tried of a rival, by its names in ``METHODS``: its paper's setting, then those of ``TRIED``."""
+    return [name, *(_titled(name, settings) for settings in TRIED[name])]
+
+
 METHODS |= {
-    f"{name}, {', '.join(f'{key} {value:g}' for key, value in settings.items())}": (
-        METHODS[name][0],
-        {**METHODS[name][1], **settings},
-    )
+    _titled(name, settings): (METHODS[name][0], {**METHODS[name][1], **settings})
     for name, tried in TRIED.items()
     for settings in tried
 }
@@ -209,24 +232,32 @@ def _job(name: str, seed: int, training: Mapping[str, Any], unaligned: str | Non
 
 
 def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dict[str, Any]]:
-    """Of each run its shares and verdicts, source by source, its task loss, drift and seconds a step."""
+    """Of each run its shares and verdicts, source by source, its task loss, drift and seconds a step.
+
+    Verdicts are a 0 or 1 for each prompt: ``refused`` by the rules, ``second`` by the second judge where one was asked.
+    """
     groups = [row["id"].rpartition("/")[0] for row in read_jsonl(prompts) if row["category"] == "unsafe"]
     told = []
     for row in found:
         result = dict(row["result"])
-        verdicts = result.pop("refused", "")
-        by_source: dict[str, str] = {}
-        for group, verdict in zip(groups, verdicts, strict=True):
-            by_source[group] = by_source.get(group, "") + verdict
-        shares = {
-            group: {**asdict(share_of([bit == "1" for bit in bits])), "refused": bits}
-            for group, bits in by_source.items()
-        }
+        shares: dict[str, dict[str, Any]] = {}
+        for group, bits in _by_source(groups, result.pop("refused", "")).items():
+            shares[group] = {**asdict(share_of([bit == "1" for bit in bits])), "refused": bits}
+        if "second" in result:
+            for group, bits in _by_source(groups, result.pop("second")).items():
+                shares[group]["second"] = bits
         job = row["job"]
         told.append(
             {"name": job["name"], "seed": job["seed"], "training": job.get("training", {}), "sources": shares, **result}
         )
     return told
+
+
+def _by_source(groups: Sequence[str], verdicts: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for group, verdict in zip(groups, verdicts, strict=True):
+        found[group] = found.get(group, "") + verdict
+    return found
 
 
 def earlier(out: Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -243,6 +274,10 @@ def earlier(out: Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
     return before["runs"]
 
 
+def _refused(run: Mapping[str, Any]) -> dict[str, str]:
+    return {group: share["refused"] for group, share in run["sources"].items()}
+
+
 def joined(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs of a summary and those of a ledger; where both hold one, the ledger's.
 
@@ -253,7 +288,7 @@ def joined(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> l
     place = {(run["name"], run["seed"], json.dumps(run["training"], sort_keys=True)): run for run in before}
     for run in now:
         key = run["name"], run["seed"], json.dumps(run["training"], sort_keys=True)
-        if run["name"] == BASE and key in place and place[key]["sources"] != run["sources"]:
+        if run["name"] == BASE and key in place and _refused(place[key]) != _refused(run):
             raise ValueError(
                 f"--out holds runs of another model or other prompts: {BASE!r} answers otherwise; name another file"
             )
@@ -274,6 +309,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--choosing", action="store_true", help="ask the sources that settings are chosen by")
     cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="which alignment rows")
     cli.add_argument("--task", type=Path, help="another task: NAME for NAME_train.jsonl and NAME_test.jsonl")
+    cli.add_argument("--second-judge", action="store_true", help="let the wording of labelled replies judge too")
     cli.add_argument("--method", default="lora", choices=["lora", "full"], help="what trains")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
@@ -289,6 +325,7 @@ def main(argv: Sequence[str]) -> None:
     bench = Bench(
         model=str(args.model), **made, training=dict(TRAINING), lora=dict(LORA) if args.method == "lora" else {},
         tokens=TOKENS, method=args.method, adapters=str(args.folder / "adapters"),
+        replies=str(Path(args.data) / LABELLED) if args.second_judge else None,
     )  # fmt: skip
     changed = {
         "max_steps": args.steps,
@@ -300,6 +337,7 @@ def main(argv: Sequence[str]) -> None:
     parts = ["runs", Path(made["prompts"]).stem]  # a ledger of its own for what changes all runs of it
     parts += [args.rows] * (args.rows != MIXED) + [args.method] * (args.method != "lora")
     parts += [args.task.name] if args.task else []
+    parts += ["judged"] * args.second_judge
     ledger = Ledger(args.folder / f"{'-'.join(parts)}.jsonl", bench.describe())
     head = {
         "versions": versions(),

@@ -43,6 +43,8 @@ def data(tmp_path, monkeypatch):
     write(folder, "alpaca_short", everyday)
     for name in ("text_wikitext2", "text_masc", "text_state_union"):
         write(folder, name, [{"id": s, "text": "A small town by the sea. " * 4, "split": s} for s in ("train", "test")])
+    labelled = [{"response": "I can't say", "is_refusal": True}, {"response": "gladly", "is_refusal": False}] * 3
+    write(folder, "judge_donotanswer_labelled", labelled)
     monkeypatch.setitem(rows.ORDINARY, "templates", 2)
     monkeypatch.setattr(align, "TEXTS", 4)
     return folder
@@ -186,8 +188,11 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
         base["text_loss"] == pytest.approx(text_loss(model, tokenizer, texts, 256, 1), rel=1e-5) != plain["text_loss"]
     )
     every, whole = ["plain", "L2 to the start", guards.default()], tmp_path / "whole.json"
-    guards.main([*words, "--methods", *every, "--method", "full", "--steps", "2", "--out", str(whole)])
+    guards.main(
+        [*words, "--methods", *every, "--method", "full", "--second-judge", "--steps", "2", "--out", str(whole)]
+    )
     told = json.loads(whole.read_text())
+    assert all(len(source["second"]) == source["n"] for run in told["runs"] for source in run["sources"].values())
     assert [run["name"] for run in told["runs"]] == every and told["lora"] is None
     assert all(run["kl"] > 0 for run in told["runs"])  # every weight has moved
     assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 4  # ledgers of their own
