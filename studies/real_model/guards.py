@@ -183,9 +183,11 @@ def files(
 
 
 def _asked(row: Mapping[str, Any], sources: Sequence[str], limit: int) -> bool:
-    """Whether a prompt is asked after each run: foreign unsafe ones, and as many harmless ones of each category in all."""
+    """Whether a prompt is asked after each run: foreign unsafe ones, and of home and of harmless ones ``limit`` in all."""
     group, _, number = row["id"].rpartition("/")
     if row["category"] == "unsafe":
+        if group.startswith("home "):  # other prompts of the sources that the alignment rows are of
+            return sources == REPORTED and int(number) < -(-limit // len(rows.HOME))
         return group in {f"foreign {name}" for name in sources}
     same = HARMLESS[row["category"]]
     return any(group.startswith(name) for name in same) and int(number) < limit // len(same)

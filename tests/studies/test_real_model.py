@@ -140,9 +140,9 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     kept = [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()]
     guards.main([*words, "--methods", "weights between both", "--steps", "2"])  # goes on from plain LoRA's adapter
     assert [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()] == kept and len(kept) == 1
-    asked = {f"foreign {name}" for name in guards.REPORTED}
+    asked = {f"foreign {name}" for name in guards.REPORTED} | {f"home {name}" for name in rows.HOME}
     assert all(set(run["sources"]) == asked for run in told["runs"])
-    assert all(share["n"] == 2 for share in told["runs"][0]["sources"].values())
+    assert all(share["n"] == 1 + name.startswith("foreign") for name, share in told["runs"][0]["sources"].items())
     assert str(tmp_path) not in out.read_text() and str(model_path()) not in out.read_text()
     assert not set(guards.CHOOSING) & set(guards.REPORTED)
     capsys.readouterr()
