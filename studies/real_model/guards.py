@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -367,9 +368,23 @@ def main(argv: Sequence[str]) -> None:
             str(args.folder): "FOLDER",
             str(args.out): "OUT",
         }
-        command = "python -m studies real-model guards " + " ".join(where.get(word, word) for word in argv)
         runs = joined(earlier(args.out, head), told)
+        command = _command([where.get(word, word) for word in argv], runs)
         write_text(args.out, json.dumps({"command": command, **head, "default": default(), "runs": runs}, indent=1))
+
+
+def _command(words: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> str:
+    """The command that makes all runs of a summary: the words of the last call, with every run's method and seed."""
+    kept, listing = [], False
+    for word in words:
+        if word.startswith("--"):
+            listing = word in ("--methods", "--seeds")
+        if not listing:
+            kept.append(word)
+    names = dict.fromkeys(run["name"] for run in runs)
+    seeds = sorted({run["seed"] for run in runs if run["name"] != BASE}) or [0]
+    told = [*kept, "--methods", *names, "--seeds", *map(str, seeds)]
+    return shlex.join(["python", "-m", "studies", "real-model", "guards", *told])
 
 
 class _Work:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 
 import pytest
 
@@ -136,7 +137,10 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert {run["name"] for run in told["runs"]} == {"plain", guards.default(), guards.BASE}
     elsewhere = [*words[:4], "--folder", str(tmp_path / "elsewhere"), *words[6:], "--steps", "2", "--out", str(out)]
     guards.main([*elsewhere, "--methods", guards.BASE, "--seeds", "0", "1"])  # its ledger knows none of these runs
-    assert json.loads(out.read_text())["runs"] == told["runs"]
+    again = json.loads(out.read_text())
+    assert again["runs"] == told["runs"]
+    listed = f"--methods plain {shlex.quote(guards.default())} base --seeds 0"
+    assert again["command"].endswith(f"--steps 2 --out OUT {listed}") and "--seeds 0 1" not in again["command"]
     kept = [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()]
     guards.main([*words, "--methods", "weights between both", "--steps", "2"])  # goes on from plain LoRA's adapter
     assert [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()] == kept and len(kept) == 1
