@@ -50,6 +50,15 @@ TRAINING = {"max_steps": 120, "per_device_train_batch_size": 8, "learning_rate":
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 _ANEW = {"lambda_alignment": 0.0, "kl_tokens": 8, "kl_memory": 0}  # KL as it is read, nothing remembered
+PAPER: dict[str, dict[str, Any]] = {  # the paper's form as printed, each term taken away, and its other knobs turned
+    "": {},
+    ", without its Fisher term": {"lambda_alignment": 0.0},
+    ", without its stability term": {"lambda_task": 0.0},
+    ", without its overlap term": {"lambda_collision": 0.05, "alpha": 0.0},  # separation keeps its weight
+    ", 4 directions": {"max_rank": 4},
+    ", 128 directions": {"max_rank": 128},
+    ", estimated every 25 steps": {"refresh_every": 25, "refresh_examples": 32},
+}
 BASE = "base"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     BASE: (BASE, {}),
@@ -63,18 +72,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
     "curvature by layers": (GUARD, {}),
     "curvature and KL": (GUARD, GuardConfig.combined().to_dict()),
-    **{
-        f"the paper's form{words}": (GUARD, GuardConfig.paper(**changes).to_dict())
-        for words, changes in {
-            "": {},
-            ", without its Fisher term": {"lambda_alignment": 0.0},
-            ", without its stability term": {"lambda_task": 0.0},
-            ", without its overlap term": {"lambda_collision": 0.05, "alpha": 0.0},  # what separation has of it stays
-            ", 4 directions": {"max_rank": 4},
-            ", 128 directions": {"max_rank": 128},
-            ", estimated every 25 steps": {"refresh_every": 25, "refresh_examples": 32},
-        }.items()
-    },
+    **{f"the paper's form{words}": (GUARD, GuardConfig.paper(**changes).to_dict()) for words, changes in PAPER.items()},
     # rivals at the settings of their papers
     "constrained SFT": ("constrained-sft", {}),
     "kl on the task": ("task-kl", {}),
