@@ -14,7 +14,6 @@ is, on DriftCheck's own prompts and the foreign ones of ``rivals.FOREIGN``. DATA
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_rate import SEED, bench
-from rivals import FIXED, flat, foreign_prompts, sweep
+from rivals import FIXED, arguments, asked, flat, sweep
 
 from studies import ANCHOR, GUARD, Bench, make_job
 from studies.ablation import SLACK, best
@@ -44,7 +43,7 @@ def rate_of(tuned: Mapping[str, Any]) -> float:
 
 def chosen(tuned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each method that was tuned the best setting at the rate of all."""
-    rate, runs = rate_of(tuned), [run for run in map(flat, tuned["runs"])]
+    rate, runs = rate_of(tuned), list(map(flat, tuned["runs"]))
     least = next(r["task"] for r in runs if r["method"] == "plain" and r["settings"]["learning_rate"] == rate) - SLACK
     found = {name: best([run for run in runs if run["method"] == name], tuned["base"], least) for name in TRIED}
     return {name: {k: v for k, v in run["settings"].items() if k != "learning_rate"} for name, run in found.items()}
@@ -75,29 +74,12 @@ def report(args: argparse.Namespace) -> None:
         for seed in args.seeds
         for name, (method, own) in methods.items()
     ]
-    shared, command = Bench.embedded(method="full"), "python benchmarks/full.py report"
-    if args.foreign is not None:
-        shared = dataclasses.replace(
-            shared, foreign=foreign_prompts(args.foreign, args.out.with_suffix(".foreign.jsonl"))
-        )
-        command += " --foreign DATA"
-    if args.task is not None:
-        files = {f"task_{part}": str(args.tasks / f"{args.task}_{part}.jsonl") for part in ("train", "test")}
-        shared, command = dataclasses.replace(shared, **files), f"{command} --task {args.task}"
+    shared, command = asked(Bench.embedded(method="full"), "python benchmarks/full.py report", args)
     sweep(shared, jobs, args.out, args.processes, command)
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("what", choices=["tune", "report"])
-    cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results/full_tuning.json"))
-    cli.add_argument("--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too")
-    cli.add_argument("--task", help="a task of benchmarks/tasks.py")
-    cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
-    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
-    args = cli.parse_args()
+    args = arguments(__doc__, "full_tuning.json").parse_args()
     (tune if args.what == "tune" else report)(args)
 
 

@@ -153,6 +153,33 @@ def foreign_prompts(data: Path, out: Path) -> str:
     return str(out)
 
 
+def asked(shared: Bench, command: str, args: argparse.Namespace) -> tuple[Bench, str]:
+    """The bench and the command of a report with the task and the foreign prompts that its arguments name."""
+    if args.task is not None:
+        files = {f"task_{part}": str(args.tasks / f"{args.task}_{part}.jsonl") for part in ("train", "test")}
+        shared, command = dataclasses.replace(shared, **files), f"{command} --task {args.task}"
+    if args.foreign is not None:
+        path = foreign_prompts(args.foreign, args.out.with_suffix(".foreign.jsonl"))
+        shared, command = dataclasses.replace(shared, foreign=path), f"{command} --foreign DATA"
+    return shared, command
+
+
+def arguments(description: str | None, tuning: str) -> argparse.ArgumentParser:
+    """What a sweep that is tuned and then reported takes on the command line."""
+    cli = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("what", choices=["tune", "report"])
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results") / tuning)
+    cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
+    cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
+    cli.add_argument(
+        "--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too (report alone)"
+    )
+    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    return cli
+
+
 def own_rows(model: str, out: Path) -> str:
     """Write the packaged prompts with the model's own answers, as a run without alignment data keeps them; the file."""
     found = own_answers(*load_model(model), packaged_prompts(), progress=True)
@@ -186,9 +213,6 @@ def report(args: argparse.Namespace) -> None:
                 raise SystemExit(f"{name} has not been tuned: {args.tuning} holds {', '.join(sorted(settings))}")
     shared = Bench.embedded(adapters=str(args.out.with_suffix(".adapters")))
     command = "python benchmarks/rivals.py report"
-    if args.task is not None:
-        files = {f"task_{part}": str(args.tasks / f"{args.task}_{part}.jsonl") for part in ("train", "test")}
-        shared, command = dataclasses.replace(shared, **files), f"{command} --task {args.task}"
     if args.model is not None:
         lora = EXPERTS if AutoConfig.from_pretrained(args.model).model_type == "mixtral" else {}
         shared = dataclasses.replace(shared, model=str(args.model), lora=lora)
@@ -196,30 +220,16 @@ def report(args: argparse.Namespace) -> None:
     if args.own_answers:
         shared = dataclasses.replace(shared, alignment=own_rows(shared.model, args.out.with_suffix(".own.jsonl")))
         command = f"{command} --own-answers"
-    if args.foreign is not None:
-        shared = dataclasses.replace(
-            shared, foreign=foreign_prompts(args.foreign, args.out.with_suffix(".foreign.jsonl"))
-        )
-        command = f"{command} --foreign DATA"
+    shared, command = asked(shared, command, args)
     sweep(shared, jobs, args.out, args.processes, command)
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("what", choices=["tune", "report"])
-    cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
-    cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
-    cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
+    cli = arguments(__doc__, "tuning.json")
     cli.add_argument("--model", type=Path, help="folder of another aligned model than the embedded one (report alone)")
-    cli.add_argument(
-        "--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too (report alone)"
-    )
     cli.add_argument("--own-answers", action="store_true", help="keep the model's own answers (report alone)")
     cli.add_argument("--unaligned", help="folder of the model before its alignment, for those that need it")
     cli.add_argument("--methods", nargs="+", choices=METHODS)
-    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     args = cli.parse_args()
     args.named = args.methods is not None
     if args.methods is None:
