@@ -18,6 +18,7 @@ from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
 from alignguard.training.preparation import packaged_prompts
+from studies.ablation import stability
 from studies.bench import GUARD, Bench, make_job, measure_base, run_job
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
@@ -261,18 +262,18 @@ def _by_source(groups: Sequence[str], verdicts: str) -> dict[str, str]:
     return found
 
 
-def earlier(out: Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs that a summary holds already; none where there is no such file.
+def earlier(out: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary holds already; no runs where there is no such file.
 
     Raises:
-        ValueError: they are of other settings or versions than ``head``; what differs is named.
+        ValueError: its runs are of other settings or versions than ``head``; what differs is named.
     """
-    before = json.loads(out.read_text()) if out.is_file() else None
-    if before is None:
-        return []
+    if not out.is_file():
+        return {"runs": []}
+    before: dict[str, Any] = json.loads(out.read_text())
     if other := [name for name, value in head.items() if before.get(name) != value]:
         raise ValueError(f"{out} holds runs with other {', '.join(other)}: name another file for --out")
-    return before["runs"]
+    return before
 
 
 def _refused(run: Mapping[str, Any]) -> dict[str, str]:
@@ -311,6 +312,7 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--rows", default=MIXED, choices=list(ALIGNMENT), help="which alignment rows")
     cli.add_argument("--task", type=Path, help="another task: NAME for NAME_train.jsonl and NAME_test.jsonl")
     cli.add_argument("--second-judge", action="store_true", help="let the wording of labelled replies judge too")
+    cli.add_argument("--parts", action="store_true", help="keep ΔW_A of guarded runs, and tell its cosine over seeds")
     cli.add_argument("--method", default="lora", choices=["lora", "full"], help="what trains")
     cli.add_argument("--steps", type=int, default=TRAINING["max_steps"])
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
@@ -327,6 +329,7 @@ def main(argv: Sequence[str]) -> None:
         model=str(args.model), **made, training=dict(TRAINING), lora=dict(LORA) if args.method == "lora" else {},
         tokens=TOKENS, method=args.method, adapters=str(args.folder / "adapters"),
         replies=str(Path(args.data) / LABELLED) if args.second_judge else None,
+        parts=str(args.folder / "parts") if args.parts else None,
     )  # fmt: skip
     changed = {
         "max_steps": args.steps,
@@ -366,9 +369,12 @@ def main(argv: Sequence[str]) -> None:
             str(args.folder): "FOLDER",
             str(args.out): "OUT",
         }
-        runs = joined(earlier(args.out, head), told)
-        command = _command([where.get(word, word) for word in argv], runs)
-        write_text(args.out, json.dumps({"command": command, **head, "default": default(), "runs": runs}, indent=1))
+        before = earlier(args.out, head)
+        runs = joined(before["runs"], told)
+        agreement = {**before.get("stability", {}), **stability(found, args.folder / "parts")}
+        whole = {"command": _command([where.get(word, word) for word in argv], runs), **head, "default": default()}
+        whole |= {"stability": agreement} if agreement else {}
+        write_text(args.out, json.dumps({**whole, "runs": runs}, indent=1))
 
 
 def _command(words: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 
 import pytest
 
@@ -165,6 +166,14 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
         "unsafe"
     }
+    repeated, paper = tmp_path / "repeated.json", [*words, "--steps", "2", "--methods", "the paper's form"]
+    guards.main([*paper, "--seeds", "0", "1", "--parts", "--out", str(repeated)])
+    (name, layers) = next(iter(json.loads(repeated.read_text())["stability"].items()))
+    matrices = 7 * load_model(model_path())[0].config.num_hidden_layers
+    assert name == "the paper's form" and len(layers) == matrices and all(-1 <= v <= 1 for v in layers.values())
+    shutil.rmtree(tmp_path / "runs" / "parts")
+    guards.main([*paper, "--seeds", "0", "--out", str(repeated)])
+    assert json.loads(repeated.read_text())["stability"] == {name: layers}  # what the file tells stays
     with pytest.raises(FileNotFoundError, match=r"task: no such file: .*other_train\.jsonl"):
         guards.main([*words, "--methods", "plain", "--task", str(tmp_path / "other")])
     for part, name in (("train", "task_train"), ("test", "task_test")):
