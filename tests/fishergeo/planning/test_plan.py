@@ -18,7 +18,7 @@ from fishergeo.sketching import PsdSketch
 STRUCTURES = ["sketch", "gram", "diagonal", "kfac", "kfac-sketch", "ekfac", "exact"]
 
 
-def llama(hidden=64, ff=172, layers=2, vocabulary=256, heads=4, kv_heads=2, **options):
+def llama(hidden=64, ff=172, layers=1, vocabulary=256, heads=4, kv_heads=2, **options):
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -109,7 +109,7 @@ def test_arithmetic_of_a_chain_of_linears_is_that_on_paper():
 def test_a_whole_llama_3_8b_is_planned_without_its_weights():
     with torch.device("meta"):
         model = llama(4096, 14336, 32, 128256, heads=32, kv_heads=8).to(torch.bfloat16)
-    plan = fg.plan(model, "sketch", rank=64, batch_size=1, sequence_length=128, examples=512)
+    plan = fg.plan(model, "sketch", rank=64, batch_size=1, sequence_length=128, examples=512, verify=False)
     rows = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
     assert len(plan.layers) == 224
     assert plan.state_bytes == 64 * 4 * rows + 8 * 224 < 0.5e9  # a factor of the rank in float32, and a float64 trace
