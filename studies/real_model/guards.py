@@ -103,7 +103,7 @@ TRIED: dict[str, tuple[dict[str, Any], ...]] = {
     "replay of own answers": ({"share": 0.05}, {"share": 0.2}),
     "EWC": ({"strength": 1e4}, {"strength": 1e6}),
     "L2 to the start": ({"strength": 0.001}, {"strength": 0.1}),
-    "SafeLoRA": ({"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.5}),
+    "SafeLoRA": tuple({"threshold": t} for t in (0.1, 0.2, 0.5, 0.8)),
     "stored logits": ({"strength": 0.1}, {"strength": 10.0}),
     "OPLoRA": ({"directions": 64}, {"directions": 128}),
     "weights between both": ({"factor": 0.6}, {"factor": 0.4}),
