@@ -14,16 +14,15 @@ from alignguard.data import read_jsonl
 from alignguard.drift import share_of
 from alignguard.embedded import data_path
 from alignguard.files import write_rows, write_text
-from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
 from alignguard.training.preparation import packaged_prompts
 from studies.ablation import stability
-from studies.bench import GUARD, Bench, make_job, measure_base, run_job
+from studies.bench import Bench, measure_base, run_job
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
-from studies.rivals import RIVALS
+from studies.real_model.methods import BASE, METHODS, default, job_of, needs_unaligned
 
 # What the guard may read: prompts of the sources that aligned the model, answered by the model itself, or the packaged
 # prompts, answered by it too or as they are written.
@@ -49,84 +48,6 @@ HARMLESS = {  # groups asked beside them, by the openings of their names
 
 TRAINING = {"max_steps": 120, "per_device_train_batch_size": 8, "learning_rate": 5e-4}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-
-_ANEW = {"lambda_alignment": 0.0, "kl_tokens": 8, "kl_memory": 0}  # KL as it is read, nothing remembered
-PAPER: dict[str, dict[str, Any]] = {  # the paper's form as printed, each term taken away, and its other knobs turned
-    "": {},
-    ", without its Fisher term": {"lambda_alignment": 0.0},
-    ", without its stability term": {"lambda_task": 0.0},
-    ", without its overlap term": {"lambda_collision": 0.05, "alpha": 0.0},  # separation keeps its weight
-    ", 4 directions": {"max_rank": 4},
-    ", 128 directions": {"max_rank": 128},
-    ", estimated every 25 steps": {"refresh_every": 25, "refresh_examples": 32},
-}
-BASE = "base"
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    BASE: (BASE, {}),
-    "plain": ("plain", {}),
-    **{f"kl with memory, λ {s}": (GUARD, GuardConfig(lambda_kl=float(s)).to_dict()) for s in (1, 4, 16)},
-    "kl with memory, climb 0.3": (GUARD, GuardConfig(kl_climb=0.3).to_dict()),
-    "kl with memory, every 2nd": (GUARD, GuardConfig(kl_every=2).to_dict()),
-    "kl with memory, 1 row every 2nd": (GUARD, GuardConfig(kl_every=2, kl_examples=1).to_dict()),
-    "kl with memory, at most 3 nats": (GUARD, GuardConfig(max_drift=3.0).to_dict()),
-    "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
-    "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
-    "curvature by layers": (GUARD, {}),
-    "curvature and KL": (GUARD, GuardConfig.combined().to_dict()),
-    **{f"the paper's form{words}": (GUARD, GuardConfig.paper(**changes).to_dict()) for words, changes in PAPER.items()},
-    # rivals at the settings of their papers
-    "constrained SFT": ("constrained-sft", {}),
-    "kl on the task": ("task-kl", {}),
-    "OFT": ("oft", {}),
-    "CorDA, knowledge-preserving": ("corda", {}),
-    "self-rewritten targets": ("self-rewritten", {}),
-    "system prompt at test": ("system-prompt", {}),
-    "MLP targets alone": ("mlp-targets", {}),
-    "replay of own answers": ("replay", {"share": 0.1}),  # the alignment rows are the model's own answers
-    "EWC": ("ewc", {}),
-    "L2 to the start": ("l2", {}),
-    "SafeLoRA": ("safelora", {}),
-    "stored logits": ("stored-logits", {}),
-    "OPLoRA": ("oplora", {}),
-    "weights between both": ("interpolation", {"factor": 0.8}),
-    "Safe Delta": ("safe-delta", {}),
-    "intruders scaled down": ("intruders", {}),
-    "SafeMERGE": ("safemerge", {}),
-}
-# What is tried of each on the sources that settings are chosen by, beside the settings of its paper.
-TRIED: dict[str, tuple[dict[str, Any], ...]] = {
-    "kl, 1 row every step": ({"lambda_kl": 0.3}, {"lambda_kl": 3.0}),
-    "curvature and KL": ({"lambda_kl": 1.0}, {"lambda_kl": 3.0}),
-    "constrained SFT": ({"early": 4.0, "later": 0.3}, {"early": 4.0, "later": 1.0}),
-    "kl on the task": ({"strength": 1.0}, {"strength": 10.0}),
-    "OFT": ({"eps": 0.1}, {"eps": 0.01}),
-    "replay of own answers": ({"share": 0.05}, {"share": 0.2}),
-    "EWC": ({"strength": 1e4}, {"strength": 1e6}),
-    "L2 to the start": ({"strength": 0.001}, {"strength": 0.1}),
-    "SafeLoRA": tuple({"threshold": t} for t in (0.1, 0.2, 0.5, 0.8)),
-    "stored logits": ({"strength": 0.1}, {"strength": 10.0}),
-    "OPLoRA": ({"directions": 64}, {"directions": 128}),
-    "weights between both": ({"factor": 0.6}, {"factor": 0.4}),
-    "Safe Delta": ({"strength": 0.01}, {"strength": 1.0}),
-    "intruders scaled down": ({"strength": 0.25}, {"strength": 0.0}),
-    "SafeMERGE": ({"threshold": 1.0}, {"threshold": 1.0, "weight": 0.5}),
-}
-
-
-def _titled(name: str, settings: Mapping[str, Any]) -> str:
-    return f"{name}, {', '.join(f'{key} {value:g}' for key, value in settings.items())}"
-
-
-def settings_tried(name: str) -> list[str]:
-    """What is tried of a rival, by its names in ``METHODS``: its paper's setting, then those of ``TRIED``."""
-    return [name, *(_titled(name, settings) for settings in TRIED[name])]
-
-
-METHODS |= {
-    _titled(name, settings): (METHODS[name][0], {**METHODS[name][1], **settings})
-    for name, tried in TRIED.items()
-    for settings in tried
-}
 
 
 def files(
@@ -213,26 +134,6 @@ def _alignment(data: str | Path, mixture: str) -> list[dict[str, str]]:
     return found + [{"prompt": row["prompt"], "category": "ordinary"} for row in everyday]
 
 
-def default() -> str | None:
-    """The method that ``GuardConfig()`` is; None where it is none of these."""
-    settings = GuardConfig().to_dict()
-    return next((name for name, (method, given) in METHODS.items() if (method, given) == (GUARD, settings)), None)
-
-
-def _needs_unaligned(name: str) -> bool:
-    method = METHODS[name][0]
-    return method in RIVALS and RIVALS[method].needs_unaligned
-
-
-def _job(name: str, seed: int, training: Mapping[str, Any], unaligned: str | None = None) -> dict[str, Any]:
-    """A run; the model before any is measured once, whatever the seed."""
-    if name == BASE:
-        return {"name": BASE, "method": BASE, "settings": {}, "seed": 0, "group": "real model"}
-    method, settings = METHODS[name]
-    before = {"unaligned": unaligned} if _needs_unaligned(name) else {}
-    return make_job(name, method, {**settings, **before}, seed, "real model", training)
-
-
 def summary(found: Sequence[Mapping[str, Any]], prompts: str | Path) -> list[dict[str, Any]]:
     """Of each run its shares and verdicts, source by source, its task loss, drift and seconds a step.
 
@@ -298,8 +199,7 @@ def joined(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> l
     return list(place.values())
 
 
-def main(argv: Sequence[str]) -> None:
-    """``python -m studies real-model guards``."""
+def _arguments() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(prog="python -m studies real-model guards", description=__doc__)
     cli.add_argument("--model", required=True, help="the aligned model")
     cli.add_argument("--data", required=True, help="folder of the prompt sets")
@@ -318,8 +218,14 @@ def main(argv: Sequence[str]) -> None:
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     cli.add_argument("--out", type=Path, help="summary as JSON, of this schedule; runs that it holds already stay")
+    return cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """``python -m studies real-model guards``."""
+    cli = _arguments()
     args = cli.parse_args(argv)
-    lacking = set() if args.unaligned else {name for name in METHODS if _needs_unaligned(name)}
+    lacking = set() if args.unaligned else {name for name in METHODS if needs_unaligned(name)}
     if args.methods is None:
         args.methods = [name for name in METHODS if name not in lacking]
     if named := sorted(lacking & set(args.methods)):
@@ -337,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
         "learning_rate": args.learning_rate,
     }
     changed = {name: value for name, value in changed.items() if value != TRAINING[name]}
-    jobs = [_job(name, seed, changed, args.unaligned) for seed in args.seeds for name in args.methods]
+    jobs = [job_of(name, seed, changed, args.unaligned) for seed in args.seeds for name in args.methods]
     parts = ["runs", Path(made["prompts"]).stem]  # a ledger of its own for what changes all runs of it
     parts += [args.rows] * (args.rows != MIXED) + [args.method] * (args.method != "lora")
     parts += [args.task.name] if args.task else []

@@ -11,7 +11,7 @@ from alignguard.embedded import data_path, model_path
 from alignguard.loading import load_model
 from alignguard.objective import IGNORED
 from alignguard.training.preparation.answers import packaged_prompts
-from studies.real_model import align, borderline, fetch, guards, measure, rows
+from studies.real_model import align, borderline, fetch, guards, measure, methods, rows
 from studies.real_model.answers import own_answers
 from studies.texts import text_loss
 
@@ -116,8 +116,8 @@ def test_fetch_says_how_to_install(monkeypatch, tmp_path):
 
 
 def test_every_method_by_name_makes_a_run():
-    for name in set(guards.METHODS) - {guards.BASE}:
-        job = guards._job(name, 3, {}, "before")
+    for name in set(methods.METHODS) - {methods.BASE}:
+        job = methods.job_of(name, 3, {}, "before")
         assert job["name"] == name and job["seed"] == 3
         assert (job["settings"].get("unaligned") == "before") == name.startswith(("SafeLoRA", "SafeMERGE"))
 
@@ -131,16 +131,16 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     prompts = [{"prompt": row["prompt"], "category": "unsafe"} for row in packaged_prompts()[:4]]
     monkeypatch.setattr(guards, "_home", lambda data, split, count: prompts)  # what the packaged model does refuse
     words = ["--model", str(model_path()), "--data", str(data), "--folder", str(tmp_path / "runs"), "--limit", "2"]
-    guards.main([*words, "--methods", "plain", guards.default(), "--steps", "2"])
+    guards.main([*words, "--methods", "plain", methods.default(), "--steps", "2"])
     out = tmp_path / "told.json"
-    guards.main([*words, "--methods", guards.BASE, "--out", str(out), "--steps", "2"])
+    guards.main([*words, "--methods", methods.BASE, "--out", str(out), "--steps", "2"])
     told = json.loads(out.read_text())
-    assert {run["name"] for run in told["runs"]} == {"plain", guards.default(), guards.BASE}
+    assert {run["name"] for run in told["runs"]} == {"plain", methods.default(), methods.BASE}
     elsewhere = [*words[:4], "--folder", str(tmp_path / "elsewhere"), *words[6:], "--steps", "2", "--out", str(out)]
-    guards.main([*elsewhere, "--methods", guards.BASE, "--seeds", "0", "1"])  # its ledger knows none of these runs
+    guards.main([*elsewhere, "--methods", methods.BASE, "--seeds", "0", "1"])  # its ledger knows none of these runs
     again = json.loads(out.read_text())
     assert again["runs"] == told["runs"]
-    listed = f"--methods plain {shlex.quote(guards.default())} base --seeds 0"
+    listed = f"--methods plain {shlex.quote(methods.default())} base --seeds 0"
     assert again["command"].endswith(f"--steps 2 --out OUT {listed}") and "--seeds 0 1" not in again["command"]
     kept = [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()]
     guards.main([*words, "--methods", "weights between both", "--steps", "2"])  # goes on from plain LoRA's adapter
@@ -185,7 +185,7 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
             *words,
             "--methods",
             "plain",
-            guards.BASE,
+            methods.BASE,
             "--task",
             str(tmp_path / "other"),
             "--steps",
@@ -200,7 +200,7 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert (
         base["text_loss"] == pytest.approx(text_loss(model, tokenizer, texts, 256, 1), rel=1e-5) != plain["text_loss"]
     )
-    every, whole = ["plain", "L2 to the start", guards.default()], tmp_path / "whole.json"
+    every, whole = ["plain", "L2 to the start", methods.default()], tmp_path / "whole.json"
     guards.main(
         [*words, "--methods", *every, "--method", "full", "--second-judge", "--steps", "2", "--out", str(whole)]
     )
@@ -213,7 +213,7 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
 
 def test_summaries_of_two_models_are_not_joined():
     """Their base answers otherwise."""
-    one = {"name": guards.BASE, "seed": 0, "training": {}, "sources": {"foreign a": {"refused": "10"}}}
+    one = {"name": methods.BASE, "seed": 0, "training": {}, "sources": {"foreign a": {"refused": "10"}}}
     other = {**one, "sources": {"foreign a": {"refused": "11"}}}
     plain = {**one, "name": "plain"}
     assert guards.joined([one, plain], [{**plain, "seed": 1}]) == [one, plain, {**plain, "seed": 1}]
