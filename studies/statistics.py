@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from alignguard.drift import Estimate, check_confidence, finite_values
+from alignguard.drift import Estimate, check_confidence, finite_values, share_of
 
 PATTERNS = 9_999  # most sign patterns that a test draws; where there are no more, all are tried
 
@@ -88,7 +88,9 @@ def kept_share(
     The interval is the percentile bootstrap of that ratio, seeds and prompts both drawn with replacement, the same
     prompts for all models; draws in which plain fine-tuning lost nothing have no ratio and are left out. Prompts of one
     source are alike, so where sources are pooled these are drawn first, and then the prompts within each (Davison and
-    Hinkley 1997, section 3.8). Over few sources such an interval is still too narrow.
+    Hinkley 1997, section 3.8). Over few sources such an interval is still too narrow. Where less than one prompt tells
+    the method from plain fine-tuning, or from the base, a bootstrap has next to no width: there the interval reaches as
+    far as Wilson's (1927) for none, or all, of the prompts that were lost.
 
     Args:
         base: what the model before fine-tuning did on each prompt (1: what is to be kept).
@@ -124,9 +126,14 @@ def kept_share(
         drawn = [groups[i] for i in generator.integers(0, len(groups), len(groups))]
         prompts = np.concatenate([generator.choice(group, group.size) for group in drawn])
         seeds = generator.integers(0, len(pairs), len(pairs))
-        start, low, high = first[prompts].mean(), plain[seeds][:, prompts].mean(), method[seeds][:, prompts].mean()
-        if start > low:
-            ratios.append((high - low) / (start - low))
+        start, end, held = first[prompts].mean(), plain[seeds][:, prompts].mean(), method[seeds][:, prompts].mean()
+        if start > end:
+            ratios.append((held - end) / (start - end))
     tail = 100 * (1 - confidence) / 2
-    ends = np.percentile(ratios, [tail, 100 - tail])
-    return Estimate(float((method.mean() - plain.mean()) / lost), float(ends[0]), float(ends[1]), int(first.size))
+    ratio, (low, high) = (method.mean() - plain.mean()) / lost, np.percentile(ratios, [tail, 100 - tail])
+    prompts_lost = max(1, round(lost * first.size))
+    if abs(ratio) * prompts_lost < 1:
+        high = max(high, share_of([False] * prompts_lost, confidence=confidence).high)
+    if abs(1 - ratio) * prompts_lost < 1:
+        low = min(low, share_of([True] * prompts_lost, confidence=confidence).low)
+    return Estimate(float(ratio), float(low), float(high), int(first.size))

@@ -44,7 +44,12 @@ def test_the_share_kept_is_the_ratio_of_means_and_its_interval_holds_the_truth()
     assert 0.25 < found.low < found.value < found.high < 0.75
     assert kept_share(base, [(plain, base)]).value == 1
     nothing = kept_share(base, [(plain, plain)])
-    assert nothing == type(nothing)(0, 0, 0, 40)
+    # none of the 30 that were lost: Wilson's end is z² / (n + z²)
+    assert nothing == type(nothing)(0, 0, pytest.approx(1.959964**2 / (30 + 1.959964**2)), 40)
+    all_of_it = kept_share(base, [(plain, base)])
+    assert (all_of_it.low, all_of_it.high) == (pytest.approx(1 - nothing.high), 1)
+    by_one = kept_share(base, [(plain, [1] * 11 + [0] * 29)])  # one in thirty is for the bootstrap
+    assert by_one.value == pytest.approx(1 / 30) and by_one.low == 0 and by_one.high < 0.12
     # one more seed that kept all: between the two, and seeds that part make the interval wider
     spread = kept_share(base, [(plain, method), (plain, base)])
     assert spread.value == pytest.approx(0.75)
