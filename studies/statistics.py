@@ -121,14 +121,15 @@ def kept_share(
     for place, source in enumerate(sources or [None] * first.size):
         places.setdefault(source, []).append(place)
     groups = [np.array(found) for found in places.values()]
-    generator, ratios = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = [groups[i] for i in generator.integers(0, len(groups), len(groups))]
-        prompts = np.concatenate([generator.choice(group, group.size) for group in drawn])
-        seeds = generator.integers(0, len(pairs), len(pairs))
-        start, end, held = first[prompts].mean(), plain[seeds][:, prompts].mean(), method[seeds][:, prompts].mean()
-        if start > end:
-            ratios.append((held - end) / (start - end))
+    generator = np.random.default_rng(seed)
+    # How often each source, prompt and seed is drawn: a source drawn twice has its prompts drawn twice as often.
+    drawn = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), resamples)
+    prompts = np.empty((resamples, first.size))
+    for group, times in zip(groups, drawn.T, strict=True):
+        prompts[:, group] = generator.multinomial(times * group.size, np.full(group.size, 1 / group.size))
+    seeds = generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), resamples) / len(pairs)
+    start, end, held = prompts @ first, (prompts * (seeds @ plain)).sum(1), (prompts * (seeds @ method)).sum(1)
+    ratios = ((held - end)[start > end]) / ((start - end)[start > end])
     tail = 100 * (1 - confidence) / 2
     ratio, (low, high) = (method.mean() - plain.mean()) / lost, np.percentile(ratios, [tail, 100 - tail])
     prompts_lost = max(1, round(lost * first.size))
