@@ -129,7 +129,8 @@ def kept_share(
         prompts[:, group] = generator.multinomial(times * group.size, np.full(group.size, 1 / group.size))
     seeds = generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), resamples) / len(pairs)
     start, end, held = prompts @ first, (prompts * (seeds @ plain)).sum(1), (prompts * (seeds @ method)).sum(1)
-    ratios = ((held - end)[start > end]) / ((start - end)[start > end])
+    lost_some = start > end
+    ratios = (held - end)[lost_some] / (start - end)[lost_some]
     tail = 100 * (1 - confidence) / 2
     ratio, (low, high) = (method.mean() - plain.mean()) / lost, np.percentile(ratios, [tail, 100 - tail])
     prompts_lost = max(1, round(lost * first.size))
@@ -138,3 +139,9 @@ def kept_share(
     if abs(1 - ratio) * prompts_lost < 1:
         low = min(low, share_of([True] * prompts_lost, confidence=confidence).low)
     return Estimate(float(ratio), float(low), float(high), int(first.size))
+
+
+def percents(share: Estimate) -> str:
+    """A share and its interval in percent, as tables have them: ``"81 (44 to 104)"``; no zero has a minus."""
+    value, low, high = (round(100 * number) for number in (share.value, share.low, share.high))
+    return f"{value} ({low} to {high})"
