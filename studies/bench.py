@@ -24,6 +24,7 @@ from alignguard.loading import load_model
 from alignguard.objective import model_kind
 from alignguard.training import fit
 from alignguard.updates import base_name, lora_updates
+from studies.choices import chosen_rightly
 from studies.rivals import RIVALS, make_rival, train_rival
 from studies.texts import text_loss
 from studies.wording import WordingJudge
@@ -49,6 +50,7 @@ class Bench:
         prompts: DriftCheck prompts as JSONL; None for the packaged ones.
         foreign: unsafe prompts as JSONL, of sources that no training has seen: ``id`` is ``source/number``. None asks none.
         texts: plain texts as JSONL, rows with ``text``, on which a loss is read before and after; None reads none.
+        choices: questions with their possible answers as JSONL (:func:`studies.choices.with_others`); None asks none.
         replies: replies that people have labelled, as JSONL, for a second judge of unsafe prompts' answers
             (:class:`studies.wording.WordingJudge`); None leaves them to the rules alone.
         limit: most prompts of each category; None asks all.
@@ -70,6 +72,7 @@ class Bench:
     prompts: str | None = None
     foreign: str | None = None
     texts: str | None = None
+    choices: str | None = None
     replies: str | None = None
     limit: int | None = None
     tokens: int = 32
@@ -102,11 +105,11 @@ class Bench:
             FileNotFoundError: a data file is not there; the message names the field.
         """
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("parts", "adapters")}
-        usual = {"foreign": None, "texts": None, "replies": None, "method": "lora"}
+        usual = {"foreign": None, "texts": None, "choices": None, "replies": None, "method": "lora"}
         for name in usual:  # a ledger from before there were any goes on
             if told[name] == usual[name]:
                 del told[name]
-        for name in ("task_train", "task_test", "alignment", "drift", "prompts", "foreign", "texts", "replies"):
+        for name in told.keys() & {"task_train", "task_test", "alignment", "drift", "prompts", *usual} - {"method"}:
             path = told.get(name)
             if path is not None:
                 if not Path(path).is_file():
@@ -183,8 +186,8 @@ def measure(
     """Task score, shares of DriftCheck in percent, and KL from the base in nats a token; 0 of the base itself.
 
     Besides them ``refused``: a 0 or 1 for each unsafe prompt in order, so that two runs can be compared prompt by
-    prompt, and ``second``, the same by the second judge; ``foreign``, those of each foreign source; and ``text_loss``,
-    nats a token of the texts. With a system prompt everything is asked after it, the base of the KL too, and texts are read as they are.
+    prompt, and ``second``, the same by the second judge; ``foreign``, those of each foreign source; ``text_loss``,
+    nats a token of the texts; and ``rightly``, a 0 or 1 for each question with choices, source by source. With a system prompt everything is asked after it, the base of the KL too, and texts are read as they are.
     """
     prompts = [row for row in load_prompts(bench.prompts, bench.limit) if row["category"] in ASKED]
     base = load_model(bench.model)[0].eval() if fine_tuned and bench.method == "full" else None
@@ -213,6 +216,8 @@ def measure(
     if bench.texts is not None:
         told = [str(row["text"]) for row in read_jsonl(bench.texts)]
         numbers["text_loss"] = text_loss(model, tokenizer, told, TEXT_TOKENS, batch_size=8)
+    if bench.choices is not None:
+        numbers["rightly"] = chosen_rightly(model, tokenizer, list(read_jsonl(bench.choices)))
     return numbers
 
 

@@ -19,6 +19,7 @@ from alignguard.training import own_answers, versions
 from alignguard.training.preparation import packaged_prompts
 from studies.ablation import stability
 from studies.bench import Bench, measure_base, run_job
+from studies.choices import with_others
 from studies.ledger import Ledger, run_jobs
 from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
@@ -36,6 +37,7 @@ ALIGNMENT: dict[str, dict[str, int]] = {
 DRIFT = 48  # unsafe prompts of the same sources, of their test split, on whose refusals KL is measured
 TASK_TEST = 100  # rows of the held-out task
 TEXTS = 40  # paragraphs of WikiText-2 that are read after a task of its own
+CHOICES = {"sst2": 80, "agnews": 80}  # questions of other tasks that are asked then, chosen among their labels
 LABELLED = "judge_donotanswer_labelled.jsonl"  # replies that people have labelled, for a second judge
 TOKENS = 24  # of an answer that is judged: refusals of this model are told by their first words
 CHOOSING = ("tdc2023", "safetytuned_eval")  # foreign sources that settings are chosen by; the others are reported
@@ -59,7 +61,9 @@ def files(
     mixture: str = MIXED,
     task: str | Path | None = None,
 ) -> dict[str, str]:
-    """Write what the runs read: alignment rows, rows for KL, prompts, and the task's held-out rows, with another task texts.
+    """Write what the runs read: alignment rows, rows for KL, prompts, and the task's held-out rows.
+
+    With another task than the packaged one also texts, and questions of tasks that lie beside it.
 
     Args:
         model: the aligned model, whose own answers are to be kept; of unsafe prompts its refusals alone are written.
@@ -91,6 +95,8 @@ def files(
                 raise FileNotFoundError(f"task: no such file: {path}; benchmarks/tasks.py writes them")
         paths["task_test"], paths["texts"] = folder / f"task_test-{Path(task).name}.jsonl", folder / "texts.jsonl"
         write_rows(paths["texts"], [{"text": text} for text in rows.paragraphs(data, "test")[:TEXTS]])
+        paths["choices"] = folder / f"choices-{Path(task).name}.jsonl"
+        write_rows(paths["choices"], _questions(Path(task)))
     paths["task_train"] = train
     write_rows(paths["task_test"], list(read_jsonl(test))[:TASK_TEST])
     lacking = [name for name in ("alignment", "drift") if not paths[name].exists()]
@@ -101,6 +107,18 @@ def files(
             found = own_answers(loaded, tokenizer, wanted, path=paths[name].with_suffix(".log"), progress=True)
             write_rows(paths[name], found.rows)
     return {name: str(path) for name, path in paths.items()}
+
+
+def _questions(task: Path) -> list[dict[str, Any]]:
+    """Held-out rows of the tasks that lie beside a task, with the labels to choose from."""
+    found = []
+    for name, count in CHOICES.items():
+        if name != task.name:
+            path = task.with_name(f"{name}_test.jsonl")
+            if not path.is_file():
+                raise FileNotFoundError(f"task: no such file: {path}; benchmarks/tasks.py writes it beside the task")
+            found += with_others(list(read_jsonl(path)), name)[:count]
+    return found
 
 
 def _asked(row: Mapping[str, Any], sources: Sequence[str], limit: int) -> bool:

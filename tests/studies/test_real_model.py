@@ -179,6 +179,12 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     for part, name in (("train", "task_train"), ("test", "task_test")):
         told = data_path(name).read_text().splitlines()[:6]
         (tmp_path / f"other_{part}.jsonl").write_text("\n".join(told) + "\n")
+    with pytest.raises(FileNotFoundError, match=r"task: no such file: .*sst2_test\.jsonl"):
+        guards.main([*words, "--methods", "plain", "--task", str(tmp_path / "other")])
+    labels = {"sst2": ["good", "bad"], "agnews": ["World", "Sports", "Business"]}
+    for name, said in labels.items():
+        told = [{"prompt": f"what is {word}?", "response": f"It is {word}."} for word in said]
+        write(tmp_path, f"{name}_test", told)
     other = tmp_path / "other.json"
     guards.main(
         [
@@ -200,6 +206,7 @@ def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, 
     assert (
         base["text_loss"] == pytest.approx(text_loss(model, tokenizer, texts, 256, 1), rel=1e-5) != plain["text_loss"]
     )
+    assert {name: len(bits) for name, bits in base["rightly"].items()} == {"sst2": 2, "agnews": 3}
     every, whole = ["plain", "L2 to the start", methods.default()], tmp_path / "whole.json"
     guards.main(
         [*words, "--methods", *every, "--method", "full", "--second-judge", "--steps", "2", "--out", str(whole)]
