@@ -126,8 +126,7 @@ def plan_text(
         lines.append(f"alignment: {len(guard.rows)} rows, " + "; ".join(reading or ["none read"]))
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
         extra = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []
-        # Gradients in bfloat16; beside them, in float32, their root mean square and the scales of a step.
-        remembered = (2 * memory + 8) * trained
+        remembered = 2 * (memory + 1) * trained  # gradients in bfloat16, and their root mean square
         extra += [f"KL's memory {_mib(remembered)}"] if c.lambda_kl and memory else []
         held = "".join(f", {part}" for part in [*extra, f"reference weights {_mib(references)}"]) + " at most"
         share = min(c.refresh_examples, len(guard.rows)) / (c.interval(steps) * batch) if guard.uses_curvature else 0.0

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from alignguard.guard.config import GuardConfig
 from alignguard.guard.distributed import same_everywhere
 from alignguard.guard.legs.base import Leg
-from alignguard.guard.legs.memory import Memory
+from alignguard.guard.legs.memory import Memory, compact
 from alignguard.guard.legs.optimizers import Metric
 from alignguard.guard.reference import Reference
 from alignguard.guard.rows import AlignmentRows
@@ -133,9 +133,10 @@ class KLLeg(Leg):
     def _remember(self, value: Tensor) -> None:
         trained = self.trained()
         found = torch.autograd.grad(value, trained, allow_unused=True)
-        slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
+        slopes = (torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True))
         read = same_everywhere(value.detach().clone())
-        gradient = same_everywhere(torch.cat([slope.flatten() for slope in slopes]))
+        gradient = torch.cat([compact(slope.flatten()) for slope in slopes])
+        same_everywhere(gradient.view(torch.uint8))  # not every backend sends bfloat16
         if float(read) >= _SETTLED:
             self._memory.add(float(read), gradient, trained)
 

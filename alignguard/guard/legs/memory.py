@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignguard.guard.legs.optimizers import Metric, joined
+from alignguard.guard.legs.optimizers import Metric
 
-_BLOCK = 1 << 16  # numbers: with eight readings of as many, what a core's own cache holds
+_TINY = 1e-30  # where a gradient is as small, so is the step
+
+# Numbers for which arithmetic is done at once: with eight readings of as many what a processor core's own cache holds, and
+# elsewhere enough that starting it takes no time.
+_BLOCK, _BLOCK_ELSEWHERE = 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,23 +35,61 @@ class _Reading:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Some weights in a row, for which arithmetic is done at once: an adapter's are hundreds, and small."""
+class _Piece:
+    """Some numbers in a row of one weight.
 
-    weights: Sequence[Tensor]
+    Attributes:
+        numbers: a view of them, in whatever shape.
+        metric: of the weight.
+        part: which of the weight's numbers they are.
+    """
+
+    numbers: Tensor
     metric: Metric
+    part: slice
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pieces in a row, for which arithmetic is done at once: an adapter's weights are hundreds, and small, others are few."""
+
+    pieces: Sequence[_Piece]
 
     def numel(self) -> int:
-        return sum(weight.numel() for weight in self.weights)
+        return sum(piece.numbers.numel() for piece in self.pieces)
 
     def flat(self) -> Tensor:
         """End to end, (numel,), float32 or wider."""
-        return torch.cat([weight.flatten() for weight in self.weights]).to(_wide(self.weights[0]))
+        return torch.cat([piece.numbers.flatten() for piece in self.pieces]).to(self.dtype)
 
-    def parted(self, flat: Tensor) -> list[Tensor]:
-        """What is end to end, in the weights' shapes."""
-        parts = flat.split([weight.numel() for weight in self.weights])
-        return [part.view_as(weight) for part, weight in zip(parts, self.weights, strict=True)]
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they are reckoned with."""
+        return _wide(self.pieces[0].numbers)
+
+    def steps(self, floor: Tensor) -> Tensor | float:
+        """The optimizer's rate / scale, (numel,), where no scale is less than the ``floor`` (numel,)."""
+        metric = self.pieces[0].metric
+        if metric.squares is None:
+            return metric.rate
+        scale = metric.scale(self._joined([(piece.metric.squares, piece.part) for piece in self.pieces]))
+        return torch.maximum(scale, floor.to(self.dtype)).clamp_min_(_TINY).reciprocal_().mul_(metric.rate)
+
+    def uphill(self) -> Tensor | None:
+        """Where the task's loss grows, (numel,); None where the optimizer does not say."""
+        metric = self.pieces[0].metric
+        if metric.means is None:
+            return None
+        return metric.uphill(self._joined([(piece.metric.means, piece.part) for piece in self.pieces]))
+
+    def _joined(self, parts: Sequence[tuple[Tensor | None, slice]]) -> Tensor:
+        return torch.cat([whole.flatten()[part] for whole, part in parts if whole is not None]).to(self.dtype)
+
+    def subtract(self, flat: Tensor) -> None:
+        """Take what is end to end from the numbers themselves."""
+        parts = flat.split([piece.numbers.numel() for piece in self.pieces])
+        for piece, part in zip(self.pieces, parts, strict=True):
+            piece.numbers.sub_(part.view_as(piece.numbers))
 
 
 @dataclass(frozen=True)
@@ -88,11 +130,10 @@ class Memory:
             gradient: its slope in the weights end to end.
             weights: where it was read.
         """
-        kept, blocks = _compact(gradient), _blocks(weights)
+        kept, blocks = compact(gradient), _blocks(weights)
         with torch.no_grad():
-            parts = kept.split([block.numel() for block in blocks])
-            flats = [block.flat() for block in blocks]
-            offset = float(sum(part.to(flat.dtype) @ flat for part, flat in zip(parts, flats, strict=True)))
+            parts = zip(kept.split([block.numel() for block in blocks]), blocks, strict=True)
+            offset = float(sum(part.to(block.dtype) @ block.flat() for part, block in parts))
         if self._known is not None:
             # Of the others it is known already, unless the weights have been moved by somebody else since.
             products = torch.cat([self._known.products, self._known.products.new_tensor([offset])])
@@ -129,24 +170,22 @@ class Memory:
             roots = self._roots(weights[0])
             products, climbs, slope = torch.zeros_like(roots), torch.zeros_like(roots), roots.new_zeros(())
             overlaps = torch.zeros(len(roots), len(roots)).to(roots)
-            blocks, steps = _blocks(weights, metric), []
+            blocks = _blocks(weights, metric)
             floors = self._floors().split([block.numel() for block in blocks])
             for (rows, block), floor in zip(self._rows(blocks), floors, strict=True):
-                step = block.metric.steps(floor)
-                steps.append(step)
+                step, uphill = block.steps(floor), block.uphill()
                 products += rows @ block.flat()
                 overlaps += (rows * step) @ rows.T
-                if block.metric.uphill is not None:
-                    sunk = block.metric.uphill * step
+                if uphill is not None:
+                    sunk = uphill * step
                     climbs += rows @ sunk
-                    slope += block.metric.uphill @ sunk
+                    slope += uphill @ sunk
             pull, against = self._pull(roots, products, overlaps, climbs, slope, strength / len(roots), climb)
-            for (rows, block), step in zip(self._rows(blocks), steps, strict=True):
+            for (rows, block), floor in zip(self._rows(blocks), floors, strict=True):
                 change = pull @ rows
-                if against and block.metric.uphill is not None:
-                    change.sub_(block.metric.uphill, alpha=against)
-                for weight, part in zip(block.weights, block.parted(change.mul_(step)), strict=True):
-                    weight -= part
+                if against and (uphill := block.uphill()) is not None:
+                    change.sub_(uphill, alpha=against)
+                block.subtract(change.mul_(block.steps(floor)))
             self._known = _Known(products - overlaps @ pull + against * climbs, _versions(weights))
 
     def _floors(self) -> Tensor:
@@ -155,10 +194,8 @@ class Memory:
         A coordinate that the task leaves alone has no scale of its own, and would count as free.
         """
         if self._floor is None:
-            squares = torch.zeros_like(self._kept[0].gradient, dtype=_wide(self._kept[0].gradient))
-            for one in self._kept:
-                squares += one.gradient.to(squares.dtype).square()
-            self._floor = squares.div_(len(self._kept)).sqrt_()
+            parts = zip(*(one.gradient.split(_BLOCK_ELSEWHERE) for one in self._kept), strict=True)
+            self._floor = torch.cat([compact(_root_mean_square(part)) for part in parts])
         return self._floor
 
     def _pull(
@@ -206,14 +243,14 @@ class Memory:
         for one in kept:
             if one["gradient"].shape != (size,):
                 raise ValueError(f"a remembered gradient is of {one['gradient'].numel()} weights, and {size} train")
-            self._kept.append(_Reading(float(one["value"]), _compact(one["gradient"]), float(one["offset"])))
+            self._kept.append(_Reading(float(one["value"]), compact(one["gradient"]), float(one["offset"])))
 
     def _rows(self, blocks: Sequence[_Block]) -> Iterator[tuple[Tensor, _Block]]:
         """With each block in turn the readings' gradients, (readings, numel), float32 or wider: never all at once."""
         start = 0
         for block in blocks:
             end = start + block.numel()
-            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(_wide(block.weights[0])), block
+            yield torch.stack([one.gradient[start:end] for one in self._kept]).to(block.dtype), block
             start = end
 
     def _products(self, weights: Sequence[Tensor]) -> Tensor:
@@ -234,25 +271,29 @@ class Memory:
 
 
 def _blocks(weights: Sequence[Tensor], metric: Sequence[Metric] | None = None) -> list[_Block]:
-    """Consecutive weights of one kind together, up to ``_BLOCK`` numbers; a larger one by itself."""
+    """The weights in a row, in blocks of one kind and no more than ``_BLOCK`` numbers."""
     found: list[_Block] = []
-    several: list[tuple[Tensor, Metric]] = []
-
-    def close() -> None:
-        if several:
-            found.append(_Block([w for w, _ in several], joined([m for _, m in several], _wide(several[0][0]))))
-            several.clear()
-
-    kind, count = None, 0
+    size, count, kind = _BLOCK if weights[0].device.type == "cpu" else _BLOCK_ELSEWHERE, 0, None
     for weight, one in zip(weights, metric or [Metric(1.0)] * len(weights), strict=True):
-        its = (weight.dtype, one.rate, one.scale is None, one.uphill is None)
-        if its != kind or count + weight.numel() > _BLOCK:
-            close()
-            kind, count = its, 0
-        several.append((weight, one))
-        count += weight.numel()
-    close()
+        for piece in _pieces(weight.detach(), one, size):
+            its, more = (weight.dtype, one.kind()), piece.numbers.numel()
+            if its == kind and count + more <= size:
+                found[-1] = _Block([*found[-1].pieces, piece])
+                count += more
+            else:
+                found.append(_Block([piece]))
+                kind, count = its, more
     return found
+
+
+def _pieces(weight: Tensor, metric: Metric, size: int) -> Iterator[_Piece]:
+    """A weight in views of at most ``size`` numbers; whole where its numbers are not in a row in memory."""
+    if weight.numel() <= size or not weight.is_contiguous():
+        yield _Piece(weight, metric, slice(None))
+        return
+    for start in range(0, weight.numel(), size):
+        part = slice(start, min(start + size, weight.numel()))
+        yield _Piece(weight.view(-1)[part], metric, part)
 
 
 def _versions(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -264,7 +305,15 @@ def _wide(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def _compact(gradient: Tensor) -> Tensor:
+def _root_mean_square(gradients: Sequence[Tensor]) -> Tensor:
+    squares = torch.zeros_like(gradients[0], dtype=_wide(gradients[0]))
+    for one in gradients:
+        squares += one.to(squares.dtype).square()
+    return squares.div_(len(gradients)).sqrt_()
+
+
+def compact(gradient: Tensor) -> Tensor:
+    """A gradient as it is kept: bfloat16 but for a wider one than float32."""
     return gradient if gradient.dtype == torch.float64 else gradient.bfloat16()
 
 
@@ -281,7 +330,7 @@ class _Recalled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, gradients = upstream * ctx.slopes, []
-        for rows, block in ctx.memory._rows(_blocks(ctx.weights)):
-            gradients += [part.to(w.dtype) for part, w in zip(block.parted(slopes @ rows), block.weights, strict=True)]
+        slopes, gradients = upstream * ctx.slopes, [torch.zeros_like(weight) for weight in ctx.weights]
+        for rows, block in ctx.memory._rows(_blocks(gradients)):
+            block.subtract(-slopes @ rows)
         return None, *gradients

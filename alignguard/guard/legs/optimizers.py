@@ -8,42 +8,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_TINY = 1e-30  # where a gradient is as small, so is the step
-
 
 @dataclass(frozen=True)
 class Metric:
     """How an optimizer measures a change of one weight: it steps by rate × gradient / scale.
 
+    It refers to the optimizer's own state and works out a part of it when asked, so that of all weights together nothing is
+    held twice.
+
     Attributes:
         rate: learning rate.
-        scale: of the weight's shape, the root mean square of its gradients; None for 1.
-        uphill: of the weight's shape, the mean of its last gradients; None where there is none.
+        squares: of the weight's shape, from whose root the scale is; None for a scale of 1.
+        means: of the weight's shape, where the loss grows; None where that is not known.
+        unbiased: by how much ``squares`` and ``means`` are too small, of a mean that began at zero.
+        damping: added to the root.
     """
 
     rate: float
-    scale: Tensor | None = None
-    uphill: Tensor | None = None
+    squares: Tensor | None = None
+    means: Tensor | None = None
+    unbiased: tuple[float, float] = (1.0, 1.0)
+    damping: float = 0.0
 
-    def steps(self, floor: Tensor) -> Tensor | float:
-        """Rate / scale, (numel,), where no scale is less than the ``floor`` (numel,)."""
-        if self.scale is None:
-            return self.rate
-        return self.rate / torch.maximum(self.scale.flatten(), floor).clamp_min(_TINY)
+    def kind(self) -> tuple[object, ...]:
+        """What must be the same for numbers of two weights to be reckoned with together."""
+        return self.rate, self.squares is None, self.means is None, self.unbiased, self.damping
 
+    def scale(self, squares: Tensor) -> Tensor:
+        """Root mean square of the gradients of some numbers, of their ``squares`` as they stand in the optimizer."""
+        return (squares / self.unbiased[0]).sqrt_().add_(self.damping)
 
-def joined(metric: Sequence[Metric], dtype: torch.dtype) -> Metric:
-    """That of several weights end to end, which are of one rate and alike in what is None.
-
-    Args:
-        metric: one a weight.
-        dtype: of what is returned.
-    """
-
-    def flat(parts: list[Tensor | None]) -> Tensor | None:
-        return None if parts[0] is None else torch.cat([part.flatten() for part in parts]).to(dtype)  # type: ignore[union-attr]
-
-    return Metric(metric[0].rate, flat([one.scale for one in metric]), flat([one.uphill for one in metric]))
+    def uphill(self, means: Tensor) -> Tensor:
+        """Mean of the last gradients of some numbers, of their ``means`` as they stand in the optimizer."""
+        return means / self.unbiased[1]
 
 
 def measures(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> bool:
@@ -78,8 +75,8 @@ def _of(group: dict[str, object], state: dict[str, Tensor], gradient: Tensor | N
     rate = float(group["lr"])  # type: ignore[arg-type]
     if "betas" not in group:
         momentum = state.get("momentum_buffer")
-        return Metric(rate, uphill=gradient if momentum is None else momentum)
+        return Metric(rate, means=gradient if momentum is None else momentum)
     if "exp_avg_sq" not in state:
         return Metric(0.0)
     first, second = (1 - float(beta) ** float(state["step"]) for beta in group["betas"])  # type: ignore[attr-defined]
-    return Metric(rate, (state["exp_avg_sq"] / second).sqrt() + group["eps"], state["exp_avg"] / first)
+    return Metric(rate, state["exp_avg_sq"], state["exp_avg"], (second, first), float(group["eps"]))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from alignguard.guard import Guard, GuardConfig
 from alignguard.guard.legs import memory as memory_module
 from alignguard.guard.legs.memory import Memory
 from alignguard.guard.legs.optimizers import Metric, measures, metric_of
+from fishergeo.planning.dryrun import Meter
 
 SHAPES = ((3, 2), (4,), (2, 3))
 
@@ -61,7 +62,7 @@ def test_the_step_ends_where_the_slope_there_is_what_it_took(seed, count, streng
     floor = torch.stack([g for _, g, _ in read]).square().mean(0).sqrt()
     step = 0.3 / torch.maximum(flat(scales), floor)
     before = flat(weights)
-    memory.step(weights, [Metric(0.3, s) for s in scales], strength)
+    memory.step(weights, [Metric(0.3, s.square()) for s in scales], strength)
     after = flat(weights).requires_grad_()
     (strength * model_of(read, after)).backward()
     torch.testing.assert_close((after - before).detach(), -step * after.grad, rtol=1e-6, atol=1e-8)
@@ -80,8 +81,8 @@ def test_a_step_that_would_climb_too_far_is_the_best_of_those_that_do_not(seed, 
     floor = torch.stack([g for _, g, _ in read]).square().mean(0).sqrt()
     step, before, along = 0.3 / torch.maximum(flat(scales), floor), flat(weights), flat(uphill)
     free = [w.clone() for w in weights]
-    memory.step(free, [Metric(0.3, s) for s in scales], strength)
-    metric = [Metric(0.3, s, u) for s, u in zip(scales, uphill, strict=True)]
+    memory.step(free, [Metric(0.3, s.square()) for s in scales], strength)
+    metric = [Metric(0.3, s.square(), u) for s, u in zip(scales, uphill, strict=True)]
     unbounded = [w.clone() for w in weights]
     memory.step(unbounded, metric, strength)
     torch.testing.assert_close(flat(unbounded), flat(free))
@@ -121,7 +122,7 @@ def test_after_a_step_and_another_reading_the_value_is_that_of_the_weights_as_th
     memory, read, weights, scales = remembered(seed, count)
     generator = torch.Generator().manual_seed(seed + 1)
     uphill, gradient = draw(generator), flat(draw(generator))
-    memory.step(weights, [Metric(0.3, s, u) for s, u in zip(scales, uphill, strict=True)], 4.0, climb)
+    memory.step(weights, [Metric(0.3, s.square(), u) for s, u in zip(scales, uphill, strict=True)], 4.0, climb)
     memory.add(0.2, gradient, weights)
     read = [*read, (0.2, gradient, flat(weights))][-5:]
     if moved:
@@ -141,17 +142,43 @@ def test_neither_blocks_nor_rates_that_differ_change_a_step(monkeypatch, block):
         [torch.full(shape, r, dtype=torch.float64).flatten() for shape, r in zip(SHAPES, rates, strict=True)]
     )
     step, before = rate / torch.maximum(flat(scales), floor), flat(weights)
-    memory.step(weights, [Metric(r, s, u) for r, s, u in zip(rates, scales, uphill, strict=True)], 2.0)
+    memory.step(weights, [Metric(r, s.square(), u) for r, s, u in zip(rates, scales, uphill, strict=True)], 2.0)
     after = flat(weights).requires_grad_()
     (2.0 * model_of(read, after)).backward()
     torch.testing.assert_close((after - before).detach(), -step * after.grad, rtol=1e-6, atol=1e-8)
 
 
+def test_weights_that_are_not_in_a_row_in_memory_are_moved_alike(monkeypatch):
+    monkeypatch.setattr(memory_module, "_BLOCK", 4)
+    memory, _, weights, scales = remembered(9)
+    metric = [Metric(0.3, s.square(), s) for s in scales]
+    turned = [weights[0].T.contiguous().T, *(w.clone() for w in weights[1:])]
+    assert not turned[0].is_contiguous()
+    for at in (weights, turned):
+        memory.step(at, metric, 2.0, 0.1)
+    torch.testing.assert_close(flat(turned), flat(weights), rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_holds_nothing_as_large_as_all_weights(monkeypatch):
+    monkeypatch.setattr(memory_module, "_BLOCK", 1 << 10)
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((256, 256), (64, 1024))]
+    optimizer = OPTIMIZERS["adamw"](weights)
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    memory, size = Memory(2), sum(p.numel() for p in weights)
+    memory.add(0.5, torch.ones(size), weights)
+    memory.step(weights, metric_of(optimizer, weights), 4.0, 0.0)
+    with Meter() as meter:
+        memory.step(weights, metric_of(optimizer, weights), 4.0, 0.0)
+    assert 0 < meter.peak < size  # a byte a weight
+
+
 def test_weights_in_half_precision_are_moved_too():
     memory, read, weights, scales = remembered(11)
     before = flat(weights)
-    memory.step(weights, [Metric(0.3, s) for s in scales], 2.0)
-    half, metric = Memory(5), [Metric(0.3, s.bfloat16(), s.bfloat16()) for s in scales]
+    memory.step(weights, [Metric(0.3, s.square()) for s in scales], 2.0)
+    half, metric = Memory(5), [Metric(0.3, s.square().bfloat16(), s.bfloat16()) for s in scales]
     at = [part.bfloat16() for part in before.split([6, 4, 6])]
     at = [part.view(shape) for part, shape in zip(at, SHAPES, strict=True)]
     for value, gradient, where in read:
@@ -182,7 +209,7 @@ def test_a_coordinate_that_the_task_leaves_alone_is_not_free():
     weights = [torch.zeros(2, dtype=torch.float64)]
     memory.add(0.5, gradient, weights)
     scale = torch.tensor([1e-12, 1.0], dtype=torch.float64)
-    memory.step(weights, [Metric(1e-3, scale)], 1.0)
+    memory.step(weights, [Metric(1e-3, scale.square())], 1.0)
     assert torch.equal(weights[0][0], weights[0][1]) and -1e-3 <= weights[0][0] < 0
 
 
@@ -221,9 +248,9 @@ def test_the_metric_is_what_the_optimizer_divides_by(name):
         before = p.detach().clone()
         optimizer.step()
         (one,) = metric_of(optimizer, [p])
-        scale = 1.0 if one.scale is None else one.scale
+        scale = 1.0 if one.squares is None else one.scale(one.squares)
         torch.testing.assert_close(p.detach() - before, -one.rate * p.grad / scale, rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(one.uphill, p.grad)
+        torch.testing.assert_close(one.uphill(one.means), p.grad)
 
 
 def test_momentum_is_what_a_step_must_not_climb():
@@ -232,7 +259,7 @@ def test_momentum_is_what_a_step_must_not_climb():
     for gradient in ([1.0, 0.0], [0.0, 1.0]):
         p.grad = torch.tensor(gradient)
         optimizer.step()
-    assert metric_of(optimizer, [p])[0].uphill.tolist() == [0.5, 1.0]
+    assert metric_of(optimizer, [p])[0].means.tolist() == [0.5, 1.0]
 
 
 def test_which_optimizers_are_known():
@@ -283,8 +310,10 @@ def test_what_is_remembered_takes_no_more_of_the_tasks_gain_than_it_may(climb):
         before = [p.detach().clone() for p in weights(guard.model)]
         guard.legs["kl"].step(metric)
         now = weights(guard.model)
-        climbed = sum(float(((p.detach() - b) * m.uphill).sum()) for p, b, m in zip(now, before, metric, strict=True))
-        gained = sum(float((m.uphill.square() * m.rate / m.scale).sum()) for m in metric)
+        climbed = sum(
+            float(((p.detach() - b) * m.uphill(m.means)).sum()) for p, b, m in zip(now, before, metric, strict=True)
+        )
+        gained = sum(float((m.uphill(m.means).square() * m.rate / m.scale(m.squares)).sum()) for m in metric)
         return climbed, gained
 
     taken, gained = bounded()
