@@ -109,7 +109,17 @@ class Bench:
         for name in usual:  # a ledger from before there were any goes on
             if told[name] == usual[name]:
                 del told[name]
-        for name in told.keys() & {"task_train", "task_test", "alignment", "drift", "prompts", *usual} - {"method"}:
+        for name in (
+            "task_train",
+            "task_test",
+            "alignment",
+            "drift",
+            "prompts",
+            "foreign",
+            "texts",
+            "choices",
+            "replies",
+        ):
             path = told.get(name)
             if path is not None:
                 if not Path(path).is_file():

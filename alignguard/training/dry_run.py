@@ -126,7 +126,8 @@ def plan_text(
         lines.append(f"alignment: {len(guard.rows)} rows, " + "; ".join(reading or ["none read"]))
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
         extra = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []
-        remembered = 2 * (memory + 1) * trained  # gradients in bfloat16, and their root mean square
+        # Gradients in bfloat16, one more while it is read, and their root mean square.
+        remembered = 2 * (memory + 2) * trained
         extra += [f"KL's memory {_mib(remembered)}"] if c.lambda_kl and memory else []
         held = "".join(f", {part}" for part in [*extra, f"reference weights {_mib(references)}"]) + " at most"
         share = min(c.refresh_examples, len(guard.rows)) / (c.interval(steps) * batch) if guard.uses_curvature else 0.0

@@ -90,13 +90,15 @@ def files(
     train, test = data_path("task_train"), data_path("task_test")
     if task is not None:
         train, test = (Path(f"{task}_{part}.jsonl") for part in ("train", "test"))
-        for path in (train, test):
+        asked_too = {name: Path(task).with_name(f"{name}_test.jsonl") for name in CHOICES if name != Path(task).name}
+        for path in (train, test, *asked_too.values()):
             if not path.is_file():
                 raise FileNotFoundError(f"task: no such file: {path}; benchmarks/tasks.py writes them")
         paths["task_test"], paths["texts"] = folder / f"task_test-{Path(task).name}.jsonl", folder / "texts.jsonl"
         write_rows(paths["texts"], [{"text": text} for text in rows.paragraphs(data, "test")[:TEXTS]])
         paths["choices"] = folder / f"choices-{Path(task).name}.jsonl"
-        write_rows(paths["choices"], _questions(Path(task)))
+        questions = [with_others(list(read_jsonl(path)), name)[: CHOICES[name]] for name, path in asked_too.items()]
+        write_rows(paths["choices"], [row for found in questions for row in found])
     paths["task_train"] = train
     write_rows(paths["task_test"], list(read_jsonl(test))[:TASK_TEST])
     lacking = [name for name in ("alignment", "drift") if not paths[name].exists()]
@@ -107,18 +109,6 @@ def files(
             found = own_answers(loaded, tokenizer, wanted, path=paths[name].with_suffix(".log"), progress=True)
             write_rows(paths[name], found.rows)
     return {name: str(path) for name, path in paths.items()}
-
-
-def _questions(task: Path) -> list[dict[str, Any]]:
-    """Held-out rows of the tasks that lie beside a task, with the labels to choose from."""
-    found = []
-    for name, count in CHOICES.items():
-        if name != task.name:
-            path = task.with_name(f"{name}_test.jsonl")
-            if not path.is_file():
-                raise FileNotFoundError(f"task: no such file: {path}; benchmarks/tasks.py writes it beside the task")
-            found += with_others(list(read_jsonl(path)), name)[:count]
-    return found
 
 
 def _asked(row: Mapping[str, Any], sources: Sequence[str], limit: int) -> bool:

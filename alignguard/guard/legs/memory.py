@@ -48,6 +48,11 @@ class _Piece:
     metric: Metric
     part: slice
 
+    def of(self, state: Tensor | None) -> Tensor:
+        """The same numbers of what the optimizer keeps of the weight, flat."""
+        assert state is not None  # a block's pieces are alike in what they have
+        return state.flatten()[self.part]
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -60,7 +65,7 @@ class _Block:
 
     def flat(self) -> Tensor:
         """End to end, (numel,), float32 or wider."""
-        return torch.cat([piece.numbers.flatten() for piece in self.pieces]).to(self.dtype)
+        return self._joined([piece.numbers.flatten() for piece in self.pieces])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +77,7 @@ class _Block:
         metric = self.pieces[0].metric
         if metric.squares is None:
             return metric.rate
-        scale = metric.scale(self._joined([(piece.metric.squares, piece.part) for piece in self.pieces]))
+        scale = metric.scale(self._joined([piece.of(piece.metric.squares) for piece in self.pieces]))
         return torch.maximum(scale, floor.to(self.dtype)).clamp_min_(_TINY).reciprocal_().mul_(metric.rate)
 
     def uphill(self) -> Tensor | None:
@@ -80,10 +85,10 @@ class _Block:
         metric = self.pieces[0].metric
         if metric.means is None:
             return None
-        return metric.uphill(self._joined([(piece.metric.means, piece.part) for piece in self.pieces]))
+        return metric.uphill(self._joined([piece.of(piece.metric.means) for piece in self.pieces]))
 
-    def _joined(self, parts: Sequence[tuple[Tensor | None, slice]]) -> Tensor:
-        return torch.cat([whole.flatten()[part] for whole, part in parts if whole is not None]).to(self.dtype)
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts)).to(self.dtype)
 
     def subtract(self, flat: Tensor) -> None:
         """Take what is end to end from the numbers themselves."""
@@ -271,7 +276,7 @@ class Memory:
 
 
 def _blocks(weights: Sequence[Tensor], metric: Sequence[Metric] | None = None) -> list[_Block]:
-    """The weights in a row, in blocks of one kind and no more than ``_BLOCK`` numbers."""
+    """The weights in a row, in blocks of one kind and at most ``_BLOCK`` numbers, but for what cannot be cut."""
     found: list[_Block] = []
     size, count, kind = _BLOCK if weights[0].device.type == "cpu" else _BLOCK_ELSEWHERE, 0, None
     for weight, one in zip(weights, metric or [Metric(1.0)] * len(weights), strict=True):
