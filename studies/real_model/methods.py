@@ -31,10 +31,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     # where every weight trains the default remembers nothing, unless it is told to
     "kl with memory, 8 kept": (GUARD, GuardConfig(kl_memory=8, kl_every=4).to_dict()),
     "kl with memory, 2 kept, every 2nd": (GUARD, GuardConfig(kl_memory=2, kl_every=2).to_dict()),
+    "kl with memory, 2 kept, every 3rd": (GUARD, GuardConfig(kl_memory=2, kl_every=3).to_dict()),
+    "kl with memory, 4 kept, every 3rd": (GUARD, GuardConfig(kl_memory=4, kl_every=3).to_dict()),
     "kl with memory, 2 kept, every 4th": (GUARD, GuardConfig(kl_memory=2, kl_every=4).to_dict()),
     "kl with memory, 4 kept, every 2nd": (GUARD, GuardConfig(kl_memory=4, kl_every=2).to_dict()),
-    "kl with memory, 2 kept, climb 0.03": (GUARD, GuardConfig(kl_memory=2, kl_every=4, kl_climb=0.03).to_dict()),
-    "kl with memory, 2 kept, λ 1": (GUARD, GuardConfig(kl_memory=2, kl_every=4, lambda_kl=1.0).to_dict()),
+    "kl with memory, 2 kept, every 2nd, climb 0.03": (
+        GUARD,
+        GuardConfig(kl_memory=2, kl_every=2, kl_climb=0.03).to_dict(),
+    ),
     "kl, 1 row every step": (GUARD, {**_ANEW, "lambda_kl": 1.0, "kl_examples": 1, "kl_every": 1}),
     "kl, 2 rows every 4th": (GUARD, {**_ANEW, "lambda_kl": 4.0, "kl_examples": 2, "kl_every": 4}),
     "curvature by layers": (GUARD, {}),
