@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from alignguard.drift.likelihood import response_likelihoods
 
 
@@ -35,22 +37,37 @@ def with_others(rows: Sequence[Mapping[str, Any]], source: str) -> list[dict[str
 def chosen_rightly(
     model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 16
 ) -> dict[str, str]:
-    """Source -> a 0 or 1 for each of its rows: whether the right response is likelier, as a whole, than every other.
+    """Source -> a 0 or 1 for each of its rows: whether the right response scores higher than every other.
+
+    A response's score is its log-likelihood as a whole less that response's mean over the questions of the source, for a small
+    model likes some labels better than others whatever is asked (batch calibration in logs, Zhou et al. 2023, arXiv 2309.17249).
 
     Args:
         model: causal language model or encoder-decoder; left as it was.
         tokenizer: its tokenizer.
-        rows: with ``source``, ``prompt``, ``response`` and ``others``, as :func:`with_others` gives them.
+        rows: with ``source``, ``prompt``, ``response`` and ``others``, as :func:`with_others` gives them; those of a source
+            have the same responses to choose from.
         batch_size: responses of a pass.
+
+    Raises:
+        ValueError: rows of a source have different responses to choose from.
     """
-    asked = [
-        {"prompt": row["prompt"], "response": response}
-        for row in rows
-        for response in (row["response"], *row["others"])
-    ]
+    labels = {row["source"]: sorted((row["response"], *row["others"])) for row in rows}
+    if mixed := {row["source"] for row in rows if sorted((row["response"], *row["others"])) != labels[row["source"]]}:
+        raise ValueError(f"rows of a source must share their possible responses; those of {sorted(mixed)} differ")
+    asked = [{"prompt": row["prompt"], "response": response} for row in rows for response in labels[row["source"]]]
     scores = iter(response_likelihoods(model, tokenizer, asked, batch_size=batch_size))
-    found: dict[str, str] = {}
+    likelihoods: dict[str, list[list[float]]] = {source: [] for source in labels}
+    right: dict[str, list[int]] = {source: [] for source in labels}
     for row in rows:
-        own, *others = (next(scores).whole for _ in range(1 + len(row["others"])))
-        found[row["source"]] = found.get(row["source"], "") + "01"[all(own > other for other in others)]
+        of_source = labels[row["source"]]
+        likelihoods[row["source"]].append([next(scores).whole for _ in of_source])
+        right[row["source"]].append(of_source.index(row["response"]))
+    found = {}
+    for source, told in likelihoods.items():
+        table = np.array(told)
+        calibrated = table - table.mean(axis=0)
+        found[source] = "".join(
+            str(int(best == own)) for best, own in zip(calibrated.argmax(1), right[source], strict=True)
+        )
     return found

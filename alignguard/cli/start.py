@@ -87,7 +87,7 @@ def _run_file(args: argparse.Namespace, rows: int, longest: int, length: int, ba
         "# LoRA on every Linear.\n"
         "rank: 8\n"
         "lora_alpha: 16\n\n"
-        "# The guard. The price of KL to the model before training; more keeps more and may cost the task.\n"
+        "# The guard. The price of KL to the model before training; kl_climb bounds what it may cost the task.\n"
         "lambda_kl: 4.0\n"
         "# Or allow so many nats of drift a response, and the price is found:\n"
         "# max_drift: 0.5\n\n"

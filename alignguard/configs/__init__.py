@@ -1,6 +1,6 @@
 """Configurations for ``accelerate launch``, ready to use or to copy.
 
-accelerate launch --config_file "$(python -m alignguard.configs fsdp2)" -m alignguard.cli fit --config run.yaml
+accelerate launch --config_file "$(python -m alignguard.configs fsdp2)" -m alignguard fit --config run.yaml
 """
 
 from __future__ import annotations

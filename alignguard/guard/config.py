@@ -269,7 +269,7 @@ class GuardConfig:
         """The Fisher layer by layer in place of KL, for models of few layers.
 
         It charges ½ tr(ΔWᵀFΔW) for the whole update, with a two-sided one-pass sketch of each layer's Fisher, estimated
-        every 25 steps. On models of up to six layers it holds what KL holds at the same cost. On a model of thirty layers
+        every 25 steps. On models of up to six layers it holds what KL holds at a little less cost. On a model of thirty layers
         it was blind, as tokens and layers move together and it takes them apart (docs/evidence.md).
 
         Args:
@@ -343,7 +343,7 @@ class GuardConfig:
 
         Returns:
             ``refresh_every``. Where that is None, 25, or a fifth of a run of fewer than 125 steps, which with fewer
-            estimates ends further from its start (docs/evidence.md, short runs).
+            estimates ends further from its start (docs/small-models.md, short runs).
         """
         if self.refresh_every is not None:
             return self.refresh_every

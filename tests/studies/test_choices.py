@@ -1,4 +1,4 @@
-"""Questions with choices: which answer is likeliest, against log-probabilities summed by hand."""
+"""Questions with choices: which answer the question makes likelier, against log-probabilities summed by hand."""
 
 import pytest
 import torch
@@ -26,18 +26,36 @@ def log_probability(model, tokenizer, prompt, response):
     return float(found[told].gather(1, labels[1:][told][:, None]).sum())
 
 
-def test_the_likeliest_answer_is_chosen():
+def test_the_answer_is_chosen_that_gains_most_by_the_question():
     model, tokenizer = load_model(model_path())
     learned = list(read_jsonl(data_path("alignment")))[:4]  # it was trained to answer so
     rows = with_others(ROWS, "made") + with_others(learned, "learned")
-    expected = {"made": "", "learned": ""}
-    for row in rows:
-        own, *others = (
-            log_probability(model, tokenizer, row["prompt"], response) for response in (row["response"], *row["others"])
-        )
-        expected[row["source"]] += str(int(own > max(others)))
+    expected = {}
+    for source in ("made", "learned"):
+        prompts = [row for row in rows if row["source"] == source]
+        of = {
+            response: [log_probability(model, tokenizer, row["prompt"], response) for row in prompts]
+            for response in {row["response"] for row in prompts}
+        }
+        expected[source] = ""
+        for place, row in enumerate(prompts):
+            gains = {response: told[place] - sum(told) / len(told) for response, told in of.items()}
+            expected[source] += str(int(gains.pop(row["response"]) > max(gains.values())))
     assert chosen_rightly(model, tokenizer, rows, batch_size=3) == expected
-    assert set("".join(expected.values())) == {"0", "1"}  # both outcomes are among them
+    assert "1" in expected["learned"]
+
+
+def test_a_liking_for_one_label_decides_nothing():
+    model, tokenizer = load_model(model_path())
+    rows = with_others(ROWS[1:3], "reviews")
+    first, second = rows
+    both = [log_probability(model, tokenizer, row["prompt"], row["response"]) for row in rows]
+    crossed = [log_probability(model, tokenizer, row["prompt"], row["others"][0]) for row in rows]
+    # of two questions with each other's answers both are right, or neither
+    right = "1" if sum(both) > sum(crossed) else "0"
+    assert chosen_rightly(model, tokenizer, rows) == {"reviews": 2 * right}
+    with pytest.raises(ValueError, match=r"those of \['reviews'\] differ"):
+        chosen_rightly(model, tokenizer, [first, {**second, "others": ["The review is long."]}])
 
 
 def test_every_label_but_its_own_stands_beside_a_row():

@@ -4,6 +4,7 @@ import copy
 import os
 import runpy
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -127,9 +128,7 @@ def test_accelerate_plugins_that_shard_so_are_refused(tmp_path, monkeypatch):
 def test_accelerate_reads_and_launches_a_shipped_configuration(name):
     config = load_config_from_file(str(config_path(name)))
     assert config.mixed_precision == "bf16" and config.num_processes == 8 * config.num_machines
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", str(config_path(name)), "-m", "alignguard.cli", "fit"]
-    )
+    arguments = launch_command_parser().parse_args(["--config_file", str(config_path(name)), "-m", "alignguard", "fit"])
     arguments, defaults, _ = _validate_launch_command(arguments)
     environment = prepare_multi_gpu_env(arguments)
     if name == "fsdp2":
@@ -142,7 +141,8 @@ def test_accelerate_reads_and_launches_a_shipped_configuration(name):
     )
     if name == "machines":
         assert arguments.main_process_ip == "10.0.0.1" and arguments.main_process_port == 29500
-    assert arguments.module and arguments.training_script == "alignguard.cli"
+    assert arguments.module and arguments.training_script == "alignguard"
+    assert find_spec("alignguard.__main__") is not None  # what -m runs of a package
 
 
 def test_a_configuration_is_found_by_its_name(capsys, monkeypatch):
