@@ -26,7 +26,9 @@ from transformers import AutoModelForCausalLM
 from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.training import versions
-from studies import GUARD, Bench, Ledger, fit_scaling_law, make_job, measure_base, run_job, run_jobs
+from studies.bench import GUARD, Bench, make_job, measure_base, run_job
+from studies.forgetting_law import fit_scaling_law
+from studies.ledger import Ledger, run_jobs
 
 AMOUNTS = (6, 12, 25, 50, 100, 200, 400)  # optimizer steps of 16 examples, each run with a schedule of its own
 PROMPTS = 100  # of each DriftCheck category: the law is fitted to KL, and answers take time

@@ -23,8 +23,8 @@ from typing import Any
 from learning_rate import SEED, bench
 from rivals import FIXED, arguments, asked, flat, sweep
 
-from studies import ANCHOR, GUARD, Bench, make_job
-from studies.ablation import SLACK, best
+from studies.ablation import ANCHOR, SLACK, best
+from studies.bench import GUARD, Bench, make_job
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 DEFAULT = "kl with memory"

@@ -19,7 +19,8 @@ from alignguard.data import read_jsonl
 from alignguard.embedded import TRAINING, data_path
 from alignguard.files import write_text
 from alignguard.training import versions
-from studies import Bench, Ledger, make_job, run_job, run_jobs
+from studies.bench import Bench, make_job, run_job
+from studies.ledger import Ledger, run_jobs
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEED = 100  # not one of the seeds that results are reported for

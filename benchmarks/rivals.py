@@ -40,8 +40,9 @@ from alignguard.guard import GuardConfig
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
 from alignguard.training.preparation import packaged_prompts
-from studies import ANCHOR, GUARD, GUARDS, Bench, Ledger, make_job, measure_base, rivals_plan, run_job, run_jobs
-from studies.ablation import SLACK, best
+from studies.ablation import ANCHOR, GUARDS, SLACK, best, rivals_plan
+from studies.bench import GUARD, Bench, make_job, measure_base, run_job
+from studies.ledger import Ledger, run_jobs
 from studies.real_model.measure import prompt_groups
 from studies.rivals import RIVALS
 

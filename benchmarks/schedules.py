@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rivals import FIXED, foreign_prompts, sweep
 
-from studies import GUARD, Bench, make_job
+from studies.bench import GUARD, Bench, make_job
 
 SCHEDULES = {  # fields of TrainingArguments that replace the embedded model's own
     "120 steps": {"max_steps": 120},

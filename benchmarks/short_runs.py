@@ -18,7 +18,7 @@ from typing import Any
 from learning_rate import SEED, bench
 from rivals import SKETCHED, sweep
 
-from studies import GUARD, Bench, make_job
+from studies.bench import GUARD, Bench, make_job
 
 STEPS = (25, 50, 100)
 PROMPTS = 100  # of each DriftCheck category

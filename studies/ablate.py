@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignguard.cli import run_command
 from alignguard.files import write_text
 
 
-def add_ablate(commands: Any) -> argparse.ArgumentParser:
-    """Add the command's options; the parsed arguments carry ``run``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "ablate", help="add the guard's terms one by one, turn its knobs, and run its rivals, over seeds"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of :func:`run_ablate`."""
+    parser.description = "add the guard's terms one by one, turn its knobs, and run its rivals, over seeds"
     parser.add_argument(
         "--study",
         nargs="+",
@@ -62,7 +59,6 @@ def add_ablate(commands: Any) -> argparse.ArgumentParser:
         "--parts", action="store_true", help="keep ΔW_A of guarded runs and report its cosine over seeds"
     )
     parser.set_defaults(run=run_ablate)
-    return parser
 
 
 def _field(text: str, option: str) -> tuple[str, str]:
@@ -186,14 +182,3 @@ def run_ablate(args: argparse.Namespace) -> None:
     write_text(args.output_dir / "ablation.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     print(text)
     print(f"written to {args.output_dir}: ablation.json, table.md, ablation.svg")
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run a study; every failure is one line on standard error and an exit code, as ``alignguard``'s are.
-
-    Args:
-        argv: words after ``ablate``.
-    """
-    parser = argparse.ArgumentParser(prog="studies", description="Comparisons behind the evidence page.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    return run_command(parser, {"ablate": add_ablate(commands)}, ["ablate", *argv])

@@ -205,7 +205,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
 
     Args:
         rows: ``{"job", "result"}`` as a ledger holds them.
-        base: :func:`studies.measure_base`.
+        base: :func:`studies.bench.measure_base`.
 
     Returns:
         A Summary a setting; what plain LoRA lost, and so ``kept``, is counted in percent.

@@ -20,7 +20,7 @@ from alignguard.data import encode_source, load_conversations, pad_id, pad_rows,
 from alignguard.drift import REFUSAL, driftcheck, load_prompts
 from alignguard.embedded import TRAINING, data_path, model_path
 from alignguard.guard import GuardConfig
-from alignguard.loading import load_model
+from alignguard.loading import load_model, load_tokenizer
 from alignguard.objective import model_kind
 from alignguard.training import fit
 from alignguard.updates import base_name, lora_updates
@@ -271,7 +271,7 @@ def run_job(bench: Bench, job: Mapping[str, Any]) -> dict[str, Any]:
             if kept is not None and job["method"] == PLAIN and not kept.is_dir():  # its seconds a step are told
                 _keep(result.adapter_dir, kept)
             read, system = result.examples_read, rival.asked_with()
-        _, tokenizer = load_model(bench.model)
+        tokenizer = load_tokenizer(bench.model)
         if bench.parts is not None and job["method"] == GUARD:
             energy = config.energy
             save_parts(alignment_parts(result.model, tokenizer, alignment, energy), part_file(bench.parts, job))

@@ -57,7 +57,8 @@ NO_FORMULA = {
     "alignguard.guard": ["load_guard", "save_guard"],
     "alignguard.pages": ["render_drift"],
     "alignguard.data": ["DataSource", "conversation", "encode_source", "pad_rows", "shown_row"],
-    "studies": ["Bench", "Ledger"],
+    "studies.bench": ["Bench"],
+    "studies.ledger": ["Ledger"],
     "alignguard.training": [
         *("Prepared", "card_section", "check_complete", "honours_item_count", "latest_checkpoint", "load_fisher"),
         *("plan_text", "prepare", "write_fisher"),

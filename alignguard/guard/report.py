@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignguard.guard.legs import CurvatureLeg
-from alignguard.guard.schedule import NOISE, DriftBudget, Schedule
+from alignguard.guard.schedule import NOISE, DriftBudget, Schedule, number
 
 BLIND = 3.0  # measured over predicted drift from which the prediction is called blind
 SETTLED = 0.1  # nats a response: a drift below this is harmless whatever was predicted
@@ -79,8 +79,10 @@ class DriftGauge:
             KeyError, TypeError, ValueError: a value is missing or no number.
         """
         for name in ("predicted", "measured"):
-            setattr(self, name, None if state[name] is None else float(state[name]))
-        self.warned = bool(state["warned"])
+            setattr(self, name, None if state[name] is None else number(state, name))
+        if not isinstance(state["warned"], bool):
+            raise ValueError(f"warned is {state['warned']!r}, neither true nor false")
+        self.warned = state["warned"]
 
 
 class Report:

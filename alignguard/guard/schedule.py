@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from alignguard.guard.config import GuardConfig
@@ -108,10 +108,23 @@ def whole_number(state: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def number(state: Mapping[str, Any], name: str) -> float:
+    """A value of a state.
+
+    Raises:
+        ValueError: it is something else; the message names it.
+    """
+    value = state[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    return float(value)
+
+
 def _take_back(part: Any, state: Mapping[str, Any]) -> None:
     """Set the counters of a dataclass, each as the kind of number that it is."""
+    kinds = {field.name: field.type for field in fields(part)}
     for name in part.state_dict():
-        setattr(part, name, float(state[name]) if isinstance(getattr(part, name), float) else int(state[name]))
+        setattr(part, name, (number if kinds[name] == "float" else whole_number)(state, name))
 
 
 FORWARD = 1 / 3  # cost of a forward pass alone, in forward and backward passes

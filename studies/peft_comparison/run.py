@@ -269,19 +269,9 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value is not None}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the comparison; a failure is one line on standard error and an exit code, as ``alignguard``'s are.
-
-    Args:
-        argv: words after ``peft-comparison``.
-    """
-    from alignguard.cli import run_command
-
-    parser = argparse.ArgumentParser(prog="studies", description="Comparisons behind the evidence page.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    own = commands.add_parser(
-        "peft-comparison", help="peft's MetaMathQA benchmark for LoRA with the guard and without it"
-    )
+def add_arguments(own: argparse.ArgumentParser) -> None:
+    """The command line of :func:`run`."""
+    own.description = "peft's MetaMathQA benchmark for LoRA with the guard and without it"
     own.add_argument("--model", help="folder or hub name (default: the embedded model, tiny settings, sums)")
     for name, words in FILES.items():
         own.add_argument(f"--{name.replace('_', '-')}", help=words)
@@ -293,4 +283,3 @@ def main(argv: Sequence[str]) -> int:
     own.add_argument("--limit", type=int, help="most DriftCheck prompts of each category (default: all)")
     own.add_argument("--output-dir", type=Path, default=Path("runs/peft-comparison"), help="default: %(default)s")
     own.set_defaults(run=run)
-    return run_command(parser, {"peft-comparison": own}, ["peft-comparison", *argv])

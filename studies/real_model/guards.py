@@ -207,8 +207,9 @@ def joined(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> l
     return list(place.values())
 
 
-def _arguments() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(prog="python -m studies real-model guards", description=__doc__)
+def add_arguments(cli: argparse.ArgumentParser) -> None:
+    """The command line of :func:`run`."""
+    cli.description = __doc__
     cli.add_argument("--model", required=True, help="the aligned model")
     cli.add_argument("--data", required=True, help="folder of the prompt sets")
     cli.add_argument("--folder", type=Path, required=True, help="receives rows, prompts and the ledger of runs")
@@ -226,18 +227,23 @@ def _arguments() -> argparse.ArgumentParser:
     cli.add_argument("--batch", type=int, default=TRAINING["per_device_train_batch_size"], help="task rows a step")
     cli.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     cli.add_argument("--out", type=Path, help="summary as JSON, of this schedule; runs that it holds already stay")
-    return cli
+    cli.set_defaults(run=run)
 
 
-def main(argv: Sequence[str]) -> None:
-    """``python -m studies real-model guards``."""
-    cli = _arguments()
-    args = cli.parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Run what the folder's ledger does not hold yet, and sum up the runs of this schedule.
+
+    Args:
+        args: the command's, ``words`` as they were typed among them.
+
+    Raises:
+        FileNotFoundError, ValueError: bad data or options, or another file for ``--out``, named before the first run.
+    """
     lacking = set() if args.unaligned else {name for name in METHODS if needs_unaligned(name)}
     if args.methods is None:
         args.methods = [name for name in METHODS if name not in lacking]
     if named := sorted(lacking & set(args.methods)):
-        cli.error(f"{', '.join(named)} needs --unaligned, a folder with the model before its alignment")
+        raise ValueError(f"{', '.join(named)} needs --unaligned, a folder with the model before its alignment")
     made: dict[str, Any] = files(args.model, args.data, args.folder, args.choosing, args.limit, args.rows, args.task)
     bench = Bench(
         model=str(args.model), **made, training=dict(TRAINING), lora=dict(LORA) if args.method == "lora" else {},
@@ -286,7 +292,11 @@ def main(argv: Sequence[str]) -> None:
         before = earlier(args.out, head)
         runs = joined(before["runs"], told)
         agreement = {**before.get("stability", {}), **stability(found, args.folder / "parts")}
-        whole = {"command": _command([where.get(word, word) for word in argv], runs), **head, "default": default()}
+        whole = {
+            "command": _command([where.get(word, word) for word in args.words], runs),
+            **head,
+            "default": default(),
+        }
         whole |= {"stability": agreement} if agreement else {}
         write_text(args.out, json.dumps({**whole, "runs": runs}, indent=1))
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-
 from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, load_prompts, share_of
 from alignguard.files import write_text
 from alignguard.loading import load_model
+from alignguard.training import versions
 from studies.real_model import borderline, rows
 from studies.texts import text_loss
 
@@ -144,12 +140,7 @@ def measure(
         "pooled": {name.removeprefix("all "): share for name, share in shares.items() if name.startswith("all ")},
         "perplexity": read,
         "incoherent": sum(row.verdict == INCOHERENT for row in report.rows) / len(report.rows),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": versions(),
     }
 
 
@@ -162,9 +153,9 @@ def table(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of :func:`measure`."""
-    parser = argparse.ArgumentParser(prog="real-model measure", description="what a model refuses and answers")
+    parser.description = "what a model refuses and answers"
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prompt sets")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -173,16 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=80, help="prompts of each group (default: 80)")
     parser.add_argument("--paragraphs", type=int, default=200, help="of WikiText-2, for perplexity (default: 200)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: 32)")
-    options = vars(parser.parse_args(argv))
-    out = options.pop("out")
-    try:
-        card = measure(options.pop("model"), options.pop("data"), **options)
-        write_text(out, json.dumps(card, indent=1) + "\n")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    named = {name: getattr(args, name) for name in ("original", "split", "limit", "paragraphs", "max_new_tokens")}
+    card = measure(args.model, args.data, **named)
+    write_text(args.out, json.dumps(card, indent=1) + "\n")
     print(table(card))
-    print(f"perplexity {card['perplexity']}; incoherent {100 * card['incoherent']:.1f} %\nwrote {out}")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"perplexity {card['perplexity']}; incoherent {100 * card['incoherent']:.1f} %\nwrote {args.out}")

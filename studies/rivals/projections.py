@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fishergeo as fg
-from alignguard.objective import divergence, response_loss, supervised
+from alignguard.objective import divergence, response_loss
 from alignguard.updates import lora_updates
 from studies.rivals.base import Rival, Run, check_count, check_strength
+from studies.rivals.distillation import base_and_present
 
 LOSSES = ("kl", "nll")
 
@@ -155,9 +156,8 @@ class GradientProjection(Rival):
             tokens = (batch["labels"][:, 1:] != -100).sum()
             loss = response_loss(run.model, batch).sum() / tokens
         else:
-            with torch.no_grad(), run.model.disable_adapter():
-                base = supervised(run.model, batch)[0]
-            loss = divergence(base, supervised(run.model, batch)[0]).mean()
+            base, present, *_ = base_and_present(run, batch)
+            loss = divergence(base, present).mean()
         parameters = [p for p in run.parameters() if p.grad is not None]
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         alignment = [torch.zeros_like(p) if a is None else a for p, a in zip(parameters, found, strict=True)]

@@ -92,7 +92,7 @@ class Trial:
             told = [
                 line
                 for line in said.splitlines()
-                if line.startswith(("alignguard ", "alignguard: ", "studies ", "studies: "))
+                if line.startswith(("alignguard ", "alignguard: ", "python -m studies "))
             ]
             assert len(told) == 1 and "Traceback" not in said, said[-300:]
             self._check(told[0], ear.error, words)

@@ -14,21 +14,23 @@ from alignguard.files import write_text
 from alignguard.guard import METRICS, GuardConfig
 from alignguard.training import fit
 from alignguard.updates import lora_updates
-from studies import GUARDS, Ledger, make_job, rivals_plan, run_jobs
 from studies.__main__ import main
 from studies.ablation import (
+    GUARDS,
     KNOBS,
     NEVER,
     best,
     kept_of_base,
     knob_jobs,
     knobs_plan,
+    rivals_plan,
     stability,
     summarise,
     table,
     terms_plan,
 )
-from studies.bench import Bench, alignment_parts, measure_base, part_file, save_parts
+from studies.bench import Bench, alignment_parts, make_job, measure_base, part_file, save_parts
+from studies.ledger import Ledger, run_jobs
 from studies.rivals import RIVALS
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shlex
 import shutil
 
@@ -11,6 +12,7 @@ from alignguard.embedded import data_path, model_path
 from alignguard.loading import load_model
 from alignguard.objective import IGNORED
 from alignguard.training.preparation.answers import packaged_prompts
+from studies.__main__ import main
 from studies.real_model import align, borderline, fetch, guards, measure, methods, rows
 from studies.real_model.answers import own_answers
 from studies.texts import text_loss
@@ -122,100 +124,105 @@ def test_every_method_by_name_makes_a_run():
         assert (job["settings"].get("unaligned") == "before") == name.startswith(("SafeLoRA", "SafeMERGE"))
 
 
-def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(data, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small(data, tmp_path, monkeypatch):
+    """The command on the packaged model, two steps of two rows of a short task; called with what else it is told."""
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(data_path("task_train").open().readlines()[:16]))
+    monkeypatch.setattr(guards, "data_path", lambda name: task if name == "task_train" else data_path(name))
     monkeypatch.setattr(guards, "TRAINING", {**guards.TRAINING, "max_steps": 2, "per_device_train_batch_size": 2})
     monkeypatch.setattr(guards, "LORA", {"r": 2})
     mixtures = {guards.MIXED: {"unsafe": 4, "borderline": 2, "ordinary": 2}, guards.UNSAFE: {"unsafe": 4}}
     monkeypatch.setattr(guards, "ALIGNMENT", mixtures)
     monkeypatch.setattr(guards, "TASK_TEST", 4)
+    monkeypatch.setattr(guards, "TOKENS", 4)
     prompts = [{"prompt": row["prompt"], "category": "unsafe"} for row in packaged_prompts()[:4]]
     monkeypatch.setattr(guards, "_home", lambda data, split, count: prompts)  # what the packaged model does refuse
-    words = ["--model", str(model_path()), "--data", str(data), "--folder", str(tmp_path / "runs"), "--limit", "2"]
-    guards.main([*words, "--methods", "plain", methods.default(), "--steps", "2"])
+
+    def call(*words, folder="runs", out=None):
+        given = ["--model", model_path(), "--data", data, "--folder", tmp_path / folder, "--limit", 2, "--steps", 2]
+        given += ["--out", out] if out else []
+        code = main(["real-model", "guards", *map(str, given), *words])
+        return json.loads(out.read_text()) if out and not code else code
+
+    return call
+
+
+def test_guards_are_compared_on_foreign_prompts_and_a_second_call_goes_on(small, tmp_path):
     out = tmp_path / "told.json"
-    guards.main([*words, "--methods", methods.BASE, "--out", str(out), "--steps", "2"])
-    told = json.loads(out.read_text())
+    assert small("--methods", "plain", methods.default()) == 0
+    told = small("--methods", methods.BASE, out=out)
     assert {run["name"] for run in told["runs"]} == {"plain", methods.default(), methods.BASE}
-    elsewhere = [*words[:4], "--folder", str(tmp_path / "elsewhere"), *words[6:], "--steps", "2", "--out", str(out)]
-    guards.main([*elsewhere, "--methods", methods.BASE, "--seeds", "0", "1"])  # its ledger knows none of these runs
-    again = json.loads(out.read_text())
+    # a ledger elsewhere knows none of these runs
+    again = small("--methods", methods.BASE, "--seeds", "0", "1", folder="elsewhere", out=out)
     assert again["runs"] == told["runs"]
     listed = f"--methods plain {shlex.quote(methods.default())} base --seeds 0"
     assert again["command"].endswith(f"--steps 2 --out OUT {listed}") and "--seeds 0 1" not in again["command"]
     kept = [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()]
-    guards.main([*words, "--methods", "weights between both", "--steps", "2"])  # goes on from plain LoRA's adapter
+    small("--methods", "weights between both")  # goes on from plain LoRA's adapter
     assert [path.stat().st_mtime_ns for path in (tmp_path / "runs" / "adapters").iterdir()] == kept and len(kept) == 1
     asked = {f"foreign {name}" for name in guards.REPORTED} | {f"home {name}" for name in rows.HOME}
     assert all(set(run["sources"]) == asked for run in told["runs"])
     assert all(share["n"] == 1 + name.startswith("foreign") for name, share in told["runs"][0]["sources"].items())
     assert str(tmp_path) not in out.read_text() and str(model_path()) not in out.read_text()
     assert not set(guards.CHOOSING) & set(guards.REPORTED)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        guards.main([*words, "--methods", "SafeLoRA", "plain"])
+
+
+def test_what_a_comparison_lacks_is_one_line_and_nothing_runs(small, tmp_path, capsys):
+    assert small("--methods", "SafeLoRA", "plain") == 2
     assert "SafeLoRA needs --unaligned" in capsys.readouterr().err
+    assert small("--methods", "plain", "--task", str(tmp_path / "other")) == 2
+    assert re.search(r"task: no such file: .*other_train\.jsonl", capsys.readouterr().err)
+    for part in ("train", "test"):
+        (tmp_path / f"other_{part}.jsonl").write_text("")
+    assert small("--methods", "plain", "--task", str(tmp_path / "other")) == 2
+    assert re.search(r"task: no such file: .*sst2_test\.jsonl", capsys.readouterr().err)
+    assert not list((tmp_path / "runs").glob("runs-*.jsonl"))
+
+
+def test_alignment_rows_of_one_kind_have_files_of_their_own(small, tmp_path, capsys):
+    out, fewer = tmp_path / "told.json", tmp_path / "fewer.json"
+    small("--methods", methods.BASE, out=out)
     assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment.jsonl").open()} >= {"unsafe"}
-    with pytest.raises(ValueError, match="other alignment: name another file"):
-        guards.main([*words, "--methods", "plain", "--rows", guards.UNSAFE, "--out", str(out)])
-    fewer = tmp_path / "fewer.json"
-    guards.main(
-        [*words, "--methods", "plain", "--rows", guards.UNSAFE, "--steps", "2", "--batch", "1", "--out", str(fewer)]
-    )
-    (run,) = json.loads(fewer.read_text())["runs"]
+    assert small("--methods", "plain", "--rows", guards.UNSAFE, out=out) == 2
+    assert "other alignment: name another file" in capsys.readouterr().err
+    (run,) = small("--methods", "plain", "--rows", guards.UNSAFE, "--batch", "1", out=fewer)["runs"]
     assert run["training"] == {"per_device_train_batch_size": 1}
-    assert {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()} == {
-        "unsafe"
-    }
-    repeated, paper = tmp_path / "repeated.json", [*words, "--steps", "2", "--methods", "the paper's form"]
-    guards.main([*paper, "--seeds", "0", "1", "--parts", "--out", str(repeated)])
-    (name, layers) = next(iter(json.loads(repeated.read_text())["stability"].items()))
+    told = {json.loads(line)["category"] for line in (tmp_path / "runs" / "alignment-unsafe.jsonl").open()}
+    assert told == {"unsafe"}
+
+
+def test_cosines_over_seeds_stay_in_the_file_that_tells_them(small, tmp_path):
+    repeated, paper = tmp_path / "repeated.json", ["--methods", "the paper's form"]
+    (told,) = small(*paper, "--seeds", "0", "1", "--parts", out=repeated)["stability"].items()
     matrices = 7 * load_model(model_path())[0].config.num_hidden_layers
-    assert name == "the paper's form" and len(layers) == matrices and all(-1 <= v <= 1 for v in layers.values())
+    assert told[0] == "the paper's form" and len(told[1]) == matrices and all(-1 <= v <= 1 for v in told[1].values())
     shutil.rmtree(tmp_path / "runs" / "parts")
-    guards.main([*paper, "--seeds", "0", "--out", str(repeated)])
-    assert json.loads(repeated.read_text())["stability"] == {name: layers}  # what the file tells stays
-    with pytest.raises(FileNotFoundError, match=r"task: no such file: .*other_train\.jsonl"):
-        guards.main([*words, "--methods", "plain", "--task", str(tmp_path / "other")])
+    assert small(*paper, "--seeds", "0", out=repeated)["stability"] == dict([told])
+
+
+def test_another_task_is_followed_by_texts_and_questions(small, data, tmp_path):
     for part, name in (("train", "task_train"), ("test", "task_test")):
-        told = data_path(name).read_text().splitlines()[:6]
-        (tmp_path / f"other_{part}.jsonl").write_text("\n".join(told) + "\n")
-    with pytest.raises(FileNotFoundError, match=r"task: no such file: .*sst2_test\.jsonl"):
-        guards.main([*words, "--methods", "plain", "--task", str(tmp_path / "other")])
-    labels = {"sst2": ["good", "bad"], "agnews": ["World", "Sports", "Business"]}
-    for name, said in labels.items():
-        told = [{"prompt": f"what is {word}?", "response": f"It is {word}."} for word in said]
-        write(tmp_path, f"{name}_test", told)
-    other = tmp_path / "other.json"
-    guards.main(
-        [
-            *words,
-            "--methods",
-            "plain",
-            methods.BASE,
-            "--task",
-            str(tmp_path / "other"),
-            "--steps",
-            "2",
-            "--out",
-            str(other),
-        ]
-    )
-    plain, base = json.loads(other.read_text())["runs"]
+        (tmp_path / f"other_{part}.jsonl").write_text("".join(data_path(name).open().readlines()[:6]))
+    for name, said in {"sst2": ["good", "bad"], "agnews": ["World", "Sports", "Business"]}.items():
+        write(tmp_path, f"{name}_test", [{"prompt": f"what is {word}?", "response": f"It is {word}."} for word in said])
+    out = tmp_path / "other.json"
+    plain, base = small("--methods", "plain", methods.BASE, "--task", str(tmp_path / "other"), out=out)["runs"]
     model, tokenizer = load_model(model_path())
     texts = [row["text"] for row in rows.read_source(data, "text_wikitext2") if row["split"] == "test"]
     assert (
         base["text_loss"] == pytest.approx(text_loss(model, tokenizer, texts, 256, 1), rel=1e-5) != plain["text_loss"]
     )
     assert {name: len(bits) for name, bits in base["rightly"].items()} == {"sst2": 2, "agnews": 3}
-    every, whole = ["plain", "L2 to the start", methods.default()], tmp_path / "whole.json"
-    guards.main(
-        [*words, "--methods", *every, "--method", "full", "--second-judge", "--steps", "2", "--out", str(whole)]
-    )
-    told = json.loads(whole.read_text())
+
+
+def test_every_weight_trains_and_two_judges_judge(small, tmp_path):
+    every = ["plain", "L2 to the start", methods.default()]
+    told = small("--methods", *every, "--method", "full", "--second-judge", out=tmp_path / "whole.json")
     assert all(len(source["second"]) == source["n"] for run in told["runs"] for source in run["sources"].values())
     assert [run["name"] for run in told["runs"]] == every and told["lora"] is None
     assert all(run["kl"] > 0 for run in told["runs"])  # every weight has moved
-    assert len(list((tmp_path / "runs").glob("runs-*.jsonl"))) == 4  # ledgers of their own
+    assert [path.stem for path in (tmp_path / "runs").glob("runs-*.jsonl")] == ["runs-prompts-reported-2-full-judged"]
 
 
 def test_summaries_of_two_models_are_not_joined():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studies import fit_scaling_law
+from studies.forgetting_law import fit_scaling_law
 
 SIZES, AMOUNTS = (1e6, 4e6, 2e7, 1e8), (1e4, 5e4, 2e5, 1e6, 5e6)
 
