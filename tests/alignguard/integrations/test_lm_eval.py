@@ -1,8 +1,7 @@
 """DriftCheck inside lm-evaluation-harness gives DriftCheck's own figures. What needs the harness skips itself without it."""
 
 import json
-import subprocess
-import sys
+import runpy
 
 import pytest
 import yaml
@@ -32,11 +31,9 @@ def read(name):
     return yaml.load((FOLDER / name).read_text(), Loader)
 
 
-def test_a_command_prints_the_folder():
-    said = subprocess.run(
-        [sys.executable, "-m", "alignguard.integrations.lm_eval_tasks"], capture_output=True, text=True, check=True
-    )
-    assert said.stdout.strip() == str(FOLDER)
+def test_a_command_prints_the_folder(capsys):
+    runpy.run_module("alignguard.integrations.lm_eval_tasks", run_name="__main__", alter_sys=False)
+    assert capsys.readouterr().out.strip() == str(FOLDER)
 
 
 def test_the_group_names_every_task_and_every_function_is_there():

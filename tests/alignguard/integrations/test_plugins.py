@@ -7,9 +7,10 @@ is tested here, and what the tool does with it by the scripts in scripts/integra
 import functools
 import importlib
 import json
-import subprocess
+import runpy
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ SETTINGS = {
     "train_sampling_strategy": "sequential", "learning_rate": 0.02,
 }  # fmt: skip
 TERMS = ("alignguard/kl", "alignguard/alignment")
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs trl")  # before the fixtures train anything
 
 
 @pytest.fixture
@@ -89,8 +91,9 @@ def test_a_guard_made_in_the_trainer_is_fits(case, tokenizer):
     same(go(trainer), case.history)
 
 
+@needs_trl
 def test_trls_sft_trainer_is_fits_with_its_own_adapter_too(case, tokenizer, tiny_llama):
-    trl = pytest.importorskip("trl")
+    import trl
     from peft import LoraConfig
 
     class Guarded(GuardMixin, trl.SFTTrainer):
@@ -116,13 +119,15 @@ def _letters(completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
+@needs_trl
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO", "ORPO"])
 def test_every_trainer_of_trls_begins_with_fits_terms(
     kind, accumulate, case, tokenizer, tiny_llama, task_rows, tmp_path, monkeypatch
 ):
     """Whatever its loss, from the same moved adapter; what the penalty adds to its step, test_trainers.py tests."""
-    trl = pytest.importorskip("trl")
+    import trl
+
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
     def moved():
@@ -263,11 +268,9 @@ def test_the_swift_plugin_puts_the_guard_into_its_factory(case, tokenizer, monke
     same(go(trainer), case.history)
 
 
-def test_a_command_prints_the_swift_plugins_file():
-    said = subprocess.run(
-        [sys.executable, "-m", "alignguard.integrations.ms_swift"], capture_output=True, text=True, check=True
-    )
-    path = Path(said.stdout.strip())
+def test_a_command_prints_the_swift_plugins_file(capsys):
+    runpy.run_module("alignguard.integrations.ms_swift", run_name="__main__", alter_sys=False)
+    path = Path(capsys.readouterr().out.strip())
     assert path.is_file() and [entry.name for entry in path.parent.glob("*.py")] == [path.name]
 
 

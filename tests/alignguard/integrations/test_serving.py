@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignguard import GuardConfig, fit
+from alignguard.data import read_jsonl
 from alignguard.drift import Endpoint, driftcheck, driftcheck_endpoint, load_prompts
 from alignguard.embedded import data_path, model_path
 from alignguard.loading import load_model
@@ -43,7 +44,7 @@ def tuned(tmp_path_factory):
     """An adapter that ``fit`` wrote, what a process without this package saw of it, and the folder that it merged."""
     out = tmp_path_factory.mktemp("served")
     fit(
-        str(model_path()), str(data_path("task_train")), str(data_path("alignment")), GuardConfig(), out / "fit",
+        str(model_path()), read_jsonl(data_path("task_train"))[:64], str(data_path("alignment")), GuardConfig(), out / "fit",
         training={"max_steps": 6, "learning_rate": 4e-3, "warmup_steps": 0, "per_device_train_batch_size": 8},
     )  # fmt: skip
     said = subprocess.run(

@@ -106,14 +106,15 @@ def test_arithmetic_of_a_chain_of_linears_is_that_on_paper():
     assert plan.ratio == plan.flops / plan.plain_flops
 
 
-def test_a_whole_llama_3_8b_is_planned_without_its_weights():
+def test_layers_of_llama_3_8b_are_planned_without_their_weights():
+    count = 4
     with torch.device("meta"):
-        model = llama(4096, 14336, 32, 128256, heads=32, kv_heads=8).to(torch.bfloat16)
+        model = llama(4096, 14336, count, 128256, heads=32, kv_heads=8).to(torch.bfloat16)
     plan = fg.plan(model, "sketch", rank=64, batch_size=1, sequence_length=128, examples=512, verify=False)
-    rows = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
-    assert len(plan.layers) == 224
-    assert plan.state_bytes == 64 * 4 * rows + 8 * 224 < 0.5e9  # a factor of the rank in float32, and a float64 trace
-    assert plan.pass_bytes == 3 * 64 * 4 * rows + 8 * 224  # beside it Ω and the running product
+    rows = count * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
+    assert len(plan.layers) == 7 * count
+    assert plan.state_bytes == 64 * 4 * rows + 8 * 7 * count  # a factor of the rank in float32, and a float64 trace
+    assert plan.pass_bytes == 3 * 64 * 4 * rows + 8 * 7 * count  # beside it Ω and the running product
     assert plan.peak_bytes > plan.pass_bytes
 
 
@@ -209,8 +210,9 @@ def test_time_that_grows_by_the_batch_is_foretold_exactly(share, each, batches):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_calibrated_seconds_are_those_of_the_run(structure):
+def test_calibrated_seconds_are_those_of_the_run():
+    """Of one structure: that calibrated parts add up is held exactly above."""
+    structure = "sketch"
     torch.manual_seed(0)
     model, batches = llama(), random_batches(80, 8, 32)
     # Processor time for wall-clock time: other tests may run beside this one. How near it comes where nothing else
