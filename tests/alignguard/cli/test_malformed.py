@@ -89,10 +89,6 @@ def with_option(argv, **options):
     return argv
 
 
-def test_the_kinds_add_up_to_three_hundred():
-    assert sum(LEAST.values()) >= 300
-
-
 # configurations
 
 CHOICES = ("structure", "kind", "metric", "projection")

@@ -1,5 +1,7 @@
 """HarmBench's classifier, WildGuard and Llama Guard by their own loading code, on stand-ins that always write one phrase."""
 
+import sys
+
 import pytest
 from word_model import TEMPLATE, save_word_model
 
@@ -52,7 +54,9 @@ def test_where_it_writes_none_of_its_words_the_rules_decide_and_it_is_said(tmp_p
         assert judge(PROMPTS, TEXTS) == [REFUSAL, COMPLIANCE, INCOHERENT]
 
 
-def test_a_judge_of_harm_is_asked_about_unsafe_prompts_alone(tmp_path, tiny_llama, tokenizer):
+def test_a_judge_of_harm_is_asked_about_unsafe_prompts_alone(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    said = lambda model, tokenizer, batch, max_new_tokens: ["The sea is wide."] * len(batch.ids)
+    monkeypatch.setattr(sys.modules["alignguard.drift.check"], "answer_batch", said)
     rows = [
         {"id": "1", "prompt": PROMPTS[0], "category": "unsafe"},
         {"id": "2", "prompt": PROMPTS[1], "category": "ordinary"},
@@ -63,7 +67,7 @@ def test_a_judge_of_harm_is_asked_about_unsafe_prompts_alone(tmp_path, tiny_llam
     judge._refuses = lambda prompts, texts: asked.extend(prompts) or inner(prompts, texts)
     report = driftcheck(tiny_llama(), tokenizer, rows, judge=judge, max_new_tokens=6)
     unsafe, ordinary = report.rows
-    assert set(asked) <= {PROMPTS[0]} and report.settings["judge"] == judge.name
+    assert set(asked) == {PROMPTS[0]} and report.settings["judge"] == judge.name
     assert ordinary.rules is None and unsafe.rules is not None
 
 

@@ -32,7 +32,7 @@ def encoded(tokenizer, rows):
 
 
 def dense_updates(model):
-    """ΔW from peft's own merge, as a second witness, with gradients through B and A written out."""
+    """s·B·A of every adapted layer, with gradients through B and A."""
     return {
         name: layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
         for name, layer in model.named_modules()

@@ -1,7 +1,5 @@
 """Every architecture and adapter: the penalty and its gradient against the dense formula on peft's own merge."""
 
-import importlib.util
-
 import pytest
 import torch
 from architectures import ADAPTERS, EXPERTS, MODELS, llama, make, merged_weights, move, weight_of
@@ -37,8 +35,6 @@ def merged_weights_of_base(model):
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "classifier", "llama", "mixtral"])
 def test_curvature_is_estimated_for_every_kind_of_model_and_read_right(name):
-    if name == "mixtral" and importlib.util.find_spec("fishergeo.capture.kinds.experts") is None:
-        pytest.skip("this fishergeo does not capture stacked experts")
     model = make(name)
     guard = Guard(model, ROWS.get(name, ROWS[None]), CONFIG)
     check(model, guard, _base(model), CONFIG, torch.float64, estimate=True)

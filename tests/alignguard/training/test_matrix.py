@@ -3,8 +3,6 @@
 ΔW is what peft's own merge makes of the trained model, less the weights that the model had before fit saw it.
 """
 
-import importlib.util
-
 import pytest
 import torch
 from architectures import EXPERTS, MODELS, TASKS, merged_weights
@@ -73,8 +71,6 @@ CASES += [(name, "lora", torch.float32) for name in MODELS] + [("llama", kind, t
 def test_after_fit_penalty_and_gradient_are_the_dense_formula_on_what_was_trained(
     name, kind, dtype, tokenizer, task_rows, alignment_rows, tmp_path
 ):
-    if name == "mixtral" and importlib.util.find_spec("fishergeo.capture.kinds.experts") is None:
-        pytest.skip("this fishergeo does not capture stacked experts")
     before, model, lora = adapted(name, kind, dtype)
     task, kept = task_rows, alignment_rows
     if name == "classifier":
