@@ -61,6 +61,7 @@ class Guard:
         schedule: when drift is measured and the curvature is estimated anew.
         budget: multiplier that meets ``max_drift``; None without it.
         curvature: leg whose Fisher the terms, the drift predicted and the report are of.
+        kl: leg that charges KL to the start; None without ``lambda_kl``.
         legs: everything that the penalty is the sum of, by name.
         start: what the model said before training at the examples held back; None where there are none.
         gauge: drift that the penalty believed in, beside the drift measured, as last compared.
@@ -96,12 +97,13 @@ class Guard:
         self.schedule = Schedule(config, len(rotating), len(held))
         self.budget = DriftBudget(config.max_drift) if config.max_drift is not None else None
         self.curvature = CurvatureLeg(self.alignment, config, self.budget, self.updates)
-        self.legs: dict[str, Leg] = {self.curvature.name: self.curvature}
+        self.kl: KLLeg | None = None
         if config.lambda_kl:
             kind = model_kind(model)
             read = [shortened(row, config.kl_tokens, kind) for row in rotating]
             moved = self.updates.distance if method == "lora" else None
-            self.legs[KLLeg.name] = KLLeg(self.alignment, config, self.budget, self._reference(read), moved)
+            self.kl = KLLeg(self.alignment, config, self.budget, self._reference(read), moved)
+        self.legs: dict[str, Leg] = {leg.name: leg for leg in (self.curvature, self.kl) if leg is not None}
         self.start = self._reference(held) if held else None
         self._whole: Reference | None = None
         self.gauge = DriftGauge()
@@ -207,8 +209,8 @@ class Guard:
         """
         self.detach()
         inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        kl = self.legs.get(KLLeg.name)
-        if not isinstance(kl, KLLeg) or not kl.remembers() or not measures(inner, kl.trained()):
+        kl = self.kl
+        if kl is None or not kl.remembers() or not measures(inner, kl.trained()):
             return False
         self._attached = inner.register_step_post_hook(lambda *_: kl.step(metric_of(inner, kl.trained())))
         kl.apart = True
@@ -219,9 +221,8 @@ class Guard:
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
-        kl = self.legs.get(KLLeg.name)
-        if isinstance(kl, KLLeg):
-            kl.apart = False
+        if self.kl is not None:
+            self.kl.apart = False
 
     def begin_step(self, step: int, task_examples: int | None = None) -> None:
         """Tell the guard which optimizer step begins; measures drift and estimates the curvature anew when due.
@@ -276,8 +277,7 @@ class Guard:
         if self.updates.base_is_reference:
             self._whole = self._whole or self._reference(self.rows)
             return self._whole
-        kl = self.legs.get(KLLeg.name)
-        return kl.reference if isinstance(kl, KLLeg) else None
+        return None if self.kl is None else self.kl.reference
 
     def _compare(self) -> None:
         """Hold the curvature against the drift of examples that the next estimate reads, where the start can be read."""
@@ -323,8 +323,7 @@ class Guard:
         for leg in self.legs.values():
             sums |= leg.terms(self.step)
         self.terms = {term: value.detach() for term, value in sums.items()}
-        kl = self.legs.get(KLLeg.name)
-        if isinstance(kl, KLLeg) and not self.uses_curvature and (compared := kl.compared()) is not None:
+        if self.kl is not None and not self.uses_curvature and (compared := self.kl.compared()) is not None:
             self.gauge.compare(*compared)
         if not sums:
             return next(self.model.parameters()).new_zeros(())
@@ -336,8 +335,7 @@ class Guard:
         ½ Σ tr(ΔWᵀFΔW) over the matrices, the drift to second order; without a term of the curvature KL's last readings, of
         the response tokens that it reads, carried on to the present ‖ΔW‖.
         """
-        kl = self.legs.get(KLLeg.name)
-        return kl.drift() if isinstance(kl, KLLeg) and not self.uses_curvature else self.curvature.drift()
+        return self.curvature.drift() if self.kl is None or self.uses_curvature else self.kl.drift()
 
     def measured_drift(self, examples: int = 16) -> float | None:
         """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.

@@ -235,8 +235,8 @@ def test_the_reference_is_asked_once_and_forgotten_beyond_its_limit(monkeypatch)
         values.append(float(guard.penalty().detach()))
     assert len(calls) == len(ROWS), "three turns of the rotation are read, then never again"
     assert values[:3] == values[3:]
-    guard.legs["kl"].reference.limit = 0
-    guard.legs["kl"].reference._kept.clear()
+    guard.kl.reference.limit = 0
+    guard.kl.reference._kept.clear()
     guard.begin_step(0)
     assert float(guard.penalty().detach()) == values[0] and len(calls) == len(ROWS) + 2
     with pytest.raises(ValueError, match="kl_cache_mb"):

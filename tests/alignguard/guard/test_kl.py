@@ -61,7 +61,7 @@ def test_between_readings_the_memory_is_the_quadratic_along_its_own_gradient():
     model, guard = guarded(rows(2), kl_every=4, kl_memory=2, kl_examples=2)
     move(model)
     guard.begin_step(4)
-    read = guard.legs["kl"].reference.divergence([0, 1])[0].mean()
+    read = guard.kl.reference.divergence([0, 1])[0].mean()
     slopes = torch.autograd.grad(read, weights(model))
     assert guard.penalty().item() == pytest.approx(read.item(), rel=1e-12)
     before = [p.detach().clone() for p in weights(model)]
@@ -95,8 +95,8 @@ def test_it_is_never_negative_and_forgets_the_oldest_first(seed, memory):
 def test_the_first_steps_are_each_read_and_then_every_so_many_none_twice_in_a_row():
     model, guard = guarded(rows(6), kl_every=3, kl_memory=2, kl_examples=1)
     places = []
-    divergence = guard.legs["kl"].reference.divergence
-    guard.legs["kl"].reference.divergence = lambda chosen: places.append(list(chosen)) or divergence(chosen)
+    divergence = guard.kl.reference.divergence
+    guard.kl.reference.divergence = lambda chosen: places.append(list(chosen)) or divergence(chosen)
     read = []
     for step in range(10):
         move(model)
@@ -161,7 +161,7 @@ def test_what_is_believed_are_the_last_readings_carried_on_to_the_present_distan
             now = carried(found, distances, far(model), kept)
             assert guard.predicted_drift() == pytest.approx(now, rel=1e-6, abs=1e-12)
         guard.penalty()
-        leg = guard.legs["kl"]
+        leg = guard.kl
         if step < 2 or step % 2 == 0:
             turn = min(step, 1) + step // 2
             with torch.no_grad():
@@ -183,7 +183,7 @@ def test_where_every_weight_trains_the_last_readings_are_what_is_believed():
         guard.begin_step(step)
         guard.penalty()
         with torch.no_grad():
-            found.append(float(guard.legs["kl"].reference.divergence(guard.alignment.places(1, step))[0].sum()))
+            found.append(float(guard.kl.reference.divergence(guard.alignment.places(1, step))[0].sum()))
             for parameter in model.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
     assert found[-1] > 0

@@ -308,7 +308,7 @@ def test_what_is_remembered_takes_no_more_of_the_tasks_gain_than_it_may(climb):
     def bounded():
         metric = metric_of(made, weights(guard.model))
         before = [p.detach().clone() for p in weights(guard.model)]
-        guard.legs["kl"].step(metric)
+        guard.kl.step(metric)
         now = weights(guard.model)
         climbed = sum(
             float(((p.detach() - b) * m.uphill(m.means)).sum()) for p, b, m in zip(now, before, metric, strict=True)
@@ -318,7 +318,7 @@ def test_what_is_remembered_takes_no_more_of_the_tasks_gain_than_it_may(climb):
 
     taken, gained = bounded()
     assert taken <= climb * gained + 1e-6 * gained
-    guard.config = guard.legs["kl"].config = dataclasses.replace(guard.config, kl_climb=None)
+    guard.config = guard.kl.config = dataclasses.replace(guard.config, kl_climb=None)
     assert bounded()[0] > climb * gained  # it would have taken more
 
 

@@ -173,7 +173,7 @@ class _Seen(TrainerCallback):
         self.apart = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.apart.append(self.trainer.guard.legs["kl"].apart)
+        self.apart.append(self.trainer.guard.kl.apart)
 
 
 def test_a_trainer_attaches_its_guard_while_it_trains(tmp_path):
@@ -187,7 +187,7 @@ def test_a_trainer_attaches_its_guard_while_it_trains(tmp_path):
 
     held, trainer = train(tmp_path, trainer=Watched, config=REMEMBERED, **ADAM)
     plain, _ = train(tmp_path, guard=False, **ADAM)
-    assert seen.apart == [True] * 3 and not trainer.guard.legs["kl"].apart
+    assert seen.apart == [True] * 3 and not trainer.guard.kl.apart
     assert (held - plain).norm() > 1e-3
     assert any(entry.get("alignguard/kl", 0) > 0 for entry in trainer.state.log_history)
     for n in (2, 4):
@@ -206,7 +206,7 @@ def test_an_adapter_in_bfloat16_is_moved_by_what_is_remembered(tmp_path):
         model = make(dtype=torch.bfloat16)
         move(model, 0.05)
         found, trainer = train(tmp_path, model=model, config=replace(REMEMBERED, lambda_kl=strength), **ADAM)
-        assert trainer.guard.legs["kl"].remembers()
+        assert trainer.guard.kl.remembers()
         seen.append(found)
     assert torch.isfinite(seen[0]).all() and (seen[0] - seen[1]).norm() > 1e-3
 
