@@ -40,22 +40,26 @@ def random_fisher(guard, dtype, structure="gram"):
     return {m.layer: operator(*m.shape) for m in guard.updates.matrices.values()}
 
 
+def leading(outputs, energy):
+    """The fewest leading eigenvectors of a matrix (p, p) that hold a share of its trace, (p, m)."""
+    values, vectors = torch.linalg.eigh(outputs.double())
+    values = values.flip(0).clamp_min(0)
+    m = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
+    return vectors.flip(1)[:, :m].to(outputs.dtype)
+
+
 def dense_penalty(guard, deltas, config):
     """The paper's terms on matrices, written out."""
     total = 0.0
     for name, delta in deltas.items():
-        layer = guard.layers[name]
-        u, weights = layer.projector.basis, layer.projector.weights
-        part = u @ (weights[:, None] * (u.mT @ delta))
+        operator = guard.layers[name].operator
+        kronecker = isinstance(operator, fg.KroneckerOperator)
+        outputs = operator.output_factor if kronecker else operator.matrix
+        u = leading(outputs, config.energy)
+        part = u @ (u.mT @ delta)
         rest = delta - part
-        if isinstance(layer.operator, fg.KroneckerOperator):
-            total = (
-                total
-                + config.lambda_alignment
-                * (part * (layer.operator.output_factor @ part @ layer.operator.input_factor)).sum()
-            )
-        else:
-            total = total + config.lambda_alignment * (part * (layer.operator.matrix @ part)).sum()
+        charged = outputs @ part @ operator.input_factor if kronecker else outputs @ part
+        total = total + config.lambda_alignment * (part * charged).sum()
         a, t = part.mT @ part, rest.mT @ rest
         eta = 1 + config.beta * torch.sigmoid(delta.abs() - config.tau)
         collision = config.alpha * (eta * (part * rest).abs()).sum() + (1 - config.alpha) * (a * t).sum() / (

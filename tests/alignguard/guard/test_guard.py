@@ -132,10 +132,10 @@ def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for name, delta in dense_updates(model).items():
-        layer = guard.layers[name]
-        u = layer.projector.basis
+        operator = guard.layers[name].operator
+        _, u = leading(operator.output_factor, config.energy)
         part = (delta if whole else u @ (u.T @ delta)).flatten()
-        dense = torch.kron(layer.operator.output_factor, layer.operator.input_factor)
+        dense = torch.kron(operator.output_factor, operator.input_factor)
         total = total + 2.0 * part @ dense @ part
     total.backward()
     torch.testing.assert_close(penalty, total, rtol=1e-10, atol=0)
