@@ -20,9 +20,7 @@ CONFIG = GuardConfig.curvature(
 )
 
 
-def train(
-    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, accumulate, guard=True, scaled=True, config=CONFIG
-):
+def train(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, accumulate, config=CONFIG):
     """Weights after three steps of SGD with 4 rows a step, in `accumulate` micro-batches."""
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     generator = torch.Generator().manual_seed(3)
@@ -39,33 +37,11 @@ def train(
     )  # fmt: skip
     trainer = GuardTrainer(
         model=model, args=arguments, train_dataset=rows, data_collator=lambda b: collate(b, 0),
-        guard=Guard(model, kept, config) if guard else None,
+        guard=Guard(model, kept, config),
     )  # fmt: skip
-    if not scaled:
-        trainer.model_accepts_loss_kwargs = False
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     return weights, trainer
-
-
-@pytest.mark.parametrize("scaled", [True, False])
-def test_accumulation_does_not_change_the_penalty(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, scaled):
-    # equal lengths, so that mean-of-means is the mean and only the penalty's own scaling is on trial
-    rows = [{"prompt": "write", "response": "Here it is."}] * 8
-    runs = {n: train(tiny_llama, tokenizer, rows, alignment_rows, tmp_path, n, scaled=scaled)[0] for n in (1, 2, 4)}
-    plain, _ = train(tiny_llama, tokenizer, rows, alignment_rows, tmp_path, 1, guard=False, scaled=scaled)
-    effect = (runs[1] - plain).norm()
-    assert effect > 1e-3, "the guard must matter here, or the test shows nothing"
-    for n in (2, 4):
-        assert (runs[n] - runs[1]).norm() < 1e-4 * effect
-
-
-def test_accumulation_over_uneven_lengths_when_the_loss_is_normalised(
-    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
-):
-    one, _ = train(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, 1)
-    two, _ = train(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, 2)
-    assert (one - two).norm() < 1e-5 * one.norm()
 
 
 def test_one_guarded_step_equals_a_loop_by_hand(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
