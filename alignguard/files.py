@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ OWN_ANSWERS = "own_answers.jsonl"  # stands in an output folder before the run b
 def write_text(path: str | Path, text: str) -> None:
     """Write to a neighbour of ``path`` and rename it over, so that a reader sees the old file or the new one.
 
+    Nothing half-written stays behind, whatever stops it.
+
     Raises:
-        OSError: the folder is missing or full; the message names the file, and nothing half-written stays behind.
+        OSError: the folder is missing or full; the message names the file.
+        ValueError: half a surrogate pair, which no file of UTF-8 holds; the message names the file.
     """
     path = Path(path).expanduser()
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,9 +38,15 @@ def write_text(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError as error:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, UnicodeEncodeError):
+            raise ValueError(
+                f"cannot write {path}: half a surrogate pair, {text[error.start]!r}, is no text"
+            ) from error
+        raise
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -48,12 +58,26 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+_REPLACEABLE: ContextVar[Path | None] = ContextVar("replaceable", default=None)
+
+
+@contextmanager
+def replaceable(path: str | Path) -> Iterator[None]:
+    """Let a :class:`ResumableLog` of another head at ``path`` begin anew: whoever allows overwriting does not know its head."""
+    token = _REPLACEABLE.set(Path(path).expanduser())
+    try:
+        yield
+    finally:
+        _REPLACEABLE.reset(token)
+
+
 class ResumableLog:
     """JSON lines that an interrupted run goes on from: a head that says what they depend on, then a line an entry.
 
     Args:
         path: the file; made where it is not there, with its folder.
-        head: JSON-able; a file of another head is refused, so that two runs never mix.
+        head: JSON-able; a file of another head is refused, so that two runs never mix, but where it is
+            :func:`replaceable`.
         fields: names that every entry has; the last line may be torn, and reading ends at the first that lacks one.
         what: contents and what they depend on, for the error.
 
@@ -72,7 +96,9 @@ class ResumableLog:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
             if lines[0] and lines[0] != kept[0]:
-                raise ValueError(f"{self.path} holds {what}; give another place, or delete this file to start anew")
+                if self.path != _REPLACEABLE.get():
+                    raise ValueError(f"{self.path} holds {what}; give another place, or delete this file to start anew")
+                lines = []
             for line in lines[1:]:
                 try:
                     entry = json.loads(line)

@@ -147,7 +147,7 @@ def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
-    """A Gaussian (size, columns) matrix in float32 that depends on seed and name only, whatever the device.
+    """A Gaussian (size, columns) matrix in float32 that depends on seed and name only, whatever the device or default dtype.
 
     Args:
         size: rows.
@@ -156,7 +156,7 @@ def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
         name: name of the layer, so that layers have independent matrices.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % (2**63))
-    return torch.randn(size, columns, generator=generator)
+    return torch.randn(size, columns, generator=generator, dtype=torch.float32)
 
 
 def directions(size: int, columns: int, seed: int, name: str, first: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from alignguard.cli.drift import add_drift, add_loading
 from alignguard.cli.start import add_start
-from alignguard.cli.yaml_config import apply_yaml, place
+from alignguard.cli.yaml_config import OrNone, apply_yaml, place, unclaimed
 from alignguard.data import TURNS, DataSource
 from alignguard.guard import GuardConfig
 
@@ -44,18 +44,26 @@ BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADire
 
 def _add_guard_fields(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
     """An option for every field; one that is not given leaves the preset's value as it is."""
-    group = parser.add_argument_group("guard")
+    group = parser.add_argument_group(
+        "guard",
+        'One that says "or none" takes the word none, or null in a file: no bound, or a choice left to the guard.',
+    )
     for field in dataclasses.fields(GuardConfig):
         if field.name == "seed" or (only is not None and field.name not in only):
             continue
-        words = f"{field.metadata['summary']} (default: {field.default})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": words}
+        optional = str(field.type).endswith(" | None")
+        usual = "none" if field.default is None else f"{field.default}, or none" if optional else field.default
+        options: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['summary']} (default: {usual})",
+        }
         if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, tuple):
             options["nargs"] = "*"
         else:
-            options["type"] = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
+            kind = {"int": int, "float": float, "str": str}[str(field.type).removesuffix(" | None")]
+            options["type"] = OrNone(kind) if optional else kind
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
@@ -91,7 +99,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         help="the same, with what the model should keep answering; of prompts alone, or packaged ones if left out, its own answers",
     )
     fit.add_argument("--output-dir", type=place, default=Path("runs/fit"), help="default: runs/fit")
-    fit.add_argument("--overwrite", action="store_true", help="allow an output folder that holds something")
+    fit.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="allow an output folder that holds something; what a run left there is removed",
+    )
     fit.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of the same run")
     fit.add_argument(
         "--save-every", type=int, default=None, help="optimizer steps between checkpoints; none if left out"
@@ -165,7 +177,7 @@ def data_source(args: argparse.Namespace, source: str | None, what: str = "") ->
             raise ValueError(f"--{prefix.replace('_', '-')}fields {text!r}: expected NAME=COLUMN")
         fields[name] = column
     if source is None:
-        if fields or split or subset:
+        if fields or split or subset or turns != "all":
             raise ValueError(f"--{prefix.replace('_', '-')}data is missing, and options say how to read it")
         return None
     return DataSource(source, split, subset, fields, turns)
@@ -177,17 +189,27 @@ def _required(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is missing")
 
 
-def _claim(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"--output {path} exists; choose another or allow overwriting (--overwrite)")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {path}: no such folder: {path.parent}")
+def _check_plain(args: argparse.Namespace) -> None:
+    """Refuse what is said of the guard to a run without one, wherever it is said.
+
+    Raises:
+        ValueError: named one by one.
+    """
+    of_guard = [field.name for field in dataclasses.fields(GuardConfig) if field.name != "seed" and field.name in args]
+    reading = ("alignment_data", "alignment_split", "alignment_subset", "alignment_fields")
+    of_guard += [name for name in (*reading, "offload", "fisher") if getattr(args, name) is not None]
+    usual = {"alignment_turns": "all", "preset": "default"}
+    of_guard += [name for name, value in usual.items() if getattr(args, name) != value]
+    if args.plain and of_guard:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in of_guard)
+        raise ValueError(f"{named}: of the guard, and --plain trains without it; leave one or the other out")
 
 
 def _fit(args: argparse.Namespace) -> None:
     from alignguard.training import activation_bytes, fit, plan_text, prepare, seconds_of_step
 
     _required(args, "model", "task_data")
+    _check_plain(args)
     config = _guard_config(args, PRESETS[args.preset])
     targets = args.target_modules
     given = {
@@ -227,7 +249,8 @@ def _fisher(args: argparse.Namespace) -> None:
 
     _required(args, "model", "data", "output")
     config = _guard_config(args, GuardConfig.curvature)
-    _claim(args.output, args.overwrite)
+    for path in (args.output, origin_path(args.output)):
+        unclaimed("--output", path, args.overwrite)
     model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
     fisher = write_fisher(
         args.output,

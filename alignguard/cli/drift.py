@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
-from alignguard.cli.yaml_config import place
+from alignguard.cli.yaml_config import place, unclaimed
 from alignguard.drift import JUDGES
 
 
@@ -56,7 +56,7 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--output", type=place, default=None, help="the report as JSON; interrupted runs go on from it")
     drift.add_argument("--html", type=place, default=None, help="the report as a page")
     drift.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    drift.add_argument("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
+    drift.add_argument("--batch-size", type=int, default=None, help="prompts answered together (default: 32)")
     drift.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: 32)")
     drift.add_argument("--capability-tokens", type=int, default=128, help="longest answer to a capability prompt")
     drift.set_defaults(run=run_driftcheck)
@@ -70,9 +70,9 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     prompts.add_argument(
         "--source", nargs="+", default=[], metavar="NAME=FILE", help="read a source from a local file, not the hub"
     )
-    prompts.add_argument("--safe", type=int, default=5000, help="of the paper's recipe (default: 5000)")
-    prompts.add_argument("--unsafe", type=int, default=5000, help="of the paper's recipe (default: 5000)")
-    prompts.add_argument("--capability", type=int, default=200, help="of the capability recipe (default: 200)")
+    prompts.add_argument("--safe", type=int, default=None, help="of the paper's recipe (default: 5000)")
+    prompts.add_argument("--unsafe", type=int, default=None, help="of the paper's recipe (default: 5000)")
+    prompts.add_argument("--capability", type=int, default=None, help="of the capability recipe (default: 200)")
     prompts.add_argument("--seed", type=int, default=0, help="of what is drawn from the sources (default: 0)")
     prompts.set_defaults(run=run_prompts)
 
@@ -87,14 +87,9 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     return {"driftcheck": drift, "prompts": prompts, "compare": compare}
 
 
-def _unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
-    if path is not None and path.exists() and not overwrite:
-        raise FileExistsError(f"{option} {path} exists; choose another or allow overwriting (--overwrite)")
-    if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: no such folder: {path.parent}")
-
-
-OF_WEIGHTS = ("adapter", "base", "alignment_data", "task_data", "likelihoods", "tokenizer", "trust_remote_code")
+OF_WEIGHTS = (
+    "adapter", "base", "alignment_data", "task_data", "likelihoods", "tokenizer", "trust_remote_code", "batch_size",
+)  # fmt: skip
 
 OF_ENDPOINT = {"key_variable": "key_variable", "workers": "workers", "requests_per_minute": "per_minute"}
 
@@ -113,7 +108,7 @@ def _endpoint(args: argparse.Namespace) -> Any:
             raise ValueError(f"--{next(iter(given)).replace('_', '-')} is of --endpoint, which is missing")
         return None
     for name in OF_WEIGHTS:
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} needs the model's weights; leave it out with --endpoint")
     return Endpoint(args.endpoint, args.model, **{OF_ENDPOINT[name]: value for name, value in given.items()})
 
@@ -126,12 +121,19 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     """
     from alignguard.data import DataSource, read_text
     from alignguard.drift import DriftReport, driftcheck, driftcheck_endpoint, load_prompts, make_judge
+    from alignguard.files import replaceable
     from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
 
-    _unclaimed("--output", args.output, args.overwrite)
-    _unclaimed("--html", args.html, args.overwrite)
+    unclaimed("--output", args.output, args.overwrite)
+    unclaimed("--html", args.html, args.overwrite)
+    answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
+    for taken, what in ((args.output, "the report"), (answers, "its answers while it is made")):
+        if taken is not None and args.html is not None and taken.resolve() == args.html.resolve():
+            raise ValueError(f"--html {args.html}: --output puts {what} there; name another file")
     endpoint = _endpoint(args)
+    if args.base is not None and args.alignment_data is None and not args.likelihoods:
+        raise ValueError(f"--base {args.base}: of --alignment-data and --likelihoods, and neither is given")
     if args.adapter is not None and not (args.adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--adapter: no adapter_config.json in {args.adapter}")  # before the model is read
     before = DriftReport.load(args.before) if args.before is not None else None
@@ -144,7 +146,6 @@ def run_driftcheck(args: argparse.Namespace) -> None:
         raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
     form = None if args.judge_form is None else read_text(args.judge_form)
     judge = make_judge(args.judge, args.judge_model, args.judge_labels, form)
-    answers = args.output.with_name(f"{args.output.name}.answers.jsonl") if args.output is not None else None
     asking: dict[str, Any] = {
         "judge": judge,
         "system": args.system,
@@ -154,24 +155,25 @@ def run_driftcheck(args: argparse.Namespace) -> None:
         "progress": True,
         "resume": answers,
     }
-    if endpoint is not None:
-        report = driftcheck_endpoint(endpoint, rows, **asking)
-    else:
-        model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
-        if args.adapter is not None:
-            model = load_adapter(model, args.adapter)
-        base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
-        report = driftcheck(
-            model.eval(),
-            tokenizer,
-            rows,
-            base=base,
-            alignment=args.alignment_data,
-            task=args.task_data,
-            likelihoods=args.likelihoods,
-            batch_size=args.batch_size,
-            **asking,
-        )
+    with replaceable(answers) if answers is not None and args.overwrite else nullcontext():
+        if endpoint is not None:
+            report = driftcheck_endpoint(endpoint, rows, **asking)
+        else:
+            model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
+            if args.adapter is not None:
+                model = load_adapter(model, args.adapter)
+            base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
+            report = driftcheck(
+                model.eval(),
+                tokenizer,
+                rows,
+                base=base,
+                alignment=args.alignment_data,
+                task=args.task_data,
+                likelihoods=args.likelihoods,
+                batch_size=32 if args.batch_size is None else args.batch_size,
+                **asking,
+            )
     print(report.table())
     start = before or (report if args.adapter is None else None)
     if start is not None and (caution := start.caution()):
@@ -189,12 +191,20 @@ def run_driftcheck(args: argparse.Namespace) -> None:
             write_drift(args.html, before, report)
 
 
+RECIPE_SIZES = {"paper": ("safe", "unsafe"), "capability": ("capability",)}
+
+
 def run_prompts(args: argparse.Namespace) -> None:
     """Build a prompt set and say what is in it."""
     from alignguard.drift import build_prompts
     from alignguard.tables import text_table
 
-    _unclaimed("--output", args.output, args.overwrite)
+    unclaimed("--output", args.output, args.overwrite)
+    for recipe, names in RECIPE_SIZES.items():
+        for name in names:
+            if recipe != args.recipe and getattr(args, name) is not None:
+                raise ValueError(f"--{name} is of --recipe {recipe}, not of {args.recipe}; leave it out")
+    sizes = {name: size for name in RECIPE_SIZES[args.recipe] if (size := getattr(args, name)) is not None}
     local: dict[str, str] = {}
     for text in args.source:
         name, sign, path = text.partition("=")
@@ -205,10 +215,8 @@ def run_prompts(args: argparse.Namespace) -> None:
         args.recipe,
         args.output,
         local=local,
-        safe=args.safe,
-        unsafe=args.unsafe,
-        capability=args.capability,
         seed=args.seed,
+        **sizes,
     )
     rows = [(name, str(count)) for name, count in counts.items()]
     print(text_table({"source": "left", "prompts": "right"}, rows, header=False))
@@ -219,7 +227,7 @@ def run_compare(args: argparse.Namespace) -> None:
     from alignguard.drift import DriftReport
     from alignguard.pages import compare_text, side_by_side, write_drift
 
-    _unclaimed("--html", args.html, args.overwrite)
+    unclaimed("--html", args.html, args.overwrite)
     before = DriftReport.load(args.before)
     if len(args.after) > 1:
         if args.html is not None:

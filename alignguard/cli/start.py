@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alignguard.cli.yaml_config import place
+from alignguard.cli.yaml_config import place, unclaimed
 
 LONGEST = 2048  # most tokens of a task example that a written file asks for
 SHELLS = ("bash", "zsh", "fish")
@@ -38,8 +38,7 @@ def run_init(args: argparse.Namespace) -> None:
     from alignguard.loading import kind_of, load_tokenizer
     from alignguard.training import DEFAULT_TRAINING
 
-    if args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"--output {args.output} exists; choose another or allow overwriting (--overwrite)")
+    unclaimed("--output", args.output, args.overwrite)
     kind = kind_of(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
     rows = encode_source(args.task_data, "--task-data", tokenizer, kind, LONGEST)

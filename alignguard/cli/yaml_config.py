@@ -1,8 +1,10 @@
-"""Options of a command from a YAML file."""
+"""Values of a command's options, typed or from a YAML file, and the files that they name."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,47 @@ def place(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
+@dataclass(frozen=True)
+class OrNone:
+    """A value of ``kind``, or None where ``none`` is typed.
+
+    Attributes:
+        kind: what reads any other word.
+    """
+
+    kind: Callable[[str], Any]
+
+    def __call__(self, text: Any) -> Any:
+        """The value of a word."""
+        return None if isinstance(text, str) and text.strip().lower() == "none" else self.kind(text)
+
+    def __repr__(self) -> str:  # argparse shows it where a word is no value
+        return f"{getattr(self.kind, '__name__', self.kind)} or none"
+
+
+def unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
+    """Refuse a file that cannot be written, or that stands there already; nothing is touched.
+
+    Raises:
+        FileExistsError: it is there and ``overwrite`` is false, or a folder is.
+        FileNotFoundError: its folder is not there.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise FileExistsError(f"{option} {path} exists and is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{option} {path} exists; choose another or allow overwriting (--overwrite)")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: no such folder: {path.parent}")
+
+
 def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Make the values of a YAML file the defaults of a command.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a mapping, an unknown option, or a value of another kind; each
-            is named.
+        FileNotFoundError, ValueError: no such file, not a mapping, an option that is unknown or stands there twice, or a
+            value of another kind; each is named.
     """
     try:
         text = read_text(path)
@@ -36,7 +73,10 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected options and values, found {type(values).__name__}")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    spelled = [str(key).replace("-", "_") for key in values]
+    if twice := sorted({name for name in spelled if spelled.count(name) > 1}):
+        raise ValueError(f"--config {path}: {twice} stand there twice, with _ and with -")
+    values = dict(zip(spelled, values.values(), strict=True))
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     if unknown := sorted(set(values) - set(actions)):
         raise ValueError(f"--config {path}: unknown options {unknown}")
@@ -48,10 +88,12 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
 def _value(action: argparse.Action, value: Any, where: str) -> Any:
     """A YAML value as the command line would have read it."""
     if value is None:
-        return action.default
+        if isinstance(action.type, OrNone) or action.default is None:
+            return None
+        raise ValueError(f"{where} cannot be null; give a value, or leave the line out")
     if action.nargs in ("*", "+"):
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, not {value!r}")
+        if not isinstance(value, list) or (action.nargs == "+" and not value):
+            raise ValueError(f"{where} must be a list{'' if action.nargs == '*' else ' of something'}, not {value!r}")
         return [_value_of(action, item, where) for item in value]
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -61,13 +103,13 @@ def _value(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def _value_of(action: argparse.Action, value: Any, where: str) -> Any:
-    kind = action.type
-    if isinstance(value, (dict, list)) or (isinstance(value, bool) and kind in (int, float)):
+    kind = action.type.kind if isinstance(action.type, OrNone) else action.type
+    if isinstance(value, (dict, list, bool)) or value is None:  # of words, YAML reads yes, no, on and off as bool
         raise ValueError(f"{where} cannot be {value!r}")
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{where} must be a whole number, not {value!r}")
     try:
-        read = kind(value) if callable(kind) else str(value)
+        read = action.type(value) if callable(action.type) else str(value)
     except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{where} cannot be {value!r}") from error
     if action.choices is not None and read not in action.choices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,5 +72,5 @@ def supervised_tokens(row: Encoded) -> int:
 
 
 def collator(pad_token_id: int, kind: str) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
-    """:func:`pad_rows` for a Trainer."""
-    return lambda rows: pad_rows(rows, pad_token_id, kind)
+    """:func:`pad_rows` for a Trainer; it can be pickled, as a loader's workers need where they are not forked."""
+    return partial(pad_rows, pad_token_id=pad_token_id, kind=kind)

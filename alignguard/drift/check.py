@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from alignguard.data import Source, load_conversations
+from alignguard.data import Source, as_source, check_system, check_text, encode_source
 from alignguard.drift.generation import (
     Answers,
     answer_batch,
@@ -20,6 +20,7 @@ from alignguard.drift.generation import (
 )
 from alignguard.drift.judges import Judge
 from alignguard.drift.likelihood import (
+    LONGEST,
     led_by,
     measured_kl,
     refusal_margins,
@@ -31,6 +32,7 @@ from alignguard.drift.report import DriftReport
 from alignguard.drift.rules import INCOHERENT
 from alignguard.drift.verdicts import judged_rows
 from alignguard.loading import adapter_off
+from alignguard.objective import model_kind
 
 
 def _base_nll(
@@ -55,13 +57,16 @@ def _base_nll(
     return found
 
 
-def _read(source: Source | None, name: str) -> Source | None:
-    """A source that has been read once and found whole, before anything long starts."""
+def _read(model: Any, tokenizer: Any, source: Source | None, name: str, system: str | None) -> Source | None:
+    """A source after its system prompt, read and rendered once and found whole, before anything long starts."""
     if source is None:
         return None
-    kept = list(source) if isinstance(source, Iterator) else source
-    load_conversations(kept, name)
-    return kept
+    given = as_source(source)
+    if isinstance(given.source, Iterator):  # it is read again when it is measured
+        given = replace(given, source=list(given.source))
+    rows = led_by(system, tokenizer, given, name)
+    encode_source(rows, name, tokenizer, "seq2seq" if model_kind(model) == "seq2seq" else "causal", LONGEST)
+    return rows
 
 
 def driftcheck(
@@ -133,7 +138,11 @@ def driftcheck(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
     rows = load_prompts(prompts, limit)
-    alignment, task = _read(alignment, "alignment"), _read(task, "task")
+    if system is not None:
+        check_system(system)
+        check_text(system, "system")
+    alignment = _read(model, tokenizer, alignment, "alignment", system)
+    task = _read(model, tokenizer, task, "task", system)
     if base is None and (alignment is not None or (likelihoods and hasattr(model, "disable_adapter"))):
         with adapter_off(model):
             pass
@@ -143,7 +152,8 @@ def driftcheck(
     if system is not None:
         settings["system"] = system
     plan = plan_answers(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens, system)
-    answers = Answers(resume, fingerprint(model, rows, settings) if resume is not None else "")
+    batches = [batch for _, batch in plan]
+    answers = Answers(resume, "" if resume is None else fingerprint(model, tokenizer, rows, batches, settings))
     texts = [row["prompt"] for row in rows]
     with tqdm(total=len(rows), desc="driftcheck", unit="prompt", disable=not progress) as bar:
         for tokens, batch in plan:
@@ -169,9 +179,9 @@ def driftcheck(
                     extra[i]["verdict"] = INCOHERENT
     kl = score = None
     if alignment is not None:
-        kl = measured_kl(model, base, tokenizer, led_by(system, tokenizer, alignment, "alignment"))
+        kl = measured_kl(model, base, tokenizer, alignment)
     if task is not None:
-        score = task_score(model, tokenizer, led_by(system, tokenizer, task, "task"))
+        score = task_score(model, tokenizer, task)
     found = tuple(replace(row, **more) for row, more in zip(found, extra, strict=True))
     learned = {"accuracy": score.accuracy, "loss": score.loss} if score is not None else None
     return DriftReport(found, settings, kl, learned)

@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
-from alignguard.data import check_system
+from alignguard.data import check_system, check_text
 from alignguard.drift.generation import Answers, asked_digest
 from alignguard.drift.judges import Judge
 from alignguard.drift.prompts import Prompts, load_prompts
@@ -106,7 +106,8 @@ class Endpoint:
             raise ValueError(f"{self.address} gave no chat completion: {said[:200]!r}") from error
         if isinstance(content, list):
             content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-        return str(content or "").strip()
+        # A server may cut an emoji in half; what is left of it is shown as a decoder of UTF-8 would.
+        return str(content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -196,6 +197,7 @@ def driftcheck_endpoint(
         settings["capability_tokens"] = capability_tokens
     if system is not None:
         check_system(system)
+        check_text(system, "system")
         settings["system"] = system
     answers = Answers(resume, asked_digest(rows, settings).hexdigest() if resume is not None else "")
     left = [row for row in rows if row["id"] not in answers.known]

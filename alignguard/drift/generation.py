@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """A configuration of our own: what a model ships (sampling, penalties) must not change a measurement."""
+    """A configuration of our own; of what a model ships only where its answers begin and end is taken over."""
     own = getattr(model, "generation_config", None)
     ends: list[int] = []
     for value in (tokenizer.eos_token_id, getattr(own, "eos_token_id", None)):
@@ -102,6 +103,25 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig
         forced_bos_token_id=getattr(own, "forced_bos_token_id", None),
         pad_token_id=pad_id(tokenizer),
     )
+
+
+@contextmanager
+def _unbiased(model: Any) -> Iterator[None]:
+    """Put aside what the model, and models inside it, ship for generation: sampling, penalties, tokens held back.
+
+    ``generate`` fills whatever the configuration that it is given leaves at None from the model's own, and for most of
+    these None is the only value that does nothing.
+    """
+    own = [
+        (module, vars(module)["generation_config"]) for module in model.modules() if "generation_config" in vars(module)
+    ]
+    try:
+        for module, _ in own:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, config in own:
+            module.generation_config = config
 
 
 def _starts(model: Any) -> int | None:
@@ -135,24 +155,44 @@ def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens:
     rows = [{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in batch.ids]
     # A decoder's answer goes on from its prompt's last token; an encoder counts positions from its prompt's first.
     inputs = collate(rows, pad_id(tokenizer), side="right" if kind == "seq2seq" else "left")
-    with evaluation_mode(model):
+    greedy = _greedy(model, tokenizer, max_new_tokens)
+    with evaluation_mode(model), _unbiased(model):
         out = model.generate(
             input_ids=inputs["input_ids"].to(device),
             attention_mask=inputs["attention_mask"].to(device),
-            generation_config=_greedy(model, tokenizer, max_new_tokens),
+            generation_config=greedy,
         )
     answers = out[:, 1 if kind == "seq2seq" else inputs["input_ids"].shape[1] :].tolist()
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
 def asked_digest(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> hashlib._Hash:
-    """A SHA-256 of prompts and settings, to which more may be added."""
-    return hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"]] for r in rows]]).encode())
+    """A SHA-256 of prompts, their categories and settings, to which more may be added."""
+    # An answer's room depends on the category, and so does whether the model's own may be kept.
+    return hashlib.sha256(json.dumps([settings, [[r["id"], r["prompt"], r["category"]] for r in rows]]).encode())
 
 
-def fingerprint(model: Any, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """What answers depend on: weights (by sums, cheap and enough to tell two runs apart), prompts and settings."""
+def fingerprint(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    batches: Iterable[PromptBatch],
+    settings: dict[str, Any],
+) -> str:
+    """What answers depend on.
+
+    Args:
+        model: its weights count by sums, which are cheap and enough to tell two runs apart.
+        tokenizer: where an answer ends is read from it.
+        rows: prompts and their categories.
+        batches: the prompts as the model reads them, from :func:`plan_batches`; which stand together does not count.
+        settings: whatever else.
+    """
     digest = asked_digest(rows, settings)
+    read = sorted((place, ids) for batch in batches for place, ids in zip(batch.indices, batch.ids, strict=True))
+    greedy = _greedy(model, tokenizer, 1)
+    bounds = [greedy.eos_token_id, greedy.decoder_start_token_id, greedy.forced_bos_token_id]
+    digest.update(json.dumps([read, bounds]).encode())
     with torch.no_grad():
         for name, weight in model.named_parameters():
             flat = weight.detach().double() if weight.is_floating_point() else weight.detach()
@@ -169,14 +209,17 @@ class Answers:
         fingerprint: what the answers depend on.
 
     Raises:
-        ValueError: the file holds answers of another model, prompts or settings.
+        ValueError: the file holds answers of another model, tokenizer, prompts or settings, or an earlier version's.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
         self.known: dict[str, str] = {}
         self._log: ResumableLog | None = None
         if path is not None:
-            what = "answers of another model, other prompts or other settings"
+            what = (
+                "answers of another model, tokenizer or chat template, to other prompts or with other settings, or an "
+                "earlier version's"
+            )
             self._log = ResumableLog(path, {"driftcheck": fingerprint}, ("id", "text"), what)
             self.known = {entry["id"]: entry["text"] for entry in self._log.entries}
 

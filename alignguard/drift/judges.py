@@ -266,7 +266,14 @@ class PublishedJudge:
         return tuple(render_prompt(self.tokenizer, turns))
 
 
-JUDGES = ("rules", "classifier", "chat", *PUBLISHED)
+READS: dict[str, tuple[str, ...]] = {
+    "rules": (),
+    "classifier": ("model", "refusal_labels"),
+    "chat": ("model",),
+    **{kind: ("model", "form") for kind in PUBLISHED},
+}  # a kind of judge, and the arguments of make_judge that it reads
+
+JUDGES = tuple(READS)
 
 
 def make_judge(
@@ -284,10 +291,21 @@ def make_judge(
         form: text in which a published judge is asked.
 
     Raises:
-        ValueError: an unknown kind, or one that needs a model or a form and got none.
+        ValueError: an unknown kind, one that needs a model or a form and got none, or an argument that it does not read.
     """
-    if kind not in JUDGES:
+    if kind not in READS:
         raise ValueError(f"judge must be one of {', '.join(JUDGES)}, not {kind!r}")
+    given = {
+        "model": (model, "--judge-model"),
+        "refusal_labels": (refusal_labels, "--judge-labels"),
+        "form": (form, "--judge-form"),
+    }
+    for name, (value, option) in given.items():
+        if value is not None and name not in READS[kind]:
+            readers = ", ".join(judge for judge, names in READS.items() if name in names)
+            raise ValueError(
+                f"judge {kind!r} reads no {name} ({option}); leave it out, or choose a judge that reads it (--judge): {readers}"
+            )
     if kind == "rules":
         return RuleJudge()
     if model is None:

@@ -8,6 +8,7 @@ refusal, as a model says that to harmless requests too. How often the rules agre
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -281,9 +282,11 @@ _LETTER = re.compile(r"(?<![A-Za-z'])([A-Z])(?![A-Za-z'])")
 def final_number(text: str) -> float | None:
     """The last number of a text, as GSM8K is scored; thousands commas and a dollar sign are read over."""
     found = _NUMBER.findall(text)
-    if not found:
-        return None
-    return float(found[-1].replace(",", "").replace("$", "").replace("−", "-"))
+    return _value(found[-1]) if found else None
+
+
+def _value(written: str) -> float:
+    return float(written.replace(",", "").replace("$", "").replace("−", "-"))
 
 
 def chosen_option(text: str) -> str | None:
@@ -295,21 +298,51 @@ def chosen_option(text: str) -> str | None:
     return alone.group(1) if alone else None
 
 
+def right_number(answer: str) -> float:
+    """The number that a right answer is, written as :func:`final_number` reads one.
+
+    Raises:
+        ValueError: it is none, or not finite, so that no text would be right.
+    """
+    try:
+        value = _value(answer)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"the right 'answer' {answer!r:.80} is no number, which match='number' compares")
+    return value
+
+
+def right_option(answer: str) -> str:
+    """The letter that a right answer is, a capital.
+
+    Raises:
+        ValueError: it is none from A to Z, so that no text would be right.
+    """
+    if not re.fullmatch("[A-Za-z]", answer):
+        raise ValueError(f"the right 'answer' {answer!r:.80} is no letter from A to Z, which match='choice' compares")
+    return answer.upper()
+
+
 def is_right(row: Mapping[str, Any], text: str) -> bool:
     """Whether ``text`` answers a capability row rightly.
 
     Args:
         row: holds ``answer``, and ``match``: ``"words"`` (the default: the answer stands in the text as whole words),
-            ``"number"`` (the text's last number equals it) or ``"choice"`` (the option letter that the text names).
+            ``"number"`` (the text's last number equals it; thousands commas and a dollar sign of either are read over)
+            or ``"choice"`` (the option letter that the text names).
         text: the model's answer.
 
     Returns:
         Whether it does.
+
+    Raises:
+        ValueError: an ``answer`` that is no number, or no letter, where ``match`` compares such.
     """
     answer, match = str(row["answer"]).strip(), row.get("match", "words")
     if match == "number":
-        found = final_number(text)
-        return found is not None and abs(found - float(answer.replace(",", ""))) < 1e-6
+        found, wanted = final_number(text), right_number(answer)
+        return found is not None and abs(found - wanted) < 1e-6
     if match == "choice":
-        return chosen_option(text) == answer.upper()
+        return chosen_option(text) == right_option(answer)
     return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text.lower()) is not None

@@ -378,6 +378,7 @@ class Guard:
         state["gauge"] = self.gauge.state_dict()
         state["budget"] = None if self.budget is None else self.budget.state_dict()
         state["reference"] = self.updates.references()
+        state["base_is_reference"] = self.updates.base_is_reference
         for leg in self.legs.values():
             state |= leg.state_dict()
         return state
@@ -390,7 +391,8 @@ class Guard:
 
         Raises:
             KeyError, TypeError: a value is missing, or is of another kind.
-            ValueError: of another configuration, of another model, or a counter is no number.
+            ValueError: of another configuration, of another model, of a run that began at other weights than this guard was
+                made on, or a counter is no number.
         """
         kept, ours = (json.loads(json.dumps(config)) for config in (state["config"], self.config.to_dict()))
         if differ := sorted(name for name in ours if kept.get(name) != ours[name]):
@@ -399,7 +401,7 @@ class Guard:
         try:
             for leg in self.legs.values():
                 leg.load_state_dict(state)
-            self.updates.restore(state["reference"])
+            self._restore(state["reference"], state["base_is_reference"])
         except ValueError as error:
             raise ValueError(f"of another model ({error})") from error
         self.schedule.load_state_dict(state)
@@ -407,3 +409,14 @@ class Guard:
         self.gauge.load_state_dict(state["gauge"])
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
+
+    def _restore(self, references: dict[str, Tensor], base_is_reference: bool) -> None:
+        """Take the start that a resumed run is measured from."""
+        if not isinstance(base_is_reference, bool):
+            raise TypeError(f"base_is_reference must be true or false, not {base_is_reference!r}")
+        switched = base_is_reference and not self.updates.base_is_reference
+        self.updates.restore(references, base_is_reference)
+        if switched:
+            for reference in (self.start, None if self.kl is None else self.kl.reference):
+                if reference is not None:
+                    reference.switch()

@@ -48,6 +48,10 @@ class Reference:
                     "give fewer examples"
                 )
 
+    def switch(self) -> None:
+        """Forget what was read: the model with its adapter off turned out to be the model before training."""
+        self.switchable, self._kept, self._bytes = True, {}, 0
+
     def _read(self, place: int) -> Tensor:
         if place in self._kept:
             return self._kept[place]

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from alignguard.data import read_text
-from alignguard.guard import Guard, GuardConfig
+from alignguard.files import readable
+from alignguard.guard import Guard, GuardConfig, is_number
+from alignguard.guard.config import FLAG, Requirement, one_of, whole
 from alignguard.training import DriftCallback, make_guard
 
 PRESETS: dict[str, Callable[..., GuardConfig]] = {
@@ -18,6 +20,16 @@ PRESETS: dict[str, Callable[..., GuardConfig]] = {
     "curvature": GuardConfig.curvature,
     "combined": GuardConfig.combined,
     "paper": GuardConfig.paper,
+}
+
+
+REQUIREMENTS = {
+    "preset": one_of(tuple(PRESETS)),
+    "config": Requirement("map fields of GuardConfig to values", lambda value: isinstance(value, Mapping)),
+    "drift_every": whole(1),
+    "max_drift": Requirement("be a positive number of nats", lambda value: is_number(value) and value > 0),
+    "driftcheck": FLAG,
+    "limit": whole(1),
 }
 
 
@@ -30,9 +42,9 @@ class Options:
         preset: guard that ``config`` changes.
         config: fields of :class:`alignguard.GuardConfig`.
         drift_every: optimizer steps between two readings of DriftCheck while training; None takes none.
-        max_drift: nats a response above which such a reading stops the run.
+        max_drift: nats a response above which such a reading stops the run; None never stops it.
         driftcheck: whether DriftCheck's report is written after training.
-        limit: prompts of each category that are asked then and while training.
+        limit: prompts of each category that are asked then and while training; None asks all.
     """
 
     alignment_data: str | None = None
@@ -48,26 +60,49 @@ class Options:
         """Options of a mapping, or of a YAML file that holds one.
 
         Raises:
-            TypeError, ValueError: an unknown option or preset, or a field of the guard that is wrong; named.
+            TypeError, ValueError: a file that cannot be read, an unknown option, one that is wrong or that nothing would
+                read beside the others, or a field of the guard that is; named.
         """
         if isinstance(given, (str, Path)):
-            given = yaml.safe_load(read_text(given))
+            text = read_text(given)
+            with readable(f"alignguard: {given}", "give options and values as YAML"):
+                given = yaml.safe_load(text)
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"alignguard: expected options and values, found {type(given).__name__}")
-        given = {name: value for name, value in dict(given or {}).items() if value is not None}
-        if unknown := sorted(set(given) - {field.name for field in fields(cls)}):
+        given = dict(given or {})
+        if unknown := sorted(set(map(str, given)) - {field.name for field in fields(cls)}):
             raise ValueError(
                 f"alignguard: unknown options {unknown}; there are {[field.name for field in fields(cls)]}"
             )
         made = cls(**given)
-        if made.preset not in PRESETS:
-            raise ValueError(f"alignguard: preset must be one of {', '.join(PRESETS)}, not {made.preset!r}")
+        for field in fields(cls):
+            value, requirement = getattr(made, field.name), REQUIREMENTS.get(field.name)
+            optional = value is None and str(field.type).endswith("| None")
+            if requirement is not None and not (optional or requirement.met(value)):
+                raise ValueError(f"alignguard: {field.name} must {requirement.words}, not {value!r}")
+        if made.drift_every is None and made.max_drift is not None:
+            raise ValueError(
+                "alignguard: max_drift stops the run at a reading of DriftCheck, and there is none; give drift_every too, "
+                "or give it in config, where it is the guard's budget"
+            )
+        if made.drift_every is None and not made.driftcheck and "limit" in given:
+            raise ValueError("alignguard: limit is of DriftCheck, and neither drift_every nor driftcheck asks for it")
         made.guard_config()
         return made
 
     def guard_config(self) -> GuardConfig:
-        """The guard's strengths and schedule."""
-        return PRESETS[self.preset](**dict(self.config or {}))
+        """The guard's strengths and schedule.
+
+        Raises:
+            TypeError, ValueError: an unknown field, one that is wrong, or one of the Fisher where no term reads it; named.
+        """
+        config = PRESETS[self.preset](**dict(self.config or {}))
+        if idle := config.unread():
+            raise ValueError(
+                f"alignguard: config: {', '.join(idle)}: set, and no term reads the Fisher; give lambda_alignment too, or "
+                "preset: curvature"
+            )
+        return config
 
     def guard(self, model: Any, tokenizer: Any) -> Guard:
         """The guard, made once the tool has put its adapter on."""

@@ -4,12 +4,15 @@ from alignguard.loading.adapters import (
     ROUTER,
     adapt,
     adapter_off,
+    check_bare,
     check_weights,
     default_lora,
     load_adapter,
     lora_config,
     moves_base,
     put_on,
+    settle,
+    taken_off_again,
 )
 from alignguard.loading.models import check_device, kind_of, load_model, load_tokenizer, load_weights
 
@@ -17,6 +20,7 @@ __all__ = [
     "ROUTER",
     "adapt",
     "adapter_off",
+    "check_bare",
     "check_device",
     "check_weights",
     "default_lora",
@@ -28,4 +32,6 @@ __all__ = [
     "lora_config",
     "moves_base",
     "put_on",
+    "settle",
+    "taken_off_again",
 ]

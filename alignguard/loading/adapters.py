@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from alignguard.files import readable
 from alignguard.objective import model_kind
@@ -78,6 +81,43 @@ def adapt(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> Pef
             )
         return model
     return put_on(model, lora_config(model, lora))
+
+
+def check_bare(model: Any) -> None:
+    """Refuse a model inside which layers of an adapter stand: peft puts them there in place, and they stay.
+
+    Another adapter would train together with them and be saved without them.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                f"model: this object carries layers of an adapter already ({name}), which an earlier run or get_peft_model "
+                "put there in place; load it anew, or pass what unload() of its PeftModel returns. To go on training that "
+                "adapter, pass the PeftModel"
+            )
+
+
+@contextmanager
+def taken_off_again(adapted: Any, model: Any) -> Iterator[None]:
+    """Take a fresh adapter off where what follows fails, so that the model given can be given again.
+
+    One whose start moved the base weights stays on, and :func:`check_bare` refuses that model: its weights are no longer
+    what they were.
+
+    Args:
+        adapted: what :func:`adapt` or :func:`put_on` made.
+        model: what it was made of, or the same object where nothing was put on.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(ValueError):  # a start that is not known here may have moved them too
+            if adapted is not model and not any(moves_base(adapted, name) for name in adapted.active_adapters):
+                adapted.unload()
+        raise
 
 
 def lora_config(model: Any, lora: LoraConfig | Mapping[str, Any] | None = None) -> LoraConfig:
@@ -157,6 +197,29 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
     if spoilt := [n for n, t in stored.items() if not (t.is_floating_point() and bool(torch.isfinite(t).all()))]:
         raise ValueError(f"adapter {folder}: {spoilt[0]} is not finite numbers; its run failed, so train it again")
     return adapted
+
+
+def settle(folder: Path, active: list[str]) -> None:
+    """Put what peft saved where it is looked for: the only active adapter in the folder itself, of several none there.
+
+    peft puts an adapter named "default" there, trained or not, and any other into a folder of its name, where
+    ``PeftModel.from_pretrained`` does not find it. Of several active adapters the sum is the model, and one alone another.
+
+    Args:
+        folder: what ``PeftModel.save_pretrained`` wrote.
+        active: names of the model's active adapters.
+    """
+    of_default = [file for file in folder.glob("adapter_*") if file.is_file()]
+    if len(active) > 1 and "default" in active:
+        (folder / "default").mkdir()
+        for file in of_default:
+            file.rename(folder / "default" / file.name)
+    elif len(active) == 1 and active != ["default"]:
+        for file in of_default:
+            file.unlink()
+        for file in (folder / active[0]).iterdir():
+            file.replace(folder / file.name)
+        (folder / active[0]).rmdir()
 
 
 def check_weights(folder: Path, stored: set[str], adapted: PeftModel) -> None:

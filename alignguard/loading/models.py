@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from alignguard.files import readable
+from alignguard.loading.adapters import check_bare
 from alignguard.objective import base_model, model_kind
 
 
@@ -76,9 +77,11 @@ def load_weights(model: Any, trust_remote_code: bool = False) -> Any:
     """The model itself, or read from its folder, GGUF file or hub name; one out of a GGUF file is an ordinary one.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_model`.
+        FileNotFoundError, ValueError: as :func:`load_model`; or an object with an adapter's layers in it that is no PeftModel.
     """
     if not isinstance(model, (str, Path)):
+        if not isinstance(model, PeftModel):
+            check_bare(model)
         return _plain(model)
     path, options = _place(model)
     # half precision on a processor is slow and coarse; on an accelerator the checkpoint's own dtype stays

@@ -53,13 +53,14 @@ def seal(written: Path, place: Path) -> None:
 
 
 def check_complete(folder: Path) -> None:
-    """Refuse a checkpoint that is not whole.
+    """Refuse a checkpoint that is not whole, or that holds too little to go on from.
 
     Args:
         folder: folder of the checkpoint.
 
     Raises:
-        ValueError: no marker, or a file that it lists is missing or is not what was written.
+        ValueError: no marker, a file that it lists is missing or is not what was written, or the model alone was kept
+            (``save_only_model``).
     """
     try:
         marks = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"].items()
@@ -71,6 +72,12 @@ def check_complete(folder: Path) -> None:
             raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing or cut short")
         if _mark(file) != mark:
             raise ValueError(f"{folder} is not a complete checkpoint: {name} is not what was written there")
+    # Of all that goes with the model the random state alone has one name under every engine, but for the process's number.
+    if not any(name.startswith("rng_state") for name, _ in marks):
+        raise ValueError(
+            f"{folder} holds the model alone (save_only_model): without optimizer, schedule and random state the run would "
+            "not go on but begin anew from these weights"
+        )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

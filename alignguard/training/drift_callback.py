@@ -15,8 +15,13 @@ from alignguard.drift.prompts import Prompts
 from alignguard.guard import Reference
 from alignguard.loading import adapter_off
 from alignguard.objective import model_kind
+from alignguard.updates import starts_at_base
 
 logger = logging.getLogger(__name__)
+
+STATE = "alignguard.DriftCallback"  # in the trainer's state, which stands in its checkpoints
+
+KEPT_MIB = 512  # of what the model said at the start
 
 
 class DriftCallback(TrainerCallback):
@@ -24,7 +29,8 @@ class DriftCallback(TrainerCallback):
 
     What is logged as ``driftcheck/<measure>`` are the shares of :class:`~alignguard.DriftReport`, the share of refusals lost
     since the start (``driftcheck/lost``), and the drift KL(start ‖ present) of whole responses in nats (``driftcheck/drift``),
-    measured as the guard measures it.
+    measured as the guard measures it. The start is the model as training began: with a fresh adapter its base, with one that
+    was trained before, base and adapter.
 
     A callback sees the weights and may stop the run. It cannot charge the loss: the penalty needs the guard itself, in a
     trainer with :class:`~alignguard.GuardMixin`. The run's own numbers stay what they are without it: nothing here draws
@@ -97,7 +103,7 @@ class DriftCallback(TrainerCallback):
         self._reference: Reference | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the start: with the adapter switched off where there is one, so that a resumed run has the same.
+        """Measure the start, in a resumed run too where the model with its adapter off is that start.
 
         Args:
             args: arguments of the Trainer, which like all that follows come from it.
@@ -106,13 +112,20 @@ class DriftCallback(TrainerCallback):
             **kwargs: model and ``processing_class``.
 
         Raises:
-            ValueError: no tokenizer, or bad alignment rows.
+            ValueError: no tokenizer, bad alignment rows, or more of them than can be kept.
         """
         model = kwargs["model"]
         self.tokenizer = self.tokenizer or kwargs.get("processing_class")
         if self.tokenizer is None:
             raise ValueError("the trainer has no processing_class; give DriftCallback(tokenizer=...)")
         switched = _switched_off(model)
+        if state.global_step:  # what the adapter was at the start can no longer be seen
+            if not state.stateful_callbacks.get(STATE, {}).get("starts_at_base", False):
+                switched = None
+        else:
+            if switched is not None and not starts_at_base(model):
+                switched = None
+            state.stateful_callbacks[STATE] = {"starts_at_base": switched is not None}
         if switched is None:
             if state.global_step:
                 logger.warning(
@@ -167,7 +180,13 @@ class DriftCallback(TrainerCallback):
         def collate(some: Any) -> dict[str, Any]:
             return {name: tensor.to(device) for name, tensor in pad_rows(some, fill, kind).items()}
 
-        return Reference(model, encoded, collate, switchable, 512 << 20)
+        try:
+            return Reference(model, encoded, collate, switchable, KEPT_MIB << 20)
+        except ValueError as error:
+            raise ValueError(
+                f"alignment: what the model says of {len(encoded)} rows at its start takes more than {KEPT_MIB} MiB, and this "
+                "model's start cannot be read later; give DriftCallback fewer or shorter alignment rows, or a smaller limit"
+            ) from error
 
     def _measure(self, args: Any, state: Any, control: Any, model: Any, report: DriftReport | None = None) -> None:
         assert self._start is not None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignguard.files import check_output, claim_output, write_text
+from alignguard.files import OWN_ANSWERS, check_output, claim_output, write_text
 from alignguard.training.checkpoint import STAGING
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 RECORD = "run.json"
 
+TARGETS = {"lora": "adapter", "full": "model"}  # what a run of each method leaves
+
+CARD = "## Training with alignguard"
 
 LENGTH = {"steps", "training.max_steps", "training.num_train_epochs"}  # what a longer run has otherwise
 
@@ -44,9 +47,12 @@ def record_of(*, model: Any, task: Sequence[Any], alignment: Sequence[Any], **re
         alignment: encoded alignment rows.
         **rest: settings.
     """
-    name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name_or_path", type(model).__name__))
-    record = {"model": name, "task_data": _digest(task), "alignment_data": _digest(alignment), **rest}
+    record = {"model": _named(model), "task_data": _digest(task), "alignment_data": _digest(alignment), **rest}
     return json.loads(json.dumps(record, default=_plain))
+
+
+def _named(model: Any) -> str:
+    return str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name_or_path", type(model).__name__))
 
 
 def _plain(value: Any) -> Any:
@@ -83,10 +89,40 @@ def never_began(output_dir: Path) -> bool:
     if not (output_dir / RECORD).is_file():
         return False
     left = {path.name for path in output_dir.iterdir()} | {path.name for path in output_dir.glob("checkpoints/*")}
-    return left <= {RECORD, "checkpoints", STAGING}
+    return left <= {RECORD, "checkpoints", STAGING, OWN_ANSWERS}
 
 
-def check_run(output_dir: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+def _left(output: Path, record: Mapping[str, Any]) -> list[Path]:
+    """What another run left in the folder and must not stand under this one's record; other files are the user's.
+
+    Raises:
+        ValueError: the model of this run is among it.
+    """
+    left = [output / "checkpoints", output / "history.json"]
+    if record.get("own_answers") is None:  # or they are this run's: a log of other prompts began anew
+        left.append(output / OWN_ANSWERS)
+    for method, name in TARGETS.items():
+        card = output / name / "README.md"
+        # A folder of that name that this run does not write may be the user's own; a run's has its card.
+        if method == record.get("method") or (card.is_file() and CARD in card.read_text("utf-8", "replace")):
+            left.append(output / name)
+        left += output.glob(f".{name}.????????")  # of a run that was killed while it saved
+    try:
+        base = Path(record.get("model", "")).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError):  # no path that the system would take, so a name
+        return left
+    for path in left:
+        if path.exists() and base.is_relative_to(path.resolve()):
+            raise ValueError(
+                f"model {record['model']}: overwriting output_dir {output} removes {path}; choose another folder, or move "
+                "the model"
+            )
+    return left
+
+
+def check_run(
+    output_dir: Path, *, overwrite: bool = False, resume: bool = False, model: Any = None, method: str | None = None
+) -> None:
     """What can be known of :func:`claim_run` before anything is loaded; nothing is touched.
 
     Raises:
@@ -98,15 +134,21 @@ def check_run(output_dir: Path, *, overwrite: bool = False, resume: bool = False
     check_output(output_dir, overwrite or there or not began)
     if there:
         read_record(output_dir / RECORD)
+    elif model is not None and output_dir.is_dir():
+        _left(output_dir, {"model": _named(model), "method": method})
 
 
 def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Path:
     """Make or take over the output folder of a run and write its record there.
 
+    What an earlier run left there is removed first: whatever its moment, a kill leaves no weights under a record that is
+    not theirs.
+
     Raises:
         FileExistsError: the folder holds something else, and ``overwrite`` is false.
         ValueError: ``resume``, and the folder holds another run; the settings that differ are named one by one with both
-            values. More steps than before are no difference: they extend the run.
+            values. More steps than before are no difference: they extend the run. Or the model of this run is in what
+            overwriting would remove.
         NotADirectoryError, PermissionError: as :func:`alignguard.files.claim_output`.
     """
     path = Path(output_dir) / RECORD
@@ -122,7 +164,10 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
             )
         return claim_output(output_dir, overwrite=True)
     output = claim_output(output_dir, overwrite or never_began(Path(output_dir)))
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)  # of the run that is overwritten
+    for stale in _left(output, record):
+        if stale.name == OWN_ANSWERS and not overwrite:
+            continue  # answers given before a run began
+        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink(missing_ok=True)
     write_text(output / RECORD, json.dumps(record, indent=1))
     return output
 
@@ -144,7 +189,7 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
         f"{record[name]['rows']} rows (sha256 `{record[name]['sha256'][:16]}`)"
         for name in ("task_data", "alignment_data")
     ]
-    lines = ["## Training with alignguard", "", f"- Base model: `{record['model']}`", f"- Method: {record['method']}"]
+    lines = [CARD, "", f"- Base model: `{record['model']}`", f"- Method: {record['method']}"]
     lines += [f"- Task data: {data[0]}", f"- Seed: {record['seed']}"]
     if guard is None:
         lines.append("- Trained without a guard.")

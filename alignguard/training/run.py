@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from alignguard.data import Source, collator, pad_id, shown_row
-from alignguard.files import OWN_ANSWERS, save_adapter, write_text
+from alignguard.files import OWN_ANSWERS, replaceable, save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
+from alignguard.loading import settle
 from alignguard.training.checkpoint import latest_checkpoint
 from alignguard.training.hooks import Hooks, HookSeq2SeqTrainer, HookTrainer
 from alignguard.training.preparation.prepared import Prepared, prepare
 from alignguard.training.preparation.rehearsal import warmup_steps
-from alignguard.training.record import add_card_section, card_section, check_run, claim_run
+from alignguard.training.record import RECORD, TARGETS, add_card_section, card_section, check_run, claim_run
 from alignguard.training.settings import training_arguments
 from alignguard.training.trainer import GuardSeq2SeqTrainer, GuardTrainer
 from alignguard.updates import coverage_table
@@ -36,8 +38,9 @@ class FitResult:
     Attributes:
         model: the peft model, or with ``method="full"`` the model, trained, in eval mode.
         guard: the guard, or None for a plain run.
-        adapter_dir: folder of the adapter, loadable by ``PeftModel.from_pretrained``; with ``method="full"`` of the
-            whole model, loadable by ``from_pretrained``.
+        adapter_dir: folder of the adapter, whatever its name, loadable by ``PeftModel.from_pretrained``; of several active
+            ones, whose sum was trained, each in a folder of its name inside. With ``method="full"`` folder of the whole
+            model, loadable by ``from_pretrained``.
         history: the Trainer's log, a dict a logged step.
         step_seconds: wall time of each optimizer step, refreshes included.
 
@@ -78,7 +81,7 @@ def train(
         output_dir: folder that receives ``adapter/`` (``model/`` for ``method="full"``), ``history.json``, ``run.json``
             and checkpoints.
         rival: method in the guard's place, of a run prepared with ``guarded=False``.
-        overwrite: allow an output folder that holds something; its checkpoints are removed.
+        overwrite: allow an output folder that holds something; what a run left there is removed, other files stay.
         resume: go on from the last complete checkpoint of the same run, or start if there is none.
         progress: show progress bars and the table of what is guarded.
         verbose: give every guarded matrix a line of that table, not every kind of layer.
@@ -100,12 +103,13 @@ def train(
         raise ValueError("a rival trains in the guard's place; prepare the run with guarded=False")
     if rival is not None and resume:
         raise ValueError("checkpoints hold no state of a rival; leave out resume")
-    target = output / ("model" if ready.method == "full" else "adapter")
-    found = latest_checkpoint(output / "checkpoints") if resume else None
-    if resume and found is None and target.exists():
+    target = output / TARGETS[ready.method]
+    going_on = resume and (output / RECORD).is_file()
+    found = latest_checkpoint(output / "checkpoints") if going_on else None
+    if going_on and found is None and target.exists():
         raise ValueError(
             f"resume: {output} holds a finished run that kept no checkpoint to go on from (save_every); take another "
-            "folder, or start anew with overwrite"
+            "folder, or start anew with overwrite and without resume"
         )
     for note in (*ready.rows.notes, *ready.alignment.notes):
         logger.warning("%s", note)
@@ -115,15 +119,16 @@ def train(
             print(coverage_table(guard.coverage(), fold=not verbose))
     record = ready.record | ({} if rival is None else {"rival": rival.describe()})
     arguments = training_arguments(ready.kind, output / "checkpoints", ready.seed, ready.settings)
+    start = None if trained is None else load_peft_weights(str(trained), device=str(arguments.device))
     arguments.warmup_steps = warmup_steps(arguments, ready.steps)
     with arguments.main_process_first(desc="output folder"):
         if arguments.process_index == 0:
             claim_run(output, record, overwrite=overwrite, resume=resume)
     history: list[dict[str, float]] = []
     seconds: list[float] = []
-    if trained is not None:
+    if start is not None:
         ready.model.to(arguments.device)
-        set_peft_model_state_dict(ready.model, load_peft_weights(str(trained), device=str(arguments.device)))
+        set_peft_model_state_dict(ready.model, start, adapter_name=ready.model.active_adapters[0])
     else:
         trainer = _trainer(ready, arguments, rival)
         if guard is not None and guard.uses_curvature and found is None and not guard.layers:
@@ -146,6 +151,8 @@ def train(
     if arguments.process_index == 0:
 
         def finish(folder: Path) -> None:
+            if isinstance(ready.model, PeftModel):
+                settle(folder, list(ready.model.active_adapters))
             add_card_section(folder, card)
             if ready.method == "full":  # an adapter's is its base's
                 ready.tokenizer.save_pretrained(str(folder))
@@ -228,7 +235,8 @@ def fit(
             by its dense ΔW = W − W0.
         offload: with ``"full"``, the device of the reference weights W0, ``"cpu"`` say; their weight's own if None.
         guarded: False trains plainly on the same data, seed and schedule.
-        overwrite: allow an output folder that holds something; its checkpoints are removed.
+        overwrite: allow an output folder that holds something; once all is checked, what a run left there is removed, its
+            own answers to other prompts too, and other files stay.
         resume: go on from the last complete checkpoint of the same run in ``output_dir``, or start if there is none; with
             more steps than it had, a run is extended, finished or not.
         save_every: optimizer steps between checkpoints; the two latest are kept. None keeps none.
@@ -263,10 +271,13 @@ def fit(
         >>> result.adapter_dir.name, len(result.step_seconds)
         ('adapter', 1)
     """
-    check_run(Path(output_dir), overwrite=overwrite, resume=resume)
-    ready = prepare(
-        model, task_data, alignment_data, config, tokenizer=tokenizer, trust_remote_code=trust_remote_code, lora=lora, training=training, method=method,
-        offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
-        fisher=fisher, answers=Path(output_dir).expanduser() / OWN_ANSWERS,
-    )  # fmt: skip
+    check_run(Path(output_dir), overwrite=overwrite, resume=resume, model=model, method=method)
+    output = Path(output_dir).expanduser()
+    going_on = resume and (output / RECORD).is_file()
+    with replaceable(output / OWN_ANSWERS) if overwrite and not going_on else nullcontext():
+        ready = prepare(
+            model, task_data, alignment_data, config, tokenizer=tokenizer, trust_remote_code=trust_remote_code, lora=lora, training=training, method=method,
+            offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
+            fisher=fisher, answers=output / OWN_ANSWERS,
+        )  # fmt: skip
     return train(ready, output_dir, overwrite=overwrite, resume=resume, progress=progress, verbose=verbose)

@@ -50,6 +50,8 @@ def _whole(value: Any) -> bool:
 
 Check = tuple[Callable[[Any], bool], str]
 
+NEVER: Check = (lambda v: v is False, "False, or a resumed run would not be the run that was stopped")
+
 AT_LEAST_ONE: Check = (lambda v: _whole(v) and v >= 1, "a whole number of at least 1")
 
 AT_LEAST_ZERO: Check = (lambda v: is_number(v) and v >= 0, "a finite number of at least 0")
@@ -67,6 +69,8 @@ CHECKS: dict[str, Check] = {
     "gradient_accumulation_steps": AT_LEAST_ONE,
     "logging_steps": POSITIVE,
     "save_steps": POSITIVE,
+    "save_only_model": NEVER,  # its checkpoints lack optimizer, schedule and random state, and the Trainer begins those anew
+    "ignore_data_skip": NEVER,  # the first rows would be read again
     "save_total_limit": (lambda v: v is None or (_whole(v) and v >= 1), "a whole number of at least 1, or None"),
 }
 
@@ -83,8 +87,8 @@ def run_settings(
         progress: show the Trainer's bar.
 
     Raises:
-        TypeError, ValueError: an unknown field, one that :func:`alignguard.fit` sets itself, or a value out of range;
-            named.
+        TypeError, ValueError: an unknown field, one that :func:`alignguard.fit` sets itself or that would not act beside
+            the others, or a value out of range; named.
     """
     if training is not None and not isinstance(training, Mapping):
         raise TypeError(f"training must map fields of transformers.TrainingArguments to values, not {training!r}")
@@ -96,6 +100,8 @@ def run_settings(
         if not AT_LEAST_ONE[0](save_every):
             raise ValueError(f"save_every must be a whole number of steps, at least 1, not {save_every!r}")
         settings |= {"save_strategy": "steps", "save_steps": save_every, "save_total_limit": 2}
+        if twice := sorted({"save_strategy", "save_steps"} & set(given)):
+            raise ValueError(f"training: {twice[0]} is what save_every sets; leave one of them out")
     if unknown := sorted(set(map(str, given)) - set(TrainingArguments.__dataclass_fields__)):
         raise ValueError(f"training: unknown fields {unknown}; see transformers.TrainingArguments")
     if taken := sorted(set(given) & set(OWN)):
@@ -112,7 +118,12 @@ def run_settings(
         holds, words = CHECKS.get(name, (lambda v: True, ""))
         if not holds(value):
             raise ValueError(f"training: {name} must be {words}, not {value!r}")
-    return settings | given
+    settings |= given
+    if settings["save_strategy"] == "no" and (idle := sorted({"save_steps", "save_total_limit"} & set(given))):
+        raise ValueError(
+            f"training: {idle[0]} does not act where no checkpoint is kept; give save_every (--save-every)"
+        )
+    return settings
 
 
 def training_arguments(kind: str, output_dir: Path, seed: int, settings: Mapping[str, Any]) -> TrainingArguments:

@@ -2,7 +2,7 @@
 
 from alignguard.updates.checks import check_plugins, check_trained
 from alignguard.updates.covered import Covered, coverage, coverage_table
-from alignguard.updates.lora import base_name, lora_updates
+from alignguard.updates.lora import base_name, lora_updates, starts_at_base
 from alignguard.updates.matrices import METHODS, Matrix, Update
 from alignguard.updates.weight_updates import WeightUpdates
 
@@ -18,4 +18,5 @@ __all__ = [
     "coverage",
     "coverage_table",
     "lora_updates",
+    "starts_at_base",
 ]

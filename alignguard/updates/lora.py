@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import nn
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 import fishergeo as fg
-from alignguard.updates.matrices import check_untied, is_conv1d, whole
+from alignguard.updates.matrices import check_untied, is_any, is_conv1d, is_same, whole
 from fishergeo.capture import plain_name
 
 
@@ -47,6 +50,20 @@ def lora_factors(layer: Any, adapter: str) -> fg.LowRank:
     return fg.LowRank(b * scale, a)
 
 
+def product_change(now: fg.LowRank, start: fg.LowRank) -> fg.LowRank:
+    """LR − L0R0 = (L − L0)R + L0(R − R0): exactly zero where nothing has moved, with no large terms that cancel.
+
+    Args:
+        now: L and R, shapes (..., p, r) and (..., r, q).
+        start: L0 and R0, of the same shapes.
+
+    Returns:
+        ``LowRank`` of rank 2r, attached to ``now``.
+    """
+    left = torch.cat([now.left - start.left, start.left], dim=-1)
+    return fg.LowRank(left, torch.cat([now.right, now.right - start.right], dim=-2))
+
+
 def lora_updates(model: PeftModel) -> dict[str, fg.LowRank]:
     """ΔW = scaling·B·A of every adapted layer, summed over the active adapters, never formed.
 
@@ -68,6 +85,40 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
+
+
+def starts_at_base(model: nn.Module) -> bool:
+    """Whether a model with its active adapters on computes what it computes with them off, as right after their making.
+
+    Told by everything that the adapters hold, not by what the model says of some examples.
+
+    Args:
+        model: a peft model; of any other, and of adapters that are no LoRA, the answer is no.
+    """
+    if not isinstance(model, PeftModel):
+        return False
+    active = list(model.active_adapters)
+    if any(str(getattr((kind := model.peft_config[a].peft_type), "value", kind)) != "LORA" for a in active):
+        return False
+    return not any(_changes(module, adapter) for module in model.modules() for adapter in active)
+
+
+def _changes(module: nn.Module, adapter: str) -> bool:
+    """Whether an adapter changes what a module computes."""
+    if isinstance(module, LoraLayer):
+        for firsts, seconds in ((module.lora_A, module.lora_B), (module.lora_embedding_A, module.lora_embedding_B)):
+            if adapter in firsts:
+                held: tuple[Any, Any] = firsts[adapter], seconds[adapter]
+                product = all(is_any(one if isinstance(one, Tensor) else one.weight) for one in held)
+                bias = getattr(held[1], "bias", None)
+                return product or (bias is not None and is_any(bias))
+    if isinstance(module, TrainableTokensLayer) and adapter in module.trainable_tokens_delta:
+        return not is_same(module.trainable_tokens_delta[adapter], module.trainable_tokens_original[adapter])
+    if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+        before = module.original_module.state_dict()
+        after = module.modules_to_save[adapter].state_dict()
+        return before.keys() != after.keys() or not all(is_same(after[name], before[name]) for name in after)
+    return False
 
 
 def layer_key(name: str, layer: Any) -> str:

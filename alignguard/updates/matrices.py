@@ -24,6 +24,18 @@ def whole(parameter: Tensor) -> Tensor:
     return gathered if gathered.dtype in (torch.float32, torch.float64) else gathered.float()
 
 
+def is_any(tensor: Tensor) -> bool:
+    """Whether any entry of a tensor, which may be sharded, is not zero."""
+    return bool(whole(tensor.detach()).any())
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, which may be sharded and on two devices, hold the same numbers, of whatever float types."""
+    ours, theirs = whole(one.detach()), whole(other.detach())
+    wide = torch.promote_types(ours.dtype, theirs.dtype)
+    return torch.equal(ours.to(wide), theirs.to(ours.device, wide))
+
+
 def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Parameter -> the modules that hold it."""
     holders: dict[int, list[nn.Module]] = {}

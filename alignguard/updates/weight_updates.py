@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import fishergeo as fg
-from alignguard.loading import ROUTER, moves_base
+from alignguard.loading import ROUTER, check_bare, moves_base
 from alignguard.objective import beyond_text
 from alignguard.updates.checks import check_parameters
 from alignguard.updates.lora import (
@@ -23,12 +23,16 @@ from alignguard.updates.lora import (
     layer_key,
     lora_factors,
     lora_layers,
+    product_change,
+    starts_at_base,
 )
 from alignguard.updates.matrices import (
     METHODS,
     Matrix,
     check_untied,
+    is_any,
     is_conv1d,
+    is_same,
     oriented,
     owners,
     plain_weight,
@@ -37,17 +41,21 @@ from alignguard.updates.matrices import (
 )
 from fishergeo.capture import plain_name
 
+DECOMPOSED = 1e-2  # share by which two decompositions of one matrix, cut off at a rank, may differ
+
 OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 
 
 class WeightUpdates:
     """Every trained weight matrix of a model with its ΔW, and every trained parameter that has none here.
 
-    With a LoRA adapter ΔW = scaling·B·A (Hu et al. 2021), summed over the active adapters. Where the adapter's start moved the base
-    weights (PiSSA, OLoRA and their like), ΔW = scaling·(B·A − B0·A0) with the factors of the moment this object was
-    made, of rank 2r, so make it before training. Of a model that takes images or sound too, the language model alone is
-    guarded, as alignment examples are text. Modules that are trained whole (``modules_to_save``, and every
-    Linear under ``method="full"``) have the dense ΔW = W − W0, with W0 copied in the model's own dtype.
+    With a LoRA adapter ΔW = scaling·B·A (Hu et al. 2021), summed over the active adapters. Where B·A is not zero at the start
+    (an adapter that was trained before, ``init_lora_weights=False``) or the start moved the base weights (PiSSA, OLoRA and
+    their like), ΔW = scaling·(B·A − B0·A0) with the factors of the moment this object was made, of rank 2r: in any case ΔW
+    is measured from the model of that moment, so make this before training. Of a model that takes images or sound too, the
+    language model alone is guarded, as alignment examples are text. Modules that are trained whole
+    (``modules_to_save``, and every Linear under ``method="full"``) have the dense ΔW = W − W0, with W0 copied in the
+    model's own dtype.
 
     Args:
         model: a peft model, or any model for ``method="full"``.
@@ -63,7 +71,8 @@ class WeightUpdates:
 
     Raises:
         TypeError: not a peft model, and ``method`` is not ``"full"``.
-        ValueError: merged adapters, adapters that are not plain LoRA, tied weights, or nothing to guard.
+        ValueError: merged adapters, adapters that are not plain LoRA, with ``method="full"`` any adapter layers, tied
+            weights, or nothing to guard.
     """
 
     def __init__(
@@ -80,7 +89,9 @@ class WeightUpdates:
         self.model, self.exclude, self.include_router, self.offload = model, tuple(exclude), include_router, offload
         self.matrices: dict[str, Matrix] = {}
         self.skipped: dict[str, str] = {}
-        self.base_is_reference = method == "lora"
+        self.base_is_reference = False
+        self._may_be_base = False
+        self._moving: list[str] = []
         self._references: dict[str, Tensor] = {}
         self._covered: set[int] = set()
         self._adapters: list[str] = []
@@ -89,6 +100,7 @@ class WeightUpdates:
         if method == "full":
             if isinstance(model, PeftModel):
                 raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
+            check_bare(model)
             self._add_dense(model, "", "W − W0")
         else:
             if not isinstance(model, PeftModel):
@@ -134,28 +146,67 @@ class WeightUpdates:
         return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
 
     def references(self) -> dict[str, Tensor]:
-        """Copies that ΔW is measured from, by matrix and role, in the model's dtype; empty for plain LoRA.
+        """Copies that ΔW is measured from, by matrix and role; empty for LoRA that began at zero.
 
         Returns:
-            ``name|role`` -> W0 as the model keeps it, shape (p, q) or (q, p), or B0 (p, r) and A0 (r, q).
+            ``name|weight`` -> W0 as the model keeps it, shape (p, q) or (q, p), in the model's dtype;
+            ``name|adapter|left`` and ``name|adapter|right`` -> scaling·B0 (p, r) and A0 (r, q), with a dimension of experts
+            before where they have it, float32 or better.
         """
         return dict(self._references)
 
-    def restore(self, references: dict[str, Tensor]) -> None:
-        """Put copies of :meth:`references` in place of those taken now.
+    def restore(self, references: dict[str, Tensor], base_is_reference: bool) -> None:
+        """Take the start of a run that is resumed, and refuse one that is not the start of this model.
+
+        What the model said at its start is read from this model, so its start must be that of the run. Of a run that began
+        with its adapter at zero the model with the adapter off is that start, whatever the adapter holds by now: some tools
+        load it from the checkpoint before a guard is made.
 
         Args:
-            references: what it returned, with the same names and shapes.
+            references: what :meth:`references` returned in the run, of the shapes that it names.
+            base_is_reference: what the attribute of that name was.
 
         Raises:
-            ValueError: names or shapes differ.
+            ValueError: names or shapes differ, or the numbers: this was made on other weights than the run began at.
         """
-        ours, theirs = ({k: tuple(t.shape) for k, t in x.items()} for x in (self._references, references))
-        if ours != theirs:
-            differ = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        ours = dict(self._references)
+        if self.base_is_reference and not base_is_reference:
+            raise ValueError(
+                "the run went on from an adapter that was trained before, and here the adapter is fresh; make the guard on the "
+                "model with that adapter, and let the trainer load the checkpoint"
+            )
+        if base_is_reference:
+            if not self._may_be_base:
+                raise ValueError("the run began with its adapter at zero, and here the start moved the base weights")
+            ours, references = (
+                {key: tensor for key, tensor in of.items() if key.endswith("|weight")} for of in (ours, references)
+            )
+        shapes, theirs = ({k: tuple(t.shape) for k, t in of.items()} for of in (ours, references))
+        if shapes != theirs:
+            differ = sorted(k for k in shapes.keys() | theirs.keys() if shapes.get(k) != theirs.get(k))
             raise ValueError(f"the saved references are of another model: {differ[:3]} differ")
-        for key, tensor in references.items():
-            self._references[key].copy_(tensor)
+        if not base_is_reference and (moved := [key for key in references if not self._began_at(key, references)]):
+            raise ValueError(
+                f"this guard was made on other weights than the run began at: {moved[0]} differs; make it on the model, with "
+                "the adapter and the seed, that the run began with, and let the trainer load the checkpoint"
+            )
+        for key, tensor in self._references.items():
+            if key in references:
+                tensor.copy_(references[key])
+            else:
+                tensor.zero_()  # B0·A0 of a run that began at zero
+        self.base_is_reference = base_is_reference
+
+    def _began_at(self, key: str, references: dict[str, Tensor]) -> bool:
+        """Whether a saved reference is what this model began at."""
+        name, *adapter, _ = key.split("|")
+        if not set(adapter) & set(self._moving):
+            return is_same(self._references[key], references[key])
+        # A decomposition of the base weights, found anew: the same product but for rounding, of factors that need not be.
+        sides = [f"{name}|{adapter[0]}|{side}" for side in ("left", "right")]
+        ours = fg.LowRank(*(self._references[side] for side in sides))
+        theirs = fg.LowRank(*(references[side].to(self._references[side]) for side in sides))
+        return bool((product_change(theirs, ours).norm() <= DECOMPOSED * ours.norm()).all())
 
     # LoRA
 
@@ -164,10 +215,11 @@ class WeightUpdates:
             kind = getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type)
             if kind != "LORA":
                 raise ValueError(f"adapter {adapter!r} is of kind {kind}: its ΔW is not scaling·B·A; use plain LoRA")
-        moving = [adapter for adapter in self._adapters if moves_base(model, adapter)]
+        self._moving = [adapter for adapter in self._adapters if moves_base(model, adapter)]
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         # A weight of the base that trains beside the adapter, a bias say, stays moved with the adapter off.
-        self.base_is_reference = not moving and all(OF_ADAPTER.search(name) for name in trained)
+        self._may_be_base = not self._moving and all(OF_ADAPTER.search(name) for name in trained)
+        self.base_is_reference = self._may_be_base and starts_at_base(model)
         for name, layer in lora_layers(model):
             holds = (layer.lora_A, layer.lora_embedding_A)
             adapters = [a for a in self._adapters if any(a in held for held in holds)]
@@ -181,32 +233,43 @@ class WeightUpdates:
                 check_start(key, layer, model.peft_config[adapter])
             for adapter in adapters:
                 self._covered |= {id(layer.lora_A[adapter].weight), id(layer.lora_B[adapter].weight)}
-            self._add_layer(name, key, layer, adapters, [a for a in adapters if a in moving])
+            self._add_layer(name, key, layer, adapters)
         for name, module in model.named_modules():
             if type(module).__name__ == "ModulesToSaveWrapper":
                 for adapter in module.active_adapters:  # type: ignore[union-attr]
                     saved = module.modules_to_save[adapter]  # type: ignore[index,union-attr]
                     self._add_dense(saved, f"{name}.modules_to_save.{adapter}", "W − W0 (modules_to_save)")
 
-    def _add_layer(self, name: str, key: str, layer: Any, adapters: list[str], moving: list[str]) -> None:
-        starts = []
-        for adapter in moving:
+    def _start(self, key: str, adapter: str, like: Tensor | None = None) -> fg.LowRank:
+        """scaling·B0·A0, from now on where ``like`` is: trainers move the model after a guard is made on it."""
+        sides = [f"{key}|{adapter}|{side}" for side in ("left", "right")]
+        if like is not None:
+            self._references.update({side: self._references[side].to(like) for side in sides})
+        return fg.LowRank(*(self._references[side] for side in sides))
+
+    def _add_layer(self, name: str, key: str, layer: Any, adapters: list[str]) -> None:
+        moved = []
+        for adapter in adapters:
             start = lora_factors(layer, adapter).detach()
-            kept = [(-start.left).clone(), start.right.clone()]
-            for role, tensor in zip(("left", "right"), kept, strict=True):
-                self._references[f"{key}|{adapter}|{role}"] = tensor
-            starts.append(fg.LowRank(*kept))
+            if adapter in self._moving or (is_any(start.left) and is_any(start.right)):
+                moved.append(adapter)
+                self._references[f"{key}|{adapter}|left"] = start.left.clone()
+                self._references[f"{key}|{adapter}|right"] = start.right.clone()
+
+        def part(adapter: str) -> fg.LowRank:
+            now = lora_factors(layer, adapter)
+            return product_change(now, self._start(key, adapter, now.left)) if adapter in moved else now
 
         def read() -> fg.LowRank:
-            parts = [lora_factors(layer, adapter) for adapter in adapters] + starts
+            parts = [part(adapter) for adapter in adapters]
             return sum(parts[1:], parts[0])
 
         def weight(matrix: Tensor, *place: int) -> Tensor:
-            # W0 is the base and what the adapter took out of it at its start.
-            return matrix - sum(start.to_dense()[place].to(matrix) for start in starts) if starts else matrix
+            # W0 is the base and what the adapter added to it at its start.
+            return sum((self._start(key, a).to_dense()[place].to(matrix) for a in moved), matrix)
 
         now = read()
-        kind = "s·(BA − B0A0)" if starts else "s·BA"
+        kind = "s·(BA − B0A0)" if moved else "s·BA"
         if len(adapters) > 1:
             kind += f", {len(adapters)} adapters"
         if now.ndim == 2:

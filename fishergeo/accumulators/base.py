@@ -148,6 +148,9 @@ class Accumulator:
         """Adds one batch of one layer."""
         raise NotImplementedError
 
+    def miss(self, counted: Tensor, shared: Shared) -> None:
+        """Takes note of a batch, of examples ``counted`` (n,) bool, that did not reach the layer: nothing adds to a sum."""
+
     def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """The operator after ``count`` units; ``made`` holds what layers before this one made of the sums of their input
         group, and takes this one's.

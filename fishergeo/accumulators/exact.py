@@ -13,8 +13,9 @@ from fishergeo.operators import ExactOperator, SymmetricOperator
 class ExactAccumulator(Accumulator):
     """Rows of D_i and A_i one after the other, and how many each example has; memory grows with the data.
 
-    An example keeps at most min(p, q) rows: a longer one is replaced by G·I or I·G.
-    Padding is not kept.
+    An example keeps at most min(p, q) rows: a longer one is replaced by G·I or I·G. Padding is not kept, and examples that
+    are no data have no place. One that does not reach the layer has, with no row, so that in all layers the places are
+    those of the same examples (of positions, where a token is a datum).
     """
 
     def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
@@ -36,37 +37,74 @@ class ExactAccumulator(Accumulator):
         return cls(layout, sums | {"lengths": torch.zeros(0, dtype=torch.long)})
 
     def add(self, record: Record, shared: Shared) -> None:
-        """Keeps one batch of one layer."""
+        """Keeps one batch of one layer.
+
+        Raises:
+            ValueError: where a token is a datum and the layer reads one several times, so that rows are none.
+        """
         a, d = self._cast(record, shared)
         n, t, q = a.shape
         p = d.shape[2]
+        mask = None if record.mask is None else record.mask.reshape(n, t)
+        # Copies all: what was captured may be a buffer that the next batch overwrites.
         if t > min(p, q):
-            g = torch.bmm(d.mT, a)
+            reached = torch.ones(n, dtype=torch.bool, device=d.device) if mask is None else mask.any(1)
+            lengths = min(p, q) * (reached if record.counted is None else reached[record.counted]).long()
+            g = torch.bmm(d.mT, a) if mask is None else torch.bmm(d.mT, a)[reached]
             d, a = (g.mT, _identity(g, q)) if q <= p else (_identity(g, p), g)
-            self._keep(d, a, torch.full((n,), min(p, q)))
-        elif record.mask is None:
-            self._keep(d, a, torch.full((n,), t))
+            rows = d.flatten(0, 1), a.flatten(0, 1)
+        elif mask is None:
+            lengths = torch.full((n,), t)
+            rows = d.flatten(0, 1).clone(), a.flatten(0, 1).clone()
         else:
-            mask = record.mask.reshape(n, t)
-            self._waiting.append((d[mask], a[mask], mask.sum(1).cpu()))
+            lengths = self._lengths(record, mask)
+            rows = d[mask], a[mask]
+        self._waiting.append((*rows, lengths.cpu()))
 
-    def _keep(self, d: Tensor, a: Tensor, lengths: Tensor) -> None:
-        # Copies: what was captured may be a buffer that the next batch overwrites.
-        self._waiting.append((d.flatten(0, 1).clone(), a.flatten(0, 1).clone(), lengths))
+    def _lengths(self, record: Record, mask: Tensor) -> Tensor:
+        """Rows of each datum of a record with padding."""
+        if self.layout.unit != "token":
+            lengths = mask.sum(1)
+            return lengths if record.counted is None else lengths[record.counted]
+        if record.visits is None:
+            return torch.ones(int(mask.sum()), dtype=torch.long)
+        lengths = record.visits[record.visits >= 0]
+        if not bool((lengths <= 1).all()):
+            raise ValueError(
+                f"layer {self.layout.name!r} reads a position several times, so that with unit='token' its data are not "
+                "those of other layers; take unit='sequence', or leave it out of layers"
+            )
+        return lengths
+
+    def miss(self, counted: Tensor, shared: Shared) -> None:
+        """Keeps the places of the examples of a batch that did not reach the layer."""
+        gradients, inputs = (self.sums[key][:0] for key in ("gradients", "inputs"))
+        # How many positions it would have had here cannot be told: a mark, beside which no row may stand.
+        unknown = torch.full((1,), -1)
+        places = unknown if self.layout.unit == "token" else torch.zeros(int(counted.sum()), dtype=torch.long)
+        self._waiting.append((gradients, inputs, places))
 
     def finish(self) -> None:
-        """Joins what the batches left, and drops examples without a row."""
+        """Joins what the batches left.
+
+        Raises:
+            ValueError: where a token is a datum and a batch with an unknown number of them did not reach the layer.
+        """
         if not self._waiting:
             return
         d, a, lengths = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting = []
         sums = self.sums
-        lengths = lengths[lengths > 0]
         self.sums = {
             "gradients": torch.cat([sums["gradients"], d]),
             "inputs": torch.cat([sums["inputs"], a]),
-            "lengths": torch.cat([sums["lengths"], lengths]),
+            "lengths": torch.cat([sums["lengths"], lengths.to(sums["lengths"])]),
         }
+        if len(self.sums["inputs"]) and not bool((self.sums["lengths"] >= 0).all()):
+            raise ValueError(
+                f"layer {self.layout.name!r} is not reached by every batch, so that with unit='token' its data are not those "
+                "of other layers; take unit='sequence', or leave it out of layers"
+            )
 
     def state(self) -> dict[str, Tensor]:
         """The rows so far."""

@@ -61,15 +61,28 @@ class InputMoment:
             return
         if self._latest is not None and self._latest[0] == shared.number:
             if self._latest[1] != record.source:
-                raise RuntimeError(
-                    f"layer {record.name!r} shared its input with another layer in the first batch and does not in "
-                    f"batch {shared.number}; pass share_inputs=False"
-                )
+                raise _parted(record.name, shared)
             return
         self._latest = (shared.number, record.source)
         rows, counted = input_rows(record, shared, sharing, self.total.dtype)
         self.half.add(rows.flatten(0, 1))
         self.tokens += counted
+
+    def check_missed(self, name: str, shared: Shared) -> None:
+        """Refuses the batch at hand for a layer that it did not reach, if it reached others that share the moment.
+
+        Raises:
+            RuntimeError: naming the layer.
+        """
+        if shared.draw == 0 and self._latest is not None and self._latest[0] == shared.number:
+            raise _parted(name, shared)
+
+
+def _parted(name: str, shared: Shared) -> RuntimeError:
+    return RuntimeError(
+        f"layer {name!r} shared its input with another layer in the first batch and does not in batch {shared.number}; "
+        "pass share_inputs=False"
+    )
 
 
 class KfacAccumulator(Accumulator):
@@ -100,6 +113,14 @@ class KfacAccumulator(Accumulator):
         self.moment.add(record, shared, self.layout.sharing)
         d = record.gradients.to(self.dtype)
         self.half.add(d.sum(1) if self.layout.sharing == "reduce" else d.flatten(0, 1))
+
+    def miss(self, counted: Tensor, shared: Shared) -> None:
+        """Refuses a batch that only other layers of the input group have seen: their inputs were not this one's.
+
+        Raises:
+            RuntimeError: by name.
+        """
+        self.moment.check_missed(self.layout.name, shared)
 
     def finish(self) -> None:
         """Multiplies the rows that still wait."""
@@ -224,6 +245,11 @@ class EkfacAccumulator(Accumulator):
         for one_d, one_a in zip(d, a, strict=True):
             rotated = u.T @ (one_d.T @ one_a) @ v
             self.sums["moments"].addcmul_(rotated, rotated)
+
+    def miss(self, counted: Tensor, shared: Shared) -> None:
+        """Counts the units of a batch that did not reach the layer, of which F is a mean too."""
+        if shared.draw == 0:
+            self.sums["units"] += shared.units
 
     def decay_(self, factor: float, done: set[Owned]) -> None:
         """Multiplies the moments and the units, not the bases."""

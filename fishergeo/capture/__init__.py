@@ -1,9 +1,9 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
-from fishergeo.capture.at_rest import Autocast
+from fishergeo.capture.at_rest import Autocast, differentiate
 from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
-from fishergeo.capture.identity import check_model, fingerprint, header_fields
+from fishergeo.capture.identity import check_model, content_mark, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
 from fishergeo.capture.matrices import gradient_matrix, layer_parameters, weight_matrix, write_matrix
 from fishergeo.capture.model_adapters import adapter_factors, is_encoder_decoder, plain_name
@@ -35,6 +35,8 @@ __all__ = [
     "adapter_factors",
     "check_model",
     "checked_example_weights",
+    "content_mark",
+    "differentiate",
     "example_objectives",
     "fingerprint",
     "gradient_matrix",

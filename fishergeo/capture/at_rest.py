@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,55 @@ def unstepped(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def differentiate(root: Tensor, leaves: Collection[Tensor]) -> None:
+    """Back-propagates a scalar to these leaves; any other that it depends on keeps its ``.grad``, and its hooks are not called.
+
+    ``backward(inputs=...)`` would do it, but that is closed to re-entrant checkpoints, and passes over outputs that hang on
+    leaves of others alone.
+
+    Args:
+        root: scalar with a graph.
+        leaves: those whose gradients are wanted.
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    others: list[Tensor] = []
+    seen = {root.grad_fn}
+    waiting = [root.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+            if id(node.variable) not in wanted:
+                others.append(node.variable)
+            continue
+        fresh = {after for after, _ in node.next_functions} - seen
+        seen |= fresh
+        waiting += fresh
+    before = [tensor.grad for tensor in others]
+    hooks = [each for t in others for each in (t._backward_hooks, t._post_accumulate_grad_hooks) if each]
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    for tensor in others:
+        tensor.grad = None
+    # They go on requiring gradients, on which it hangs what a checkpoint saves when it runs again.
+    handles = [tensor.register_post_accumulate_grad_hook(_drop) for tensor in others]
+    try:
+        root.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor, gradient in zip(others, before, strict=True):
+            tensor.grad = gradient
+        for each, calls in zip(hooks, kept, strict=True):
+            each.update(calls)
+
+
+def _drop(leaf: Tensor) -> None:
+    leaf.grad = None
 
 
 class Autocast:

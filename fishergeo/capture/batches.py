@@ -40,7 +40,7 @@ def by_example(name: str, tensor: Tensor, examples: int, lengths: Collection[int
 def packed(
     rows: tuple[Tensor, Tensor], tokens: Tensor, total: int, examples: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows gathered from some tokens of a batch, put back under their examples.
+    """Rows gathered from some tokens of a batch, put back under their examples, in the order of the tokens.
 
     Args:
         rows: a (R, q) and g (R, p).
@@ -55,7 +55,8 @@ def packed(
     keep = None if mask is None or mask.numel() != total else mask.flatten()[tokens]
     if keep is not None:
         tokens, rows = tokens[keep], (rows[0][keep], rows[1][keep])
-    example, order = torch.sort(tokens // (total // examples), stable=True)
+    tokens, order = torch.sort(tokens, stable=True)
+    example = tokens // (total // examples)
     counts = torch.bincount(example, minlength=examples)
     place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[example]
     width = max(1, int(counts.max()))

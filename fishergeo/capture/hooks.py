@@ -7,14 +7,14 @@ duration, and the first captured outputs become the leaves of the graph, so that
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture.at_rest import at_rest, check_runnable, unaliased
+from fishergeo.capture.at_rest import at_rest, check_runnable, differentiate, unaliased
 from fishergeo.capture.batches import lengths_of
 from fishergeo.capture.kinds import attention
 from fishergeo.capture.kinds.experts import watched
@@ -86,8 +86,9 @@ class Capture:
                 self._sites_of[name].append(site)
         self._notes: dict[str, Any] = {}
         self._sources = Sources()
+        self._leaves: list[Tensor] = []
         self._lengths: set[tuple[int, int]] = set()
-        self._ran: set[str] = set()
+        self._ran: dict[str, int] = {}  # modules of experts -> the tokens that they chose for
         self._delivered: set[str] = set()
         self.called: set[str] = set()
         self._shared: dict[str, bool] = {}  # embeddings of ids (T,) or (n,), of which they are known to be
@@ -143,6 +144,7 @@ class Capture:
         for site in self._sites.values():
             site.clear()
         self._sources = Sources()
+        self._leaves.clear()
         self._lengths.clear()
         self._ran.clear()
         self._delivered.clear()
@@ -217,7 +219,7 @@ class Capture:
 
     def _expert_observer(self, path: str) -> Callable[[str, int, Tensor, Tensor, int, Tensor], Tensor]:
         def observe(parameter: str, expert: int, rows: Tensor, tokens: Tensor, total: int, output: Tensor) -> Tensor:
-            self._ran.add(path)
+            self._ran[path] = total
             site = self._sites.get((path, parameter, expert))
             if site is None or self._deaf:
                 return output
@@ -272,6 +274,8 @@ class Capture:
                             self._deliver(layer)
 
             (unaliased(output) if leaf is None else leaf).register_hook(gradient_hook)
+        if leaf is not None and not self._in_backward:
+            self._leaves.append(leaf)
         # A leaf may not be modified in place by what follows, a copy of it may.
         return output if leaf is None else leaf.clone()
 
@@ -282,6 +286,7 @@ class Capture:
         mask: Tensor | None = None,
         scale: Callable[[Objective], Tensor] | None = None,
         targets: Tensor | None = None,
+        leaves: Collection[Tensor] = (),
     ) -> Objective:
         """Runs one batch forward and backward; hands each layer's record to ``read`` as soon as it is complete.
 
@@ -292,6 +297,7 @@ class Capture:
             mask: (n, T) bool or None: positions that are not padding.
             scale: (n,) factors on the objectives' gradients; ones if None.
             targets: (n, T) bool or None: positions of a decoder beside an encoder that are not padding.
+            leaves: further tensors whose ``.grad`` is wanted; nothing else has one written.
 
         Returns:
             The objective, detached.
@@ -313,7 +319,8 @@ class Capture:
             def deliver(layer: Layer) -> None:
                 self._delivered.add(layer.name)
                 arrivals = [one for site in self._sites_of[layer.name] for one in site.arrived]
-                read(record_of(layer, arrivals, layout, self._sources))
+                routed = max(self._ran.get(use.path, 0) for use in layer.uses)
+                read(record_of(layer, arrivals, layout, self._sources, routed))
                 for site in self._sites_of[layer.name]:
                     site.waiting -= 1
                     if site.waiting == 0:  # the last layer that reads them
@@ -321,13 +328,14 @@ class Capture:
 
             self._deliver = deliver
             root = result.values if scale is None else result.values * scale(result)
-            if not root.requires_grad:
+            if not root.requires_grad and not self._ran:  # of experts, perhaps none that is captured was chosen
                 raise ValueError(
                     "the objective does not depend on any captured layer; were the layers run under torch.no_grad or "
                     "a re-entrant checkpoint? (use_reentrant=False works)"
                 )
             self._in_backward = True
-            root.sum().backward()
+            if root.requires_grad:
+                differentiate(root.sum(), [*self._leaves, *leaves])
             for site in self._sites.values():
                 if site.graphless > 0 and not site.arrived and not self._delivered.intersection(site.names):
                     raise RuntimeError(

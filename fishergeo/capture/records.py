@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class Record:
         gradients: (n, T, p), of the batch's summed objective with respect to the layer's outputs; zero at padding.
         mask: (n, T) bool, False at padding, or None where every position counts.
         source: equal for layers whose ``inputs`` are one tensor in this batch, such as q, k and v.
+        counted: (n,) bool, the examples that are data, or None if all are; one that is may have no position here.
+        visits: (n, T') long, of an expert: how many of its rows stand for each position of the batch, −1 for padding; rows
+            come in the order of the positions. None for layers that read positions without choosing.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Record:
     gradients: Tensor
     mask: Tensor | None
     source: int
+    counted: Tensor | None = None
+    visits: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +107,9 @@ class BatchShape:
 
 
 @torch.no_grad()
-def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sources: Sources) -> Record:
+def record_of(
+    layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sources: Sources, routed: int = 0
+) -> Record:
     """The record of a layer's calls: the gradients of several calls add up, so their tokens stand side by side.
 
     Args:
@@ -109,12 +117,18 @@ def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sou
         arrivals: its calls; none for an expert that no token chose.
         layout: layout of the batch.
         sources: sources of the batch.
+        routed: tokens of the batch, padding included, that an expert was chosen from.
 
     Raises:
         ValueError: if rows cannot be told apart by example.
     """
     uses = {use.path: use for use in layer.uses}
-    parts = [_terms(layer, uses[one.path], one, layout) for one in arrivals] or [_nothing(layer, layout)]
+    visits = None
+    if layer.expert is None:
+        parts = [_terms(layer, uses[one.path], one, layout) for one in arrivals]
+    else:
+        of_inputs, of_gradients, filled, visits = _expert_terms(layer, arrivals, layout, routed)
+        parts = [(of_inputs, of_gradients, filled)]
     a, g, valid = parts[0]
     source = _source(layer, uses, arrivals, sources)
     if len(parts) > 1:
@@ -127,11 +141,12 @@ def record_of(layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, sou
         source = sources.derived(source, "masked as targets")
     if layout.counted is not None:
         valid = layout.counted[:, None] & (_all(a) if valid is None else valid)
+        visits = None if visits is None else visits.masked_fill(~layout.counted[:, None], -1)
     if valid is not None:
         # torch.where, not a product: what stands at padding may be NaN.
         a = torch.where(valid[..., None], a, 0)
         g = torch.where(valid[..., None], g, 0)
-    return Record(layer.name, a.detach(), g.detach(), valid, source)
+    return Record(layer.name, a.detach(), g.detach(), valid, source, layout.counted, visits)
 
 
 def _source(layer: Layer, uses: Mapping[str, Use], arrivals: Sequence[Arrived], sources: Sources) -> int:
@@ -144,8 +159,7 @@ def _source(layer: Layer, uses: Mapping[str, Use], arrivals: Sequence[Arrived], 
 def _terms(layer: Layer, use: Use, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor | None]:
     """(n, T, q), (n, T, p) and which positions count (None: all) of one call."""
     kind, module = use.kind, use.module
-    if kind is None:
-        return _expert_terms(layer, one, layout)
+    assert kind is not None
     if layer.part == "bias":
         g = kind.output_gradient(one.call)
         a = torch.ones_like(g[..., :1])
@@ -171,24 +185,30 @@ def _mask_of(g: Tensor, layout: BatchShape) -> Tensor | None:
     return min(fitting, key=lambda mask: int(mask.sum()), default=None)
 
 
-def _expert_terms(layer: Layer, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
-    assert one.tokens is not None
-    if one.total % layout.examples:
+def _expert_terms(
+    layer: Layer, arrivals: Sequence[Arrived], layout: BatchShape, routed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(n, R, q), (n, R, p), which of these rows there are, and :attr:`Record.visits`; no row where no token chose it."""
+    n = layout.examples
+    totals = {routed, *(one.total for one in arrivals)}
+    if len(totals) > 1 or routed % n:
         raise ValueError(
-            f"layer {layer.name!r} was routed {one.total} tokens in a batch of {layout.examples} examples: they "
-            "cannot be told apart by example; leave it out of layers, or use batches of one example"
+            f"layer {layer.name!r} was routed {' and '.join(map(str, sorted(totals)))} tokens in a batch of {n} examples: "
+            "they cannot be told apart by example; leave it out of layers, or use batches of one example"
         )
-    rows = (one.call.args[0], one.call.gradient)
-    masks = [mask for mask in (layout.mask, layout.targets) if mask is not None and mask.numel() == one.total]
-    return packed(rows, one.tokens, one.total, layout.examples, masks[0] if masks else None)
+    runs = [(one.call.args[0], one.call.gradient, cast(Tensor, one.tokens)) for one in arrivals]
+    a, g, tokens = (torch.cat(part) for part in zip(*(runs or [_no_rows(layer)]), strict=True))
+    mask = next((m for m in (layout.mask, layout.targets) if m is not None and m.numel() == routed), None)
+    visits = torch.bincount(tokens, minlength=routed).view(n, routed // n)
+    visits = visits if mask is None else visits.masked_fill(~mask.view(n, routed // n), -1)
+    return *packed((a, g), tokens, routed, n, mask), visits
 
 
-def _nothing(layer: Layer, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor]:
+def _no_rows(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     p, q = layer.shape
-    n, weight = layout.examples, layer.weight
-    empty = torch.zeros(n, 1, dtype=torch.bool, device=weight.device)
-    a, g = (torch.zeros(n, 1, width, dtype=weight.dtype, device=weight.device) for width in (q, p))
-    return a, g, empty
+    dtype, device = layer.weight.dtype, layer.weight.device
+    a, g = (torch.zeros(0, width, dtype=dtype, device=device) for width in (q, p))
+    return a, g, torch.zeros(0, dtype=torch.long, device=device)
 
 
 def _all(a: Tensor) -> Tensor:

@@ -35,8 +35,10 @@ def provable(layer: Layer) -> bool:
 
 
 @contextlib.contextmanager
-def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> Iterator[None]:
+def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> Iterator[list[Tensor]]:
     """Within, every backward pass through ``model`` hands the gradients of these layers' weights to ``read``.
+
+    Gives the leaves that such a pass must reach.
 
     Args:
         model: frozen.
@@ -61,7 +63,7 @@ def stand_ins(model: nn.Module, layers: Mapping[str, Layer], read: Reader) -> It
                 if parameter is not None and parameter in leaves:
                     stack.callback(module._parameters.__setitem__, attribute, parameter)
                     module._parameters[attribute] = cast(nn.Parameter, leaves[parameter])
-        yield
+        yield list(leaves.values())
 
 
 def _reader(name: str, layer: Layer, columns: slice, read: Reader) -> Callable[[Tensor], None]:

@@ -3,7 +3,7 @@
 from fishergeo.estimation.distributed import all_reduce
 from fishergeo.estimation.estimate import estimate_fisher
 from fishergeo.estimation.fisher import Fisher, FisherHeader
-from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
+from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options, option_facts
 from fishergeo.estimation.shards import sketch_shards
 from fishergeo.estimation.streaming import StreamingFisher
 from fishergeo.estimation.verify import NeverCalled
@@ -18,5 +18,6 @@ __all__ = [
     "all_reduce",
     "chosen_options",
     "estimate_fisher",
+    "option_facts",
     "sketch_shards",
 ]

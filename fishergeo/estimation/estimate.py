@@ -24,12 +24,13 @@ from fishergeo.capture import (
     Autocast,
     Layer,
     LayerFilter,
+    content_mark,
     fingerprint,
     select_layers,
 )
 from fishergeo.estimation.checkpoint import Checkpoint, SweepState
 from fishergeo.estimation.fisher import Fisher, FisherHeader
-from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
+from fishergeo.estimation.options import DataKeywords, DataOptions, check_sums_dtype, chosen_options, option_facts
 from fishergeo.estimation.sweep import Sweep, in_eigenbases
 
 
@@ -156,7 +157,8 @@ def estimate_fisher(
         dtype: dtype of the sums, float32 or float64; by default float64 for float64 models, else float32.
         progress: whether a progress bar over batches is shown.
         checkpoint: file that keeps the state of the unfinished pass. If it is there, the pass goes on from it: the
-            batches must come in the same order. It is deleted at the end.
+            batches must come in the same order. A file of other options, another ``loss`` (its code), weights or ``basis``
+            among them, is refused. It is deleted at the end.
         checkpoint_every: number of batches between two writes of it.
         verify: before anything is returned, hold the gradients captured on the first batch against autograd's own of
             the same weights, and one example alone against the same in its batch: one batch more, forward and
@@ -204,7 +206,8 @@ def estimate_fisher(
     if checkpoint is not None:
         facts = {
             "structures": {key: asdict(one) for key, one in wanted.items()},
-            "data": [*_facts(options), share_inputs, str(dtype)],
+            "data": option_facts(options) | {"share_inputs": share_inputs, "dtype": str(dtype)},
+            "basis": None if basis is None else content_mark({n: one.sums for n, one in basis.accumulators.items()}),
             "layers": {name: list(layer.shape) for name, layer in chosen.items()},
             "model": mark,
         }
@@ -247,12 +250,6 @@ def estimate_fisher(
     if keeper is not None:
         keeper.remove()
     return fishers[""] if isinstance(structure, str | Structure) else fishers
-
-
-def _facts(options: DataOptions) -> list[Any]:
-    """What of the data options a resumed estimate must have in common with the one that was cut off."""
-    o = options
-    return [o.kind, o.unit, o.reduction, o.decay, o.max_draws, o.seed]
 
 
 class _Feeding:
@@ -394,8 +391,7 @@ def _check_options(
     basis_examples: int | None,
     probes: int,
 ) -> None:
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64: sums in less lose their small terms")
+    check_sums_dtype(dtype)
     rotated = [one for one in wanted.values() if one.name == "ekfac"]
     if unit == "token" and any(
         one.sharing == "reduce" for one in wanted.values() if one.name in ("kfac", "kfac-sketch", "ekfac")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -178,10 +179,10 @@ class Fisher(Mapping[str, SymmetricOperator]):
         """The same estimate counting ``weight`` times as much in a later :meth:`merge`: exponential forgetting.
 
         Raises:
-            ValueError: unless weight > 0.
+            ValueError: unless weight is positive and finite.
         """
-        if not weight > 0:
-            raise ValueError(f"weight={weight} must be positive")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight={weight} must be positive and finite")
         header = replace(self.header, examples=self.header.examples * weight, tokens=self.header.tokens * weight)
         done: dict[Owned, Tensor] = {}
         sums = {name: accumulator.weighted(weight, done) for name, accumulator in self.accumulators.items()}

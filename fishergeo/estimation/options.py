@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+import torch
+
 from fishergeo._checks import check_choice, check_integer
 from fishergeo.accumulators import UNITS
-from fishergeo.capture import KINDS, REDUCTIONS, LossFunction, WeightSource
+from fishergeo.capture import KINDS, REDUCTIONS, LossFunction, WeightSource, content_mark
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class DataOptions:
         reduction: ``"mean"`` or ``"sum"`` over an example's supervised tokens in L_i. With the sum F is that of whole
             responses, and ½ tr(ΔWᵀFΔW) a divergence in nats a response. A ``loss`` reduces as it likes.
         token_weights: key of the batch, or function ``batch -> tensor`` of the labels' shape (n, T): weights of an
-            example's tokens in L_i, not negative; see :class:`fishergeo.FirstTokens`. None weighs all alike.
+            example's tokens in L_i, not negative; see :class:`fishergeo.FirstTokens`. None weighs all alike. L_i is
+            Σ_t w_t ℓ_t / Σ_t w_t, of which the scale of the weights is no part, or with ``reduction="sum"`` Σ_t w_t ℓ_t, of
+            which it is. A token of weight zero is none: weights of zero and one do what labels of −100 elsewhere do.
         example_weights: key of the batch, or function ``batch -> (n,)``: example i counts w_i times, and N is Σ w_i.
             None counts each once.
         decay: factor in (0, 1] by which each example multiplies the weight of all examples before it.
@@ -75,6 +79,22 @@ class DataOptions:
         check_integer("max_draws", self.max_draws, low=1)
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay={self.decay} must lie in (0, 1]")
+
+
+def option_facts(options: DataOptions) -> dict[str, Any]:
+    """What a resumed computation must have in common with the one that was cut off: functions by their contents."""
+    values = {one.name: getattr(options, one.name) for one in fields(options)}
+    return {key: content_mark(value) if callable(value) else value for key, value in values.items()}
+
+
+def check_sums_dtype(dtype: torch.dtype | None) -> None:
+    """Refuses a dtype of sums in which small terms are lost.
+
+    Raises:
+        ValueError: unless it is None, float32 or float64.
+    """
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float64: sums in less lose their small terms")
 
 
 class DataKeywords(TypedDict, total=False):

@@ -37,6 +37,17 @@ class Part:
     size: int = 0
     fresh: int = 0
 
+    @property
+    def rows(self) -> slice:
+        """Those of the present batch."""
+        return slice((self.number - self.first) % self.parts, None, self.parts)
+
+    def see(self, size: int, counted: Tensor | None) -> None:
+        """Takes the size of the present batch, and which of its examples are data (None: all), from whichever layer."""
+        if self.size == 0:
+            self.size = size
+            self.fresh = len(range(size)[self.rows]) if counted is None else int(counted[self.rows].sum())
+
     def next_batch(self) -> None:
         """Counts the present batch."""
         self.first, self.units = self.first + self.size, self.units + self.fresh
@@ -52,15 +63,18 @@ class PartAccumulator(SketchAccumulator):
 
     def add(self, record: Record, shared: Shared) -> None:
         """Adds this part's rows of one batch."""
-        part = self.part
-        rows = slice((part.number - part.first) % part.parts, None, part.parts)
-        mask = None if record.mask is None else record.mask[rows]
-        own = replace(record, inputs=record.inputs[rows], gradients=record.gradients[rows], mask=mask)
-        # A layer may miss examples, or the batch (an expert that nobody chose): those that missed none know the count.
-        part.size = max(part.size, len(record.inputs))
-        part.fresh = max(part.fresh, len(own.inputs) if mask is None else int(mask.any(1).sum()))
+        rows = self.part.rows
+        parts = (record.inputs, record.gradients, record.mask, record.counted, record.visits)
+        a, d, *others = (None if each is None else each[rows] for each in parts)
+        assert a is not None and d is not None
+        own = replace(record, inputs=a, gradients=d, mask=others[0], counted=others[1], visits=others[2])
+        self.part.see(len(record.inputs), record.counted)
         if len(own.inputs):
             super().add(own, Shared(shared.number, shared.draw))
+
+    def miss(self, counted: Tensor, shared: Shared) -> None:
+        """Counts a batch that did not reach the layer."""
+        self.part.see(len(counted), counted)
 
 
 def sketch_shards(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, DiagonalAccumulator, Layout, ProductAccumulator
 from fishergeo.capture import LayerFilter, select_layers
-from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options
+from fishergeo.estimation.options import DataKeywords, DataOptions, check_sums_dtype, chosen_options
 from fishergeo.estimation.sweep import Sweep
 from fishergeo.operators import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank
 
@@ -36,7 +36,7 @@ class StreamingFisher:
         side: ``"output"``: 1/N Σ G_i G_iᵀ; ``"input"``: 1/N Σ G_iᵀ G_i; ``"both"``: 1/N Σ vec(G_i) vec(G_i)ᵀ.
         layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`. By
             default all, of which those that the first pass never calls are listed by one warning; their products are 0.
-        dtype: dtype of products; by default float64 for float64 models, else float32.
+        dtype: dtype of products, float32 or float64; by default float64 for float64 models, else float32.
         progress: whether a progress bar is shown for every pass.
         verify: hold the gradients captured on the first batch against autograd's, as
             :func:`fishergeo.estimate_fisher` does, in the first pass that each layer takes part in.
@@ -82,6 +82,7 @@ class StreamingFisher:
         **keywords: Unpack[DataKeywords],
     ) -> None:
         self.data = chosen_options("StreamingFisher", data, kind, keywords)
+        check_sums_dtype(dtype)
         self.side = check_choice("side", side, ("output", "input", "both"))
         if isinstance(batches, Iterator):
             raise TypeError(

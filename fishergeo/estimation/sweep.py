@@ -230,7 +230,10 @@ class Sweep:
                         group.append(accumulator)
                     accumulator.add(record, shared)
 
-            capture.pass_over(objective, read, mask, scale, targets)
+            counted = capture.pass_over(objective, read, mask, scale, targets).counts > 0
+            for layers in self._fed():
+                for name in layers.keys() - totals.keys():
+                    layers[name].miss(counted, shared)
             if totals and not bool(torch.isfinite(torch.stack(list(totals.values()))).all()):
                 name = next(name for name, total in totals.items() if not bool(torch.isfinite(total)))
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")

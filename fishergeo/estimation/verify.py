@@ -22,6 +22,7 @@ from fishergeo.capture import (
     Layer,
     Objective,
     Record,
+    differentiate,
     is_encoder_decoder,
     padding_mask,
     provable,
@@ -262,7 +263,7 @@ class Proof:
             if self.moments and record.name in self._one:
                 inputs[record.name] = _moment(record, 0)
 
-        with self._expected() as expected:
+        with self._expected() as (expected, leaves):
             mask = padding_mask(batch)
             result = self.capture.pass_over(
                 objective,
@@ -270,6 +271,7 @@ class Proof:
                 mask,
                 lambda _: self._factors[place : place + 1],
                 target_mask(self.capture.model, batch),
+                leaves,
             )
         return float(result.values[0]), expected
 
@@ -277,11 +279,11 @@ class Proof:
         self, batch: Any, weights: Tensor | None, generator: torch.Generator, places: list[int]
     ) -> dict[str, Tensor]:
         """Expected products of several examples, times their powers."""
-        with self.capture.deaf(), self._expected() as expected:
+        with self.capture.deaf(), self._expected() as (expected, leaves):
             values = self.evaluate(batch, weights, generator).values
             root = (values * (self._factors * self._powers)[places]).sum()
             if root.requires_grad:
-                root.backward()
+                differentiate(root, leaves)
         return expected
 
     def _compare(self, captured: Mapping[str, _Part], expected: Mapping[str, Tensor], most: float, cause: str) -> None:
@@ -353,8 +355,8 @@ class Proof:
             torch.cuda.set_rng_state(state, device)
 
     @contextlib.contextmanager
-    def _expected(self) -> Iterator[dict[str, Tensor]]:
-        """Within, a backward pass adds the gradient of every weight, times Ω, to the products that are given."""
+    def _expected(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
+        """Within, a backward pass adds the gradient of every weight, times Ω, to the products; and its leaves."""
         layers = {name: self.capture.layers[name] for name in self._omegas}
         products = {
             name: torch.zeros(layers[name].shape[0], omega.shape[1], dtype=omega.dtype, device=omega.device)
@@ -364,8 +366,8 @@ class Proof:
         def read(name: str, columns: slice, part: Tensor) -> None:
             products[name] += part.to(products[name].dtype) @ self._omegas[name][columns]
 
-        with stand_ins(self.capture.model, layers, read):
-            yield products
+        with stand_ins(self.capture.model, layers, read) as leaves:
+            yield products, leaves
 
 
 def _dtype(layer: Layer) -> torch.dtype:

@@ -77,10 +77,17 @@ class Confidence(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """Samples (n, d, c) in coordinates of their own span, d = min(p, n·c), and the frame (p, d) of that span."""
+    """Samples in coordinates of their own span.
+
+    Attributes:
+        reduced: (n, d, c) float64, d the numerical rank, over a constant of their own size.
+        frame: orthonormal basis of the span, (p, d), float32 or wider.
+        floor: an eigenvalue of Σ x xᵀ up to which there is nothing but rounding.
+    """
 
     reduced: torch.Tensor
     frame: torch.Tensor
+    floor: float
 
 
 def _checked(samples: object, m: object, generator: object, draws: object) -> _Samples:
@@ -96,9 +103,28 @@ def _checked(samples: object, m: object, generator: object, draws: object) -> _S
     n, p, c = columns.shape
     if n < 4:
         raise ValueError(f"samples holds {n} examples, at least 4 are needed to resample")
-    check_integer("m", m, low=1, high=min(p, n * c))
-    frame, r = torch.linalg.qr(columns.permute(1, 0, 2).reshape(p, n * c))
-    return _Samples(r.reshape(-1, n, c).permute(1, 0, 2), frame)
+    m = check_integer("m", m, low=1, high=min(p, n * c))
+    flat = columns.permute(1, 0, 2).reshape(p, n * c)
+    flat = flat / flat.abs().max().clamp_min(torch.finfo(flat.dtype).tiny)  # squares of any scale stay in range
+    frame, r = torch.linalg.qr(flat)
+    gram = r.double() @ r.double().mT
+    values, vectors = (x.flip(-1) for x in torch.linalg.eigh(gram))
+    # Rounding of the entries adds about ε·(longest row + longest column) to a singular value (random signs), and the
+    # factorisation its own; the directions that are left without more than that would be those of noise.
+    entries = torch.finfo(checked.dtype).eps * float(flat.norm(dim=0).max() + flat.norm(dim=1).max())
+    whole, size = float(values[0].clamp_min(0)), max(flat.shape)
+    computed = 4 * torch.finfo(flat.dtype).eps * size**0.5 * whole**0.5
+    floor = max((entries + computed) ** 2, 4 * torch.finfo(torch.float64).eps * size**0.5 * whole)
+    rank = int((values > floor).sum())
+    if m > rank:
+        raise ValueError(
+            f"m is {m}, but samples have only {rank} directions above rounding, the others are without data; ask for at "
+            f"most {rank}"
+            if rank
+            else "samples are all zero, so there is no direction to tell from another"
+        )
+    turn = vectors[:, :rank]
+    return _Samples((turn.mT @ r.double()).reshape(rank, n, c).permute(1, 0, 2), frame @ turn.to(frame), floor)
 
 
 def _resampled(samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -107,10 +133,11 @@ def _resampled(samples: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).to(samples)
 
 
-def _leading(samples: torch.Tensor, weights: torch.Tensor, m: int) -> torch.Tensor:
-    """Top-m eigenvectors of Σ w_i x_i x_iᵀ."""
+def _leading(samples: torch.Tensor, weights: torch.Tensor, m: int, floor: float) -> torch.Tensor:
+    """Top-m eigenvectors of Σ w_i x_i x_iᵀ; zeros in place of those that the weighted samples say nothing of."""
     flat = (samples * weights.sqrt()[:, None, None]).permute(1, 0, 2).flatten(1)
-    return torch.linalg.eigh(flat @ flat.mT)[1].flip(-1)[:, :m]
+    values, vectors = torch.linalg.eigh(flat @ flat.mT)
+    return (vectors * (values > floor)).flip(-1)[:, :m]
 
 
 def _overlaps(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -140,7 +167,7 @@ def split_half_agreement(
 
     Args:
         samples: (n, p), or (n, p, c) for c columns an example, as G_i·Ω has; any floating dtype.
-        m: dimensions to report, from 1 to min(p, n·c).
+        m: dimensions to report, from 1 to the rank of the samples.
         generator: source of the splits, on the CPU.
         draws: number of random splits, at least 2.
         level: coverage of the percentile interval over splits, in (0, 1).
@@ -150,7 +177,7 @@ def split_half_agreement(
 
     Raises:
         TypeError: arguments of the wrong type.
-        ValueError: fewer than 4 examples, NaN, or arguments out of range.
+        ValueError: fewer than 4 examples, NaN, more directions than the samples' rank, or arguments out of range.
 
     Examples:
         >>> g = torch.Generator().manual_seed(0)
@@ -158,14 +185,14 @@ def split_half_agreement(
         >>> fg.split_half_agreement(noise, 5, g).dimensions(0.9)  # noise has no directions
         0
     """
-    reduced = _checked(samples, m, generator, draws).reduced
+    reduced, frame, floor = _checked(samples, m, generator, draws)
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)
     n, overlaps = len(reduced), []
     for _ in range(draws):
         order = torch.randperm(n, generator=generator).to(reduced.device)
         halves = (reduced[order[: n // 2]], reduced[order[n // 2 :]])
-        u, v = (_leading(half, half.new_ones(len(half)), m) for half in halves)
-        overlaps.append(_overlaps(u, v))
+        u, v = (_leading(half, half.new_ones(len(half)), m, floor) for half in halves)
+        overlaps.append(_overlaps(u, v).to(frame.dtype))
     return _summary(overlaps, samples.shape[1], level)
 
 
@@ -180,7 +207,7 @@ def bootstrap_agreement(
 
     Args:
         samples: (n, p), or (n, p, c) for c columns an example; any floating dtype.
-        m: dimensions to report, from 1 to min(p, n·c).
+        m: dimensions to report, from 1 to the rank of the samples.
         generator: source of the resamples, on the CPU.
         draws: number of resamples, at least 2.
         level: coverage of the percentile interval over resamples, in (0, 1).
@@ -190,7 +217,7 @@ def bootstrap_agreement(
 
     Raises:
         TypeError: arguments of the wrong type.
-        ValueError: fewer than 4 examples, NaN, or arguments out of range.
+        ValueError: fewer than 4 examples, NaN, more directions than the samples' rank, or arguments out of range.
 
     Examples:
         >>> g = torch.Generator().manual_seed(0)
@@ -198,17 +225,18 @@ def bootstrap_agreement(
         >>> float(fg.bootstrap_agreement(samples, 2, g).mean[0]) > 0.9
         True
     """
-    reduced = _checked(samples, m, generator, draws).reduced
+    reduced, frame, floor = _checked(samples, m, generator, draws)
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)
-    whole = _leading(reduced, reduced.new_ones(len(reduced)), m)
-    overlaps = [_overlaps(whole, _leading(reduced, _resampled(reduced, generator), m)) for _ in range(draws)]
-    return _summary(overlaps, samples.shape[1], level)
+    whole = _leading(reduced, reduced.new_ones(len(reduced)), m, floor)
+    resamples = (_leading(reduced, _resampled(reduced, generator), m, floor) for _ in range(draws))
+    return _summary([_overlaps(whole, found).to(frame.dtype) for found in resamples], samples.shape[1], level)
 
 
 def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generator, draws: int = 50) -> Confidence:
     """Leading eigenvectors of F = 1/N Σ x_i x_iᵀ, each with the share of it that bootstrap resamples find again.
 
-    With V_b the top-m eigenvectors of resample b, all within the d-dimensional span of the examples, direction u_j has
+    With V_b the top-m eigenvectors of resample b, all within the d-dimensional span of the examples (d their numerical
+    rank: what lies beyond it is without data and never a direction), direction u_j has
     the weight (E_b ‖V_bᵀu_j‖² − m/d)/(1 − m/d), clipped to [0, 1]: 1 where every resample's space contains it, 0 where
     it does no better than a random space of that span; this project's own weight, on the bootstrap of Efron (1979). Turning within the leading space costs nothing. Where m = d,
     nothing is left out and every weight is 1. What `bootstrap_agreement` says of flattery holds here too: choose m
@@ -216,7 +244,7 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
 
     Args:
         samples: (n, p), or (n, p, c) for c columns an example, as G_i·Ω has; any floating dtype.
-        m: directions, from 1 to d = min(p, n·c).
+        m: directions, from 1 to d, the rank of the samples.
         generator: source of the resamples, on the CPU.
         draws: number of resamples, at least 2.
 
@@ -225,7 +253,7 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
 
     Raises:
         TypeError: arguments of the wrong type.
-        ValueError: fewer than 4 examples, NaN, or arguments out of range.
+        ValueError: fewer than 4 examples, NaN, more directions than the samples' rank, or arguments out of range.
 
     Examples:
         >>> g = torch.Generator().manual_seed(0)
@@ -234,14 +262,13 @@ def bootstrap_confidence(samples: torch.Tensor, m: int, generator: torch.Generat
         >>> basis.shape, bool(weights[0] > weights[1])
         (torch.Size([5, 2]), True)
     """
-    reduced, frame = _checked(samples, m, generator, draws)
-    whole = _leading(reduced, reduced.new_ones(len(reduced)), m)
-    found = torch.stack(
-        [(_leading(reduced, _resampled(reduced, generator), m).mT @ whole).square().sum(0) for _ in range(draws)]
-    ).mean(0)
+    reduced, frame, floor = _checked(samples, m, generator, draws)
+    whole = _leading(reduced, reduced.new_ones(len(reduced)), m, floor)
+    resamples = (_leading(reduced, _resampled(reduced, generator), m, floor) for _ in range(draws))
+    found = torch.stack([(resample.mT @ whole).square().sum(0) for resample in resamples]).mean(0)
     chance = m / reduced.shape[1]
     weights = ((found - chance) / (1 - chance)).clamp(0, 1) if chance < 1 else torch.ones_like(found)
-    return Confidence(frame @ whole, weights)
+    return Confidence(frame @ whole.to(frame), weights.to(frame))
 
 
 def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 0.95) -> Agreement:
@@ -255,7 +282,7 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
 
     Args:
         shards: at least two operators of one size, say of one layer.
-        m: dimensions to report; each operator must know as many eigenpairs.
+        m: dimensions to report; each operator must know as many eigenpairs, and one of them have as many above rounding.
         level: coverage of the percentile interval over pairs, in (0, 1).
 
     Returns:
@@ -263,7 +290,8 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
 
     Raises:
         TypeError: arguments of the wrong type.
-        ValueError: fewer than two operators, different sizes, or arguments out of range.
+        ValueError: fewer than two operators, different sizes, more dimensions than there are with data, or arguments out
+            of range.
 
     Examples:
         >>> half = fg.DenseOperator(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
@@ -281,5 +309,14 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
     size = operators[0].shape[0]
     m = check_integer("m", m, low=1, high=size)
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)
-    bases = [operator.eigh(m)[1].double().to(operators[0].device) for operator in operators]
+    bases = []
+    for operator in operators:
+        values, vectors = (part.double().to(operators[0].device) for part in operator.eigh(m))
+        eps = torch.finfo(torch.promote_types(operator.dtype, torch.float32)).eps
+        bases.append(vectors * (values > 4 * eps * size**0.5 * values[0].clamp_min(0)))
+    rank = max(int(basis.any(0).sum()) for basis in bases)
+    if m > rank:
+        raise ValueError(
+            f"m is {m}, but shards have only {rank} directions above rounding, the others are without data; ask for no more"
+        )
     return _summary([_overlaps(u, v) for u, v in combinations(bases, 2)], size, level)

@@ -325,9 +325,11 @@ def karcher_mean(
     else:
         check_finite("weights", check_tensor("weights", weights, min_dim=1))
         check_same_kind("weights", weights, "points", points)
-        if weights.shape != (len(y),) or bool((weights < 0).any()) or float(weights.sum()) == 0:
+        if weights.shape != (len(y),) or bool((weights < 0).any()) or float(weights.max()) == 0:
             raise ValueError(f"weights must be {len(y)} numbers, not negative and not all zero, got {weights.tolist()}")
-        share = weights.detach().to(work) / weights.detach().to(work).sum()
+        share = weights.detach().to(work)
+        share = share / share.max()  # their sum may overflow
+        share = share / share.sum()
     if y.shape[-1] == 0:
         return points[0].detach()
     manifold = Grassmann()

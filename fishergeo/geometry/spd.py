@@ -82,7 +82,9 @@ def affine_invariant_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Affine-invariant Riemannian distance ‖log(A^−½ B A^−½)‖ = √Σ log² λ_i(A⁻¹B) (Pennec et al. 2006, eq. 3.5).
 
     It does not change under A, B → CACᵀ, CBCᵀ nor under inversion of both: of two Fishers it says how far apart they
-    are whatever the parameters' coordinates.
+    are whatever the parameters' coordinates. The λ_i are the squared singular values of L⁻¹M, with the Cholesky factors
+    A = LLᵀ and B = MMᵀ: they keep the small ones that forming L⁻¹BL⁻ᵀ loses, as far as the entries of A and B
+    determine them, to ε·κ of the worse condition number κ.
 
     Args:
         a: symmetric positive definite, (..., n, n), any floating dtype; half precision is computed in float32.
@@ -93,7 +95,8 @@ def affine_invariant_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: not floating tensors, or the dtypes differ.
-        ValueError: not square, symmetric, finite and positive definite, or sizes or devices differ.
+        ValueError: not square, symmetric, finite and positive definite, sizes or devices differ, or matrices so
+            ill-conditioned that their relative eigenvalues are rounding.
 
     Examples:
         >>> a = torch.eye(2, dtype=torch.float64)
@@ -101,10 +104,19 @@ def affine_invariant_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         1.4142
     """
     first, second = _check_pair(a, b, definite=True)
-    lower = torch.linalg.cholesky(first)
-    half = torch.linalg.solve_triangular(lower, second, upper=False)
-    relative = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    return _apart(first, second, _length(torch.linalg.eigvalsh((relative + relative.mT) / 2).log(), -1))
+    factors = []
+    for name, matrix in (("a", first), ("b", second)):
+        lower, failed = torch.linalg.cholesky_ex(matrix.double())
+        if bool(failed.any()):
+            raise ValueError(f"{name} must be positive definite beyond rounding; add damping, M + εI")
+        factors.append(lower)
+    roots = torch.linalg.svdvals(torch.linalg.solve_triangular(*factors, upper=False))
+    least = first.shape[-1] * torch.finfo(torch.float64).eps
+    if bool((roots[..., -1] <= least * roots[..., 0]).any()):
+        raise ValueError(
+            "a and b are so ill-conditioned that the least of their relative eigenvalues is rounding; add damping, M + εI"
+        )
+    return _apart(first, second, _length(2 * roots.log(), -1).to(first.dtype))
 
 
 def log_euclidean_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -137,7 +149,8 @@ def bures_wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     """Bures–Wasserstein distance √(tr A + tr B − 2 tr (A^½ B A^½)^½) (Bhatia, Jain and Lim 2019, eq. 1).
 
     Computed as min_Q ‖A^½ − B^½ Q‖ over orthogonal Q (thm. 1 there), which keeps small distances that the difference
-    of traces cancels. Rank-deficient curvatures are allowed; the gradient needs positive definite ones.
+    of traces cancels. Rank-deficient curvatures are allowed, but determine it to about √(ε·tr) only: a zero eigenvalue is
+    known to ε, and the distance goes by its root. The gradient needs positive definite ones.
 
     Args:
         a: symmetric positive semidefinite, (..., n, n), any floating dtype; half precision is computed in float32.

@@ -2,6 +2,7 @@
 
 from fishergeo.operators.base import (
     DENSE_LIMIT,
+    ROUNDINGS,
     DenseOperator,
     SumOperator,
     SymmetricOperator,
@@ -24,6 +25,7 @@ from fishergeo.operators.spectral import SpectralOperator
 
 __all__ = [
     "DENSE_LIMIT",
+    "ROUNDINGS",
     "BlackBox",
     "DenseOperator",
     "DiagonalOperator",

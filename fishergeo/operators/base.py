@@ -15,10 +15,17 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from fishergeo._checks import FLOAT_DTYPES, check_choice, check_finite, check_number
 from fishergeo._linalg import leading_pairs
 
 DENSE_LIMIT = 8192
 """The largest operator, of those known by products alone, whose eigenpairs are found by making it dense."""
+
+ROUNDINGS = 4
+"""Roundings of the largest eigenvalue within which another may as well be zero; Grams of too few rows were seen to reach 1.1."""
+
+SIDES = ("output", "input")
+"""What a one-sided matrix may stand for."""
 
 
 class SymmetricOperator(abc.ABC):
@@ -36,6 +43,10 @@ class SymmetricOperator(abc.ABC):
         device: device of its tensors.
         side: ``"output"``, ``"input"`` or ``"both"``: which side of W it acts on.
 
+    Raises:
+        TypeError: if its numbers are not of a real floating dtype, in which products would be cut to integers.
+        ValueError: for an unknown side.
+
     Examples:
         >>> op = fg.DenseOperator(torch.diag(torch.tensor([4.0, 1.0])))
         >>> float(op.trace()), op.sqrt().to_dense().diagonal().tolist()
@@ -49,6 +60,12 @@ class SymmetricOperator(abc.ABC):
         SymmetricOperator._kinds[cls.__name__] = cls
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, side: str = "output") -> None:
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"a {type(self).__name__} must be of a real floating dtype, got {dtype}; convert its tensors with "
+                ".to(torch.float32)"
+            )
+        check_choice("side", side, ("output", "input", "both"))
         self.shape = (size, size)
         self.dtype = dtype
         self.device = device
@@ -119,8 +136,10 @@ class SymmetricOperator(abc.ABC):
             (p, p) or (q, q), symmetric, of the operator's dtype.
 
         Raises:
-            ValueError: for the other side of a one-sided operator, or a two-sided one that does not know p and q.
+            ValueError: for an unknown side, the other side of a one-sided operator, or a two-sided one that does not know
+                p and q.
         """
+        check_choice("side", side, SIDES)
         if side != self.side:
             raise ValueError(f"a {type(self).__name__} of side {self.side!r} says nothing of the side {side!r} alone")
         return self.to_dense()
@@ -155,9 +174,9 @@ class SymmetricOperator(abc.ABC):
             :func:`fishergeo._linalg.leading_pairs`.
 
         Raises:
-            ValueError: if k is not between 1 and the size.
+            ValueError: if k is not between 1 and the size, or for NaN.
         """
-        values, vectors = leading_pairs(self.to_dense(), checked_rank(k, self.shape[0]))
+        values, vectors = leading_pairs(self._finite(), checked_rank(k, self.shape[0]))
         return values, fix_signs(vectors)
 
     def known_eigenpairs(self) -> tuple[Tensor, Tensor]:
@@ -189,13 +208,14 @@ class SymmetricOperator(abc.ABC):
             Scalar tensor.
 
         Raises:
-            ValueError: if the shape does not fit.
+            ValueError: if the shape does not fit, or there are several updates.
         """
+        check_single(delta)
         if isinstance(delta, Tensor):
-            self._check_delta(delta.shape[0], delta.shape[-1])
+            self._check_delta(*delta.shape)
             return self._quadratic_dense(delta.to(self.dtype))
         left, right = delta.left, delta.right
-        self._check_delta(left.shape[0], right.shape[-1])
+        self._check_delta(left.shape[0], right.shape[1])
         return self._quadratic_factored(left.to(self.dtype), right.to(self.dtype))
 
     def apply(self, delta: Tensor) -> Tensor:
@@ -212,6 +232,8 @@ class SymmetricOperator(abc.ABC):
         Raises:
             ValueError: if the shape does not fit.
         """
+        if delta.ndim < 2:
+            raise ValueError(f"delta of shape {tuple(delta.shape)} does not fit: it must be (p, q), or (..., p, q)")
         p, q = delta.shape[-2:]
         self._check_delta(p, q)
         batch = delta.to(self.dtype).reshape(-1, p, q)
@@ -247,14 +269,41 @@ class SymmetricOperator(abc.ABC):
             return ((right @ self._matmat(right.T)) * (left.T @ left)).sum()
         return self._quadratic_dense(left @ right)
 
+    def _finite(self) -> Tensor:
+        """The whole matrix, for eigensolvers: of one with NaN they return numbers like any others.
+
+        Raises:
+            ValueError: for NaN or infinity.
+        """
+        dense = self.to_dense()
+        check_finite(f"the matrix of this {type(self).__name__}", dense)
+        return dense
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         """The operator with the same vectors and ``function`` of the eigenvalues (float64 in, float64 out)."""
-        values, vectors = torch.linalg.eigh(self.to_dense().double())
+        values, vectors = torch.linalg.eigh(self._finite().double())
         return DenseOperator(((vectors * function(values)) @ vectors.T).to(self.dtype), self.side)
 
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues, (size,) float64, in any order."""
-        return torch.linalg.eigvalsh(self.to_dense().double())
+        """All eigenvalues, (size,) float64, in any order.
+
+        Raises:
+            ValueError: for NaN.
+        """
+        return torch.linalg.eigvalsh(self._finite().double())
+
+    def _rounding(self, values: Tensor) -> Tensor:
+        """By how much rounding may have moved each of these eigenvalues, all of them in float64: what broadcasts to them."""
+        return ROUNDINGS * torch.finfo(self.dtype).eps * values.abs().amax()
+
+    def _damped(self, values: Tensor, damping: float) -> Tensor:
+        """Eigenvalues of F + damping·I; zero where those of F, all of them, leave them within rounding of it.
+
+        Rounding makes zero eigenvalues as often positive as negative: their sign says nothing of the rank.
+        """
+        check_finite(f"the eigenvalues of this {type(self).__name__}", values)
+        shifted = values.clamp_min(0) + damping
+        return torch.where(shifted > self._rounding(values), shifted, 0)
 
     def power(self, exponent: float, damping: float = 0.0) -> SymmetricOperator:
         """(F + damping·I) to a real power, of a positive semi-definite F; rounding below zero is taken as zero.
@@ -264,14 +313,24 @@ class SymmetricOperator(abc.ABC):
             damping: not negative, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: for a negative exponent of a singular matrix, or a negative damping.
+            ValueError: for a negative exponent of a matrix that is singular to the precision of its dtype, a negative
+                damping, or NaN.
+            TypeError: if one of the two is no real number.
         """
-        _check_damping(damping)
+        check_number("exponent", exponent)
+        check_number("damping", damping, low=0.0)
 
         def function(values: Tensor) -> Tensor:
-            shifted = values.clamp_min(0) + damping
-            if exponent < 0 and bool((shifted <= 0).any()):
-                raise ValueError(f"exponent={exponent} of a singular operator; pass damping > 0")
+            if exponent >= 0:
+                check_finite(f"the eigenvalues of this {type(self).__name__}", values)
+                return (values.clamp_min(0) + damping) ** exponent
+            shifted = self._damped(values, damping)
+            if not bool(torch.isfinite((shifted.min() ** exponent).to(self.dtype))):
+                raise ValueError(
+                    f"exponent={exponent:g} of a {type(self).__name__} that is singular to the precision of {self.dtype}: "
+                    f"its eigenvalues reach from {float(values.min()):.3g} to {float(values.max()):.3g}, and "
+                    f"damping={damping:g} is too little; pass more"
+                )
             return shifted**exponent
 
         return self._map(function)
@@ -287,7 +346,8 @@ class SymmetricOperator(abc.ABC):
             damping: not negative, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: if that is singular, or for a negative damping.
+            ValueError: if that is singular to the precision of its dtype, for a negative damping, or NaN.
+            TypeError: if damping is no real number.
         """
         return self.power(-1.0, damping)
 
@@ -303,20 +363,22 @@ class SymmetricOperator(abc.ABC):
 
         Raises:
             ValueError: as :meth:`inverse`.
+            TypeError: as :meth:`inverse`.
         """
         return self.inverse(damping) @ rhs
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """The logarithm of det(F + damping·I), scalar; −inf if that is singular.
+        """The logarithm of det(F + damping·I), scalar; −inf if that is singular to the precision of its dtype.
 
         Args:
             damping: not negative, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: for a negative damping.
+            ValueError: for a negative damping, or NaN.
+            TypeError: if damping is no real number.
         """
-        _check_damping(damping)
-        return (self.eigenvalues().clamp_min(0) + damping).log().sum().to(self.dtype)
+        check_number("damping", damping, low=0.0)
+        return self._damped(self.eigenvalues(), damping).log().sum().to(self.dtype)
 
     def __mul__(self, factor: float) -> SymmetricOperator:
         if isinstance(factor, SymmetricOperator) or not isinstance(factor, int | float):
@@ -339,7 +401,8 @@ class DenseOperator(SymmetricOperator):
         side: side of a layer's weight that the matrix stands for, see :class:`SymmetricOperator`.
 
     Raises:
-        ValueError: if it is not square.
+        ValueError: if it is not square, or for an unknown side.
+        TypeError: if its dtype is not a floating one.
 
     Examples:
         >>> op = fg.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -445,6 +508,10 @@ class SumOperator(SymmetricOperator):
         """The same sum of the terms' quadratic forms of ``delta``, a scalar; see :meth:`SymmetricOperator.quadratic`."""
         return self._total(lambda term: term.quadratic(delta))
 
+    def _check_delta(self, rows: int, columns: int) -> None:
+        for term in self.terms:
+            term._check_delta(rows, columns)
+
 
 def operator_from_tensors(kind: str, tensors: Mapping[str, Tensor], side: str = "output") -> SymmetricOperator:
     """The operator whose class and :meth:`SymmetricOperator.tensors` were written to a file.
@@ -474,11 +541,6 @@ def operator_from_tensors(kind: str, tensors: Mapping[str, Tensor], side: str = 
     return SymmetricOperator._kinds[kind].from_tensors(tensors, side)
 
 
-def _check_damping(damping: float) -> None:
-    if not damping >= 0:
-        raise ValueError(f"damping={damping} must not be negative")
-
-
 def checked_rank(k: int | None, most: int) -> int:
     """K, or ``most`` where it is None.
 
@@ -498,6 +560,17 @@ def fix_signs(vectors: Tensor) -> Tensor:
         return vectors
     negative = -vectors.amin(0, keepdim=True) > vectors.amax(0, keepdim=True)
     return vectors * torch.where(negative, -1, 1).to(vectors.dtype)
+
+
+def check_single(delta: Any) -> None:
+    """Refuses several updates where one is asked for, as a tensor or in factors.
+
+    Raises:
+        ValueError: naming the shape.
+    """
+    for part in (delta,) if isinstance(delta, Tensor) else (delta.left, delta.right):
+        if part.ndim != 2:
+            raise ValueError(f"delta of shape {tuple(part.shape)} does not fit: pass one update at a time, (p, q)")
 
 
 def check_layer_shape(p: int, q: int, rows: int, columns: int) -> None:

@@ -8,8 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fishergeo._checks import check_choice
 from fishergeo._linalg import tiled_squares
-from fishergeo.operators.base import SymmetricOperator, check_layer_shape, checked_rank
+from fishergeo.operators.base import SIDES, SymmetricOperator, check_layer_shape, checked_rank
 
 
 class DiagonalOperator(SymmetricOperator):
@@ -20,6 +21,7 @@ class DiagonalOperator(SymmetricOperator):
 
     Raises:
         ValueError: if they have not two dimensions.
+        TypeError: if their dtype is not a floating one.
 
     Examples:
         >>> op = fg.DiagonalOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))  # of a (2, 2) weight
@@ -66,7 +68,12 @@ class DiagonalOperator(SymmetricOperator):
         return values, vectors
 
     def partial_trace(self, side: str = "output") -> Tensor:
-        """Sums of the entries' rows, (p, p), or columns, (q, q), on a diagonal, by ``side``."""
+        """Sums of the entries' rows, (p, p), or columns, (q, q), on a diagonal, by ``side``.
+
+        Raises:
+            ValueError: for another side than ``"output"`` and ``"input"``.
+        """
+        check_choice("side", side, SIDES)
         return torch.diag(self.entries.sum(1 if side == "output" else 0))
 
     def _check_delta(self, rows: int, columns: int) -> None:
@@ -80,6 +87,10 @@ class DiagonalOperator(SymmetricOperator):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         return DiagonalOperator(function(self.entries.double()).to(self.dtype))
+
+    def _rounding(self, values: Tensor) -> Tensor:
+        # Each entry is a sum of its own: a large one says nothing of the digits of a small one.
+        return values.new_zeros(())
 
     def eigenvalues(self) -> Tensor:
         """The entries, (pq,) float64."""

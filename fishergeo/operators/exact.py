@@ -8,7 +8,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fishergeo.operators.base import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank, fix_signs
+from fishergeo._checks import check_choice, check_finite
+from fishergeo.operators.base import (
+    DENSE_LIMIT,
+    SIDES,
+    SymmetricOperator,
+    check_layer_shape,
+    check_single,
+    checked_rank,
+    fix_signs,
+)
 from fishergeo.operators.spectral import SpectralOperator
 
 
@@ -21,12 +30,13 @@ class ExactOperator(SymmetricOperator):
     Args:
         gradients: (rows, p), the rows of all D_i one after the other; any floating dtype, in which products come.
         inputs: (rows, q), those of A_i.
-        lengths: (N,) long, rows of each example; their sum is ``rows``.
+        lengths: (N,) long, rows of each example, none for one that does not reach the layer; their sum is ``rows``.
         count: divisor of the sum; N if nothing is weighted.
         budget: entries of the weight gradients formed at a time.
 
     Raises:
         ValueError: if the three do not belong together.
+        TypeError: if their dtype is not a floating one.
 
     Examples:
         >>> gradients, inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2)
@@ -54,11 +64,14 @@ class ExactOperator(SymmetricOperator):
             rows = torch.cat([torch.arange(int(ends[i] - lengths[i]), int(ends[i])) for i in order])
             gradients, inputs = gradients[rows.to(gradients.device)], inputs[rows.to(inputs.device)]
             lengths = lengths[order]
+        places = order.argsort()
+        if (missing := int((lengths == 0).sum())) > 1:  # examples that do not reach the layer are alike: one is held
+            lengths, places = lengths[missing - 1 :], (places - (missing - 1)).clamp_min(0)
         super().__init__(gradients.shape[1] * inputs.shape[1], gradients.dtype, gradients.device, "both")
         self.gradients = gradients
         self.inputs = inputs
         self.lengths = lengths
-        self._places = order.argsort().to(gradients.device)  # of the examples as given, among those held
+        self._places = places.to(gradients.device)  # of the examples as given, among those held
         self.count = count
         self.budget = budget
         self._dual: tuple[Tensor, Tensor] | None = None
@@ -69,8 +82,9 @@ class ExactOperator(SymmetricOperator):
         return self.gradients.shape[1], self.inputs.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """``gradients`` (rows, p), ``inputs`` (rows, q), ``lengths`` and ``places`` (N,), and the scalar ``count``,
-        float64. ``places`` says where each example as it was given stands among those held.
+        """``gradients`` (rows, p), ``inputs`` (rows, q), ``lengths`` (M,), ``places`` (N,), and the scalar ``count``,
+        float64. ``places`` says where each example as it was given stands among the M held, of which one without a row
+        stands for all such.
         """
         return {
             "gradients": self.gradients,
@@ -125,7 +139,12 @@ class ExactOperator(SymmetricOperator):
         return torch.stack([g.square().sum() for _, g in self._weight_gradients()]).sum() / self.count
 
     def partial_trace(self, side: str = "output") -> Tensor:
-        """1/N Σ G_i G_iᵀ, (p, p), or 1/N Σ G_iᵀ G_i, (q, q), by ``side``; weight gradients of a few examples at a time."""
+        """1/N Σ G_i G_iᵀ, (p, p), or 1/N Σ G_iᵀ G_i, (q, q), by ``side``; weight gradients of a few examples at a time.
+
+        Raises:
+            ValueError: for another side than ``"output"`` and ``"input"``.
+        """
+        check_choice("side", side, SIDES)
         p, q = self.layer_shape
         total = self.gradients.new_zeros((p, p) if side == "output" else (q, q))
         for _, g in self._weight_gradients():
@@ -137,7 +156,7 @@ class ExactOperator(SymmetricOperator):
     @property
     def examples(self) -> int:
         """N."""
-        return len(self.lengths)
+        return len(self._places)
 
     def weight_gradients(self) -> Tensor:
         """G_i = D_iᵀA_i of every example, dense, (N, p, q), in the order in which the examples were given."""
@@ -160,13 +179,16 @@ class ExactOperator(SymmetricOperator):
             ValueError: if the shape does not fit.
         """
         p, q = self.layer_shape
+        several = isinstance(delta, Tensor) and delta.ndim == 3
+        if not several:
+            check_single(delta)
         if isinstance(delta, Tensor):
             self._check_delta(delta.shape[-2], delta.shape[-1])
             dense = delta.to(self.dtype)
-            if delta.ndim == 3 and len(delta) * (len(self.inputs) - self.examples) > len(self.inputs):
+            if several and len(delta) * (len(self.inputs) - len(self.lengths)) > len(self.inputs):
                 columns = dense.flatten(1).T
                 return torch.cat([g @ columns for _, g in self._weight_gradients()])[self._places].T
-            if delta.ndim == 3:
+            if several:
                 return torch.stack([self.inner(one) for one in dense])
             parts = [((a @ dense.T) * d).sum((1, 2)) for _, d, a in self._factors(p + q)]
         else:
@@ -199,6 +221,7 @@ class ExactOperator(SymmetricOperator):
     def _dual_pairs(self) -> tuple[Tensor, Tensor]:
         if self._dual is None:
             matrix = self._held_dual().double()
+            check_finite("the inner products of the examples' gradients", matrix)
             values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
             self._dual = values.flip(0).clamp_min(0), vectors.flip(1)
         return self._dual
@@ -264,4 +287,4 @@ class ExactOperator(SymmetricOperator):
 
     def __repr__(self) -> str:
         shape: Any = self.layer_shape
-        return f"ExactOperator(layer {shape[0]}×{shape[1]}, {len(self.lengths)} examples)"
+        return f"ExactOperator(layer {shape[0]}×{shape[1]}, {self.examples} examples)"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishergeo.operators.base import check_single
 from fishergeo.operators.exact import ExactOperator
 
 
@@ -21,13 +22,14 @@ class JointFisher:
     ⟨G_il, ΔW_l⟩ = ⟨D_il, A_il ΔW_lᵀ⟩.
 
     Args:
-        operators: layer name -> :class:`fishergeo.ExactOperator` of the same N examples in the same order, as
-            ``fg.estimate_fisher(..., structure="exact")`` gives them.
+        operators: layer name -> :class:`fishergeo.ExactOperator` of the same N examples in the same order, as one
+            ``fg.estimate_fisher(..., structure="exact")`` gives them; an example that does not reach a layer (an expert) has
+            its place there, and a gradient of zero.
 
     Raises:
         TypeError: an operator of another structure; names the layer.
-        ValueError: no operator, or layers of different numbers of examples, which happens where some of them reach
-            no position of a layer (experts); names the layers.
+        ValueError: no operator, or layers of different numbers of examples or different divisors, as those of different
+            estimates are; names the layers.
 
     Examples:
         >>> one = fg.ExactOperator(torch.eye(2), torch.ones(2, 1), torch.tensor([1, 1]), count=2)
@@ -48,10 +50,10 @@ class JointFisher:
                 )
         first = next(iter(operators))
         for name, operator in operators.items():
-            if operator.examples != operators[first].examples:
+            if (operator.examples, operator.count) != (operators[first].examples, operators[first].count):
                 raise ValueError(
-                    f"layer {name!r} has seen {operator.examples} examples and {first!r} {operators[first].examples}; "
-                    "leave out layers that do not see every example"
+                    f"layer {name!r} has seen {operator.examples} examples, divided by {operator.count:g}, and {first!r} "
+                    f"{operators[first].examples}, divided by {operators[first].count:g}; take the layers of one estimate"
                 )
         self.operators = dict(operators)
 
@@ -91,8 +93,10 @@ class JointFisher:
             Scalar tensor of the operators' dtype.
 
         Raises:
-            ValueError: as for :meth:`inner`.
+            ValueError: as for :meth:`inner`, or several updates of a layer.
         """
+        for update in updates.values():
+            check_single(update)
         return self.inner(updates).square().sum() / next(iter(self.operators.values())).count
 
     def dual(self) -> Tensor:

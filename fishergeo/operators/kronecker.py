@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fishergeo._checks import check_choice, check_finite
 from fishergeo._linalg import tiled_squares
-from fishergeo.operators.base import SymmetricOperator, check_layer_shape, checked_rank, fix_signs
+from fishergeo.operators.base import ROUNDINGS, SIDES, SymmetricOperator, check_layer_shape, checked_rank, fix_signs
 from fishergeo.operators.spectral import SpectralOperator
 
 
@@ -36,7 +37,12 @@ class FactoredKronecker(SymmetricOperator):
         return traces
 
     def partial_trace(self, side: str = "output") -> Tensor:
-        """S·tr(A), (p, p), or A·tr(S), (q, q), by ``side``."""
+        """S·tr(A), (p, p), or A·tr(S), (q, q), by ``side``.
+
+        Raises:
+            ValueError: for another side than ``"output"`` and ``"input"``.
+        """
+        check_choice("side", side, SIDES)
         near, far = (self.output_factor, self.input_factor)[:: 1 if side == "output" else -1]
         dense: Tensor = near if isinstance(near, Tensor) else near.to_dense()
         return dense * far.trace()
@@ -56,6 +62,12 @@ class FactoredKronecker(SymmetricOperator):
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         return self.rotated()._map(function)
 
+    def _rounding(self, values: Tensor) -> Tensor:
+        # An eigenvalue of a factor is known to rounding of that factor's own largest, whatever it is multiplied with.
+        products = values.abs().reshape(self.output_factor.shape[0], self.input_factor.shape[0])
+        each = products.amax(0) + products.amax(1, keepdim=True)
+        return ROUNDINGS * torch.finfo(self.dtype).eps * each.reshape(values.shape)
+
     def eigenvalues(self) -> Tensor:
         """The products of the factors' eigenvalues, (pq,) float64."""
         return self.rotated().eigenvalues()
@@ -73,6 +85,7 @@ class KroneckerOperator(FactoredKronecker):
 
     Raises:
         ValueError: if a factor is not square.
+        TypeError: if the dtype of the factors is not a floating one.
 
     Examples:
         >>> op = fg.KroneckerOperator(torch.diag(torch.tensor([1.0, 2.0])), 3 * torch.eye(2))
@@ -107,7 +120,13 @@ class KroneckerOperator(FactoredKronecker):
         return torch.kron(self.output_factor, self.input_factor)
 
     def rotated(self) -> EigenKroneckerOperator:
-        """The same operator in the eigenbases of its factors."""
+        """The same operator in the eigenbases of its factors.
+
+        Raises:
+            ValueError: for NaN or infinity, of which an eigensolver makes numbers like any others.
+        """
+        check_finite("output_factor", self.output_factor)
+        check_finite("input_factor", self.input_factor)
         s, u = torch.linalg.eigh(self.output_factor.double())
         a, v = torch.linalg.eigh(self.input_factor.double())
         return EigenKroneckerOperator(u.to(self.dtype), v.to(self.dtype), torch.outer(s, a).to(self.dtype))
@@ -155,6 +174,7 @@ class EigenKroneckerOperator(SymmetricOperator):
 
     Raises:
         ValueError: if the values do not fit the bases.
+        TypeError: if the dtype of the values is not a floating one.
 
     Examples:
         >>> op = fg.EigenKroneckerOperator(torch.eye(2), torch.eye(3), torch.arange(6.0).reshape(2, 3))
@@ -215,7 +235,12 @@ class EigenKroneckerOperator(SymmetricOperator):
         return self.values.double().flatten()
 
     def partial_trace(self, side: str = "output") -> Tensor:
-        """U diag(row sums) Uᵀ, (p, p), or V diag(column sums) Vᵀ, (q, q), by ``side``."""
+        """U diag(row sums) Uᵀ, (p, p), or V diag(column sums) Vᵀ, (q, q), by ``side``.
+
+        Raises:
+            ValueError: for another side than ``"output"`` and ``"input"``.
+        """
+        check_choice("side", side, SIDES)
         basis, sums = (self.output_basis, 1) if side == "output" else (self.input_basis, 0)
         return (basis * self.values.sum(sums)) @ basis.T
 

@@ -26,7 +26,8 @@ class SpectralOperator(SymmetricOperator):
         rest: the eigenvalue of everything orthogonal to ``vectors``.
 
     Raises:
-        ValueError: if values and vectors do not pair up.
+        ValueError: if values and vectors do not pair up, or for an unknown side.
+        TypeError: if the dtype of the vectors is not a floating one.
 
     Examples:
         >>> op = fg.SpectralOperator(torch.tensor([2.0, 1.0]), torch.eye(3)[:, :2])
@@ -95,10 +96,12 @@ class SpectralOperator(SymmetricOperator):
         return self.values, self.vectors
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
-        ends = torch.tensor([self.rest], dtype=torch.float64)
-        complete = len(self.values) == self.shape[0]
-        rest = 0.0 if complete else float(function(ends)[0])
-        values = function(self.values.double()).to(self.dtype)
+        values, known = self.values.double(), len(self.values)
+        complete = known == self.shape[0]
+        # All at once: what is rounding depends on the largest of them.
+        mapped = function(values if complete else torch.cat([values, values.new_full((1,), self.rest)]))
+        rest = 0.0 if complete else float(mapped[-1])
+        values = mapped[:known].to(self.dtype)
         order = values.argsort(descending=True)
         return SpectralOperator(values[order], self.vectors[:, order], None, self.side, rest)
 

@@ -71,12 +71,13 @@ class NystromSketch:
         self.test_matrix = torch.cat([omega, held], 1).to(device, dtype)
         self.product = torch.zeros_like(self.test_matrix)
         self.trace: float | None = 0.0
+        self._eps = torch.finfo(dtype).eps  # of the coarsest product that was added
 
     def add(self, product: Tensor, trace: float | Tensor | None = None) -> None:
         """Adds F_i :attr:`test_matrix`.
 
         Args:
-            product: (size, columns + probes).
+            product: (size, columns + probes), in the dtype that it was computed in.
             trace: tr(F_i), a number or scalar tensor; once it is missing, the sum's trace is unknown.
 
         Raises:
@@ -87,6 +88,8 @@ class NystromSketch:
         if product.shape != self.product.shape:
             raise ValueError(f"product must have shape {tuple(self.product.shape)}, got {tuple(product.shape)}")
         check_finite("product", product)
+        # Rounding of half precision is found by the factorisation itself: a shift of its size would cost more than it saves.
+        self._eps = max(self._eps, torch.finfo(torch.promote_types(product.dtype, torch.float32)).eps)
         self.product = self.product + product.to(self.product)
         self.trace = None if trace is None or self.trace is None else self.trace + float(trace)
 
@@ -125,6 +128,7 @@ class NystromSketch:
             raise ValueError(f"sketches differ in (size, columns, probes, seed, name, dtype): {mine} and {theirs}")
         merged = self.scaled(1.0)
         merged.add(other.product, other.trace)
+        merged._eps = max(self._eps, other._eps)
         return merged
 
     def scaled(self, weight: float) -> NystromSketch:
@@ -140,13 +144,14 @@ class NystromSketch:
             dtype=self.product.dtype, device=self.product.device,
         )  # fmt: skip
         result.product = self.product * weight
+        result._eps = self._eps
         result.trace = None if self.trace is None else self.trace * weight
         return result
 
     def factor(self) -> Tensor:
         """B, (size, columns), with F̂ = B Bᵀ ≤ F up to rounding."""
         c = self.columns
-        return nystrom_factor(self.product[:, :c], self.test_matrix[:, :c])
+        return nystrom_factor(self.product[:, :c], self.test_matrix[:, :c], self._eps)
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
         """The k leading eigenpairs of F̂, at most ``columns``: (values (k,), vectors (size, k)).

@@ -28,7 +28,7 @@ def segments(examples: int) -> int:
     return count
 
 
-def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
+def nystrom_factor(product: Tensor, omega: Tensor, eps: float | None = None) -> Tensor:
     """B with B Bᵀ = Y (Ωᵀ Y)⁺ Yᵀ, the Nyström approximation, which never exceeds F.
 
     Shift-corrected for stability (Tropp, Yurtsever, Udell, Cevher 2017, "Fixed-rank approximation of a
@@ -37,6 +37,7 @@ def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
     Args:
         product: Y = F Ω, (size, columns), of a positive semi-definite F.
         omega: Ω, the same shape, its columns orthonormal or nearly so.
+        eps: rounding unit of Y, where its products were made in a lower precision than its dtype's.
 
     Returns:
         (size, columns), the dtype of ``product``; the core is formed and factored in float64.
@@ -52,7 +53,7 @@ def nystrom_factor(product: Tensor, omega: Tensor) -> Tensor:
         return torch.zeros_like(product)
     core, own = w.T @ y, (omega.T @ omega).double()  # of the shift, which is of the size of rounding itself
     core = (core + core.T) / 2
-    shift = float(torch.finfo(product.dtype).eps * norm)
+    shift = float(max(eps or 0.0, torch.finfo(product.dtype).eps) * norm)
     for _ in range(6):
         factor, failed = torch.linalg.cholesky_ex(core + shift * own)
         if not int(failed):

@@ -168,8 +168,8 @@ def effective_dimension(
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: unless damping > 0, or for values that are not finite, or a SciPy operator that is too large to be
-            made dense: estimate its :func:`spectral_density`.
+        ValueError: unless damping > 0, or for values that are not finite or not one sequence, or a SciPy operator that is
+            too large to be made dense: estimate its :func:`spectral_density`.
 
     Examples:
         >>> fg.effective_dimension(torch.tensor([1.0, 1.0, 0.0]), damping=1.0)  # Σ λ/(λ + 1)
@@ -185,6 +185,11 @@ def effective_dimension(
     else:
         values = spectrum.eigenvalues() if isinstance(spectrum, SymmetricOperator) else spectrum
     check_finite("spectrum", check_tensor("spectrum", values))
+    if values.ndim != 1:
+        raise ValueError(
+            f"spectrum must be one sequence of eigenvalues, got shape {tuple(values.shape)}; hand a matrix over as "
+            "DenseOperator(matrix)"
+        )
     return float(share(values.double()).sum())
 
 

@@ -23,7 +23,8 @@ def leading_eigenpairs(
     A curvature has few large eigenvalues, so a block Krylov space of a few dozen columns holds them (Golub and
     Underwood 1977), at a fraction of the full decomposition's p³. The space grows, every column orthogonalised against
     all, until the pairs have settled: ‖M v − θ v‖ ≤ 1000·eps·θ_1, far below what an estimate of a curvature is good
-    for. Small matrices, and spectra so flat that the space would reach a third of the matrix, go to LAPACK. The same
+    for. Small matrices, and spectra so flat that the space would reach a third of the matrix, go to LAPACK, and so do
+    eigenvalues repeated as often as a block has columns, of which the space shows no more copies than that. The same
     matrix always gives the same bits on the CPU.
 
     Args:
@@ -88,10 +89,25 @@ def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Te
             m = min(int(reached.to(torch.int64).argmax()) + 1 if bool(reached.any()) else size, most)
             if m <= len(values):
                 theta, vectors = values[:m].to(matrix.dtype), basis @ rotation[:, :m]
-                residuals = images @ rotation[:, :m] - vectors * theta
-                if float(residuals.norm(dim=0).max()) <= limit * float(values[0]):
+                residuals = (images @ rotation[:, :m] - vectors * theta).norm(dim=0)
+                settled = float(residuals.max()) <= limit * float(values[0])
+                if settled and not _crowded(values[:m], residuals.double(), width):
                     return theta.clamp_min(0), vectors
         for _ in range(2):  # once is not enough where the image lies almost within the space
             image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
         block = image
     return None
+
+
+def _crowded(values: Tensor, residuals: Tensor, width: int) -> bool:
+    """Whether copies of an eigenvalue may be missing: a block's width of equal values, and smaller ones after them.
+
+    Vectors that settle within an eigenspace say nothing of what else lies in it, and a Krylov space of a block holds at
+    most its width of it. Where no smaller value follows, the copies are as good as those that may be missing.
+    """
+    if len(values) <= width:
+        return False
+    ends = torch.arange(width - 1, len(values) - 1)
+    slack = 10 * residuals.unfold(0, width, 1).amax(1)[: len(ends)]
+    equal = values[ends - width + 1] - values[ends] <= slack
+    return bool((equal & (values[ends] - values[-1] > slack)).any())

@@ -61,14 +61,18 @@ class Spectrum:
     def value_bounds(self) -> Tensor:
         """Bounds on |θ_i − λ_i|, (k,): min(r, r²/gap), the Kato-Temple bound, where the gap allows it.
 
-        The gap of a pair is its distance to the nearest other returned value, less that one's residual. For the last
-        pair nothing is known of what follows, so its bound is r.
+        The gap of a pair is its distance to the nearest other returned value, less that one's residual. Kato and Temple
+        ask that no other eigenvalue lies in it. That is taken for granted where the pair and its neighbours have
+        converged, and holds unless an eigenvalue of a cluster was missed, as a narrow block may; elsewhere, and for
+        the last pair, of which nothing is known that follows, the bound is r, which is certain.
 
         Returns:
             (k,), at most ``residuals``.
         """
         bounds = self.residuals.clone()
         for i in range(len(self.values) - 1):
+            if not bool(self.pairs_converged[max(i - 1, 0) : i + 2].all()):
+                continue
             gap = torch.inf
             for j in (i - 1, i + 1):
                 if j >= 0:
@@ -78,13 +82,14 @@ class Spectrum:
         return bounds
 
     def operator(self, full_trace: Tensor | None = None, side: str = "output") -> SpectralOperator:
-        """V diag(θ) Vᵀ as an operator.
+        """V diag(θ) Vᵀ as an operator, its largest pair first whichever end of the spectrum was wanted.
 
         Args:
             full_trace: scalar tensor, the trace of the whole, where known.
             side: side of a layer's weight that the matrix stands for, see :class:`fishergeo.SymmetricOperator`.
         """
-        return SpectralOperator(self.values, self.vectors, full_trace, side)
+        order = self.values.argsort(descending=True, stable=True)
+        return SpectralOperator(self.values[order], self.vectors[:, order], full_trace, side)
 
 
 class ConvergenceWarning(UserWarning):

@@ -2,8 +2,8 @@
 
 Hutchinson (1990); Hutch++: Meyer, Musco, Musco and Woodruff (2021), "Hutch++: optimal stochastic trace estimation";
 XTrace and XDiag: Epperly, Tropp and Webber (2024), "XTrace: making the most of every sample in stochastic trace
-estimation". All are unbiased, or for XTrace exchangeable over its samples, and exact for low-rank operators but
-Hutchinson's.
+estimation". All are unbiased, or for XTrace exchangeable over its samples, and for low-rank operators all but
+Hutchinson's are exact to rounding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Estimate:
     """A number, or a tensor of numbers, estimated from random probes.
 
     Attributes:
-        value: scalar, or (size,) for a diagonal, in the operator's dtype.
-        error: standard error of each, the same shape, from the scatter of the samples; zero where the estimate is exact.
+        value: scalar, or (size,) for a diagonal, in the operator's dtype, float32 for half precision.
+        error: standard error of each, the same shape, from the scatter of the samples; zero where every basis vector
+            was multiplied, rounding where the operator is of low rank.
         products: columns that the operator was multiplied with.
 
     Examples:
@@ -48,6 +49,13 @@ class Estimate:
 def _signs(size: int, columns: int, seed: int, name: str, like: tuple[torch.dtype, torch.device]) -> Tensor:
     draw = directions(size, columns, seed, name)
     return torch.where(draw < 0, -1.0, 1.0).to(device=like[1], dtype=like[0])
+
+
+def _widened(op: BlackBox, size: int | None) -> tuple[Product, int, torch.dtype, torch.device]:
+    """The operator as a black box of float32 or wider: LAPACK has nothing narrower."""
+    matmul, n, dtype, device = black_box(op, size)
+    work = torch.promote_types(dtype, torch.float32)
+    return (lambda block: matmul(block.to(dtype)).to(work)), n, work, device
 
 
 def trace(
@@ -78,7 +86,7 @@ def trace(
         >>> round(float(fg.trace(lambda block: A @ block, 12, size=3)), 4)
         6.0
     """
-    matmul, n, dtype, device = black_box(op, size)
+    matmul, n, dtype, device = _widened(op, size)
     check_integer("products", products, low=4)
     check_choice("method", method, TRACE_METHODS)
     if products >= 2 * n:
@@ -117,14 +125,17 @@ def _mean(samples: Tensor, products: int) -> Estimate:
     return Estimate(samples.mean(-1), error, products)
 
 
-def _left_out(triangle: Tensor, eps: float) -> Tensor | None:
-    """Unit columns s_i: Q(I − s_i s_iᵀ)Qᵀ projects on the range of all samples but the i-th. None if R is singular."""
-    triangle = triangle / _unit(triangle)
-    singular = torch.linalg.svdvals(triangle)
-    if not bool(singular[-1] > 16 * eps * len(triangle) * singular[0]):
-        return None
-    inverse = torch.linalg.inv(triangle).T
-    return inverse / torch.linalg.vector_norm(inverse, dim=0)
+def _left_out(triangle: Tensor) -> Tensor:
+    """Unit columns s_i: Q(I − s_i s_iᵀ)Qᵀ projects on the range of all samples but the i-th.
+
+    They are the columns of R⁻ᵀ. Where R is singular to rounding, as for an operator of low rank, those point to what is
+    rounding in Q, which is left out without loss; the floor only keeps the inverse finite. A small singular value alone
+    does not say that there is nothing beyond the samples' range: a long flat tail has a trace too.
+    """
+    left, singular, right = torch.linalg.svd((triangle / _unit(triangle)).cpu().double())
+    floor = torch.finfo(torch.float64).eps * singular[0]
+    inverse = (left / torch.where(singular > floor, singular, torch.where(floor > 0, floor, 1))) @ right
+    return (inverse / torch.linalg.vector_norm(inverse, dim=0)).to(triangle)
 
 
 def _xtrace(matmul: Product, n: int, half: int, seed: int, dtype: torch.dtype, device: torch.device) -> Estimate:
@@ -133,9 +144,7 @@ def _xtrace(matmul: Product, n: int, half: int, seed: int, dtype: torch.dtype, d
     q, triangle = torch.linalg.qr(y)
     z = matmul(q)
     h = q.T @ z
-    s = _left_out(triangle, torch.finfo(dtype).eps)
-    if s is None:  # fewer dimensions than samples: the range of A is in that of Q, so its trace is all there
-        return Estimate(h.trace(), h.new_zeros(()), 2 * half)
+    s = _left_out(triangle)
     w, t = q.T @ omega, z.T @ omega
     x = w - s * (s * w).sum(0)
     inside = h.trace() - (s * (h @ s)).sum(0)
@@ -170,7 +179,7 @@ def diagonal(
         >>> [round(v, 4) for v in fg.diagonal(A, 12).value.tolist()]
         [1.0, 2.0, 3.0]
     """
-    matmul, n, dtype, device = black_box(op, size)
+    matmul, n, dtype, device = _widened(op, size)
     check_integer("products", products, low=4)
     check_choice("method", method, DIAGONAL_METHODS)
     if products >= 2 * n:
@@ -185,9 +194,7 @@ def diagonal(
     q, triangle = torch.linalg.qr(y)
     z = matmul(q)
     whole = (q * z).sum(1)
-    s = _left_out(triangle, torch.finfo(dtype).eps)
-    if s is None:
-        return Estimate(whole, torch.zeros_like(whole), 2 * half)
+    s = _left_out(triangle)
     qs, t = q @ s, z.T @ omega
     # diag(P_i A) with P_i = Q(I − s_i s_iᵀ)Qᵀ, and ω_i ∘ (I − P_i)A ω_i.
     inside = whole[:, None] - qs * (z @ s)

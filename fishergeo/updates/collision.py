@@ -24,7 +24,7 @@ from fishergeo._checks import (
     check_tensor,
 )
 from fishergeo.updates._overlap import DenseOverlap, FactoredOverlap
-from fishergeo.updates.lowrank import LowRank, as_update, check_finite_update
+from fishergeo.updates.lowrank import LowRank, as_update, check_finite_update, magnitude
 
 REDUCTIONS = ("sum", "mean")
 
@@ -250,10 +250,7 @@ def _normalised(part: Any, rest: Any) -> tuple[Any, Any]:
     """Each update over a constant of its own size: angles do not change, nor do gradients, and nothing underflows."""
 
     def unit(matrix: torch.Tensor) -> torch.Tensor:
-        if matrix.numel() == 0:
-            return matrix
-        size = matrix.detach().abs().amax(dim=(-2, -1), keepdim=True)
-        return matrix / torch.where(size > 0, size, 1)
+        return matrix / magnitude(matrix, (-2, -1))
 
     if not isinstance(part, LowRank):
         return unit(part), unit(rest)

@@ -155,7 +155,9 @@ class KroneckerMaskProjector(SubspaceMap):
                     f"columns of {side}_vectors"
                 )
         check_same_kind("output_values", output_values, "input_values", input_values)
-        products = torch.outer(output_values, input_values)
+        # Their order is that of the values over their largest, whose products stay within float32's range.
+        wide = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in (output_values, input_values)]
+        products = torch.outer(*(v / v.max().clamp_min(torch.finfo(v.dtype).tiny) for v in wide))
         kept = products.flatten().topk(check_integer("pairs", pairs, low=0, high=products.numel())).indices
         mask = torch.zeros(products.numel(), dtype=torch.bool, device=products.device)
         mask[kept] = True

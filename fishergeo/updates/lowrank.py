@@ -27,13 +27,22 @@ def _check_factor(name: str, factor: object) -> torch.Tensor:
     return factor
 
 
+def magnitude(matrix: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """Largest magnitude over `dim`, which is kept, as a constant to divide by: 1 where all is zero."""
+    if matrix.numel() == 0:
+        return matrix.new_ones(()).expand(*matrix.shape[:-2], 1, 1)
+    size = matrix.detach().abs().amax(dim=dim, keepdim=True)
+    return torch.where(size > 0, size, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """The matrix `left @ right`, kept as its factors; for a LoRA update these are s·B and A (Hu et al. 2021).
 
     Sums concatenate factors (so ranks add), products multiply into the thinner side, and norms and inner products
     go through r×r Gram matrices, tr(LᵀL·RRᵀ): nothing of size p×q is ever formed but by `to_dense`. Leading
-    dimensions are a batch, for example of experts. Everything stays in the factors' dtype and is differentiable.
+    dimensions are a batch, for example of experts. Everything stays in the factors' dtype and is differentiable; what
+    is summed to a number is summed in float32 or wider.
 
     Gram matrices square the condition number: where a difference of nearly equal matrices is normed, the result is
     good to about eps·‖left‖·‖right‖ in absolute terms, not to eps of the small difference.
@@ -227,9 +236,26 @@ class LowRank:
         if not isinstance(other, (torch.Tensor, LowRank)):
             raise TypeError(f"other must be a LowRank or a torch.Tensor, got {type(other).__name__}")
         self._check_like(other)
+        # In half precision the Gram matrices and their products would leave the dtype's range long before the sum does.
+        work = torch.promote_types(self.dtype, torch.float32)
+        left, right = self.left.to(work), self.right.to(work)
         if isinstance(other, torch.Tensor):
-            return (self.left * (other @ self.right.mT)).sum(dim=(-2, -1))
-        return ((self.left.mT @ other.left) * (self.right @ other.right.mT)).sum(dim=(-2, -1))
+            return (left * (other.to(work) @ right.mT)).sum(dim=(-2, -1)).to(self.dtype)
+        grams = left.mT @ other.left.to(work), right @ other.right.to(work).mT
+        return (grams[0] * grams[1]).sum(dim=(-2, -1)).to(self.dtype)
+
+    def _balanced(self) -> tuple["LowRank", torch.Tensor]:
+        """The matrix over a constant of its own size, in float32 or wider, and that constant, (..., 1, 1).
+
+        Every row of `right` and `left` as a whole have entries up to one, so that nothing that matters leaves the
+        dtype's range where it is squared.
+        """
+        work = torch.promote_types(self.dtype, torch.float32)
+        left, right = self.left.to(work), self.right.to(work)
+        rows = magnitude(right, -1)
+        left = left * rows.mT
+        whole = magnitude(left, (-2, -1))
+        return LowRank(left / whole, right / rows), whole
 
     def squared_norm(self) -> torch.Tensor:
         """Squared Frobenius norm tr(LᵀL·RRᵀ), never negative, of the batch shape; its gradient at zero is zero."""
@@ -239,9 +265,11 @@ class LowRank:
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm, of the batch shape; at zero its gradient is taken to be zero (the least subgradient)."""
-        squared = self.squared_norm()
+        balanced, size = self._balanced()
+        squared = balanced.squared_norm()
         positive = squared > 0
-        return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+        root = torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+        return (root * size[..., 0, 0]).to(self.dtype)
 
     def trace(self) -> torch.Tensor:
         """Trace, of the batch shape, in O(p·r).
@@ -251,7 +279,8 @@ class LowRank:
         """
         if self.shape[-1] != self.shape[-2]:
             raise ValueError(f"only a square LowRank has a trace, this one has shape {tuple(self.shape)}")
-        return (self.left * self.right.mT).sum(dim=(-2, -1))
+        work = torch.promote_types(self.dtype, torch.float32)
+        return (self.left.to(work) * self.right.to(work).mT).sum(dim=(-2, -1)).to(self.dtype)
 
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Thin singular value decomposition by QR of both factors and an SVD of the small core.
@@ -290,11 +319,13 @@ class LowRank:
         """Rank up to rounding: singular values above max(p, q)·eps·Σ_k ‖left_k‖‖right_k‖, integers of the batch shape.
 
         The threshold is the rounding of the product itself, not of its largest singular value, so that a difference
-        of equal matrices has rank 0.
+        of equal matrices has rank 0. Factors count as exact: in half precision eps is that of float32, which they are
+        decomposed in.
         """
-        scale = (self.left.norm(dim=-2) * self.right.norm(dim=-1)).sum(-1, keepdim=True)
-        threshold = max(self.shape[-2:]) * torch.finfo(self.dtype).eps * scale
-        return (self.svd()[1] > threshold).sum(-1)
+        exact, _ = self._balanced()
+        scale = (exact.left.norm(dim=-2) * exact.right.norm(dim=-1)).sum(-1, keepdim=True)
+        threshold = max(self.shape[-2:]) * torch.finfo(exact.dtype).eps * scale
+        return (exact.svd()[1] > threshold).sum(-1)
 
     def column_basis(self) -> torch.Tensor:
         """Orthonormal basis of the column space, most important direction first.
@@ -396,6 +427,8 @@ def _cosines(updates: list[Any], name: str) -> torch.Tensor:
         check_finite_update(f"runs[{i}][{name!r}]", update)
     work = torch.promote_types(checked[0].dtype, torch.float32)
     checked = [x.detach().to(work) for x in checked]
+    # A cosine does not see scale, but squares of very small or large entries would leave the dtype's range.
+    checked = [x._balanced()[0] if isinstance(x, LowRank) else x / magnitude(x, (-2, -1)) for x in checked]
     norms = torch.stack([x.norm() for x in checked])
     gram = torch.stack([torch.stack([_inner(x, y) for y in checked]) for x in checked])
     scale = norms[:, None] * norms

@@ -114,10 +114,15 @@ class Laplace:
             weights: layer -> (p, q), any floating dtype, such as one draw of :meth:`sample`.
 
         Raises:
-            ValueError: for a layer that the Fisher does not have, or a weight that cannot be written.
+            ValueError: for a layer that the Fisher does not have, or a weight of another shape.
         """
         if unknown := sorted(set(weights) - set(self._layers)):
             raise ValueError(f"weights names layers that this Fisher does not have: {', '.join(map(repr, unknown))}")
+        for name, weight in weights.items():
+            if weight.shape != self.mean[name].shape:
+                raise ValueError(
+                    f"weights[{name!r}] must be {tuple(self.mean[name].shape)}, outputs by inputs, not {tuple(weight.shape)}"
+                )
         with torch.no_grad():
             before = {name: weight_matrix(self._layers[name]).clone() for name in weights}
         try:

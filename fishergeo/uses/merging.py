@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fishergeo._checks import check_integer, check_number
+from fishergeo._checks import check_finite, check_integer, check_number
 from fishergeo.capture import Layer, adapter_factors, write_matrix
-from fishergeo.operators import DenseOperator, DiagonalOperator, SymmetricOperator
+from fishergeo.operators import ROUNDINGS, DenseOperator, DiagonalOperator, FactoredKronecker, SymmetricOperator
 from fishergeo.spectral import ConvergenceWarning
 from fishergeo.uses.weights import Curvature, check_same_layers, effective, layers_of
 
@@ -77,12 +77,13 @@ def merge_weights(
 
     Raises:
         ValueError: fewer than two models, other numbers of Fishers or shares, a Fisher of another model or of other layers
-            than the first, models of different parameters, a number out of range, or an adapter that is not plain LoRA.
+            than the first, models of different parameters, a number out of range, an adapter that is not plain LoRA, a
+            Fisher or a weight with NaN, or Fishers so small or large that their products leave their dtype; by name.
         TypeError: if max_steps is no integer.
 
     Warns:
         UserWarning: naming the parameters without a Fisher that differ between the models, which are averaged plainly.
-        ConvergenceWarning: if conjugate gradients stop before the tolerance, naming the layer.
+        ConvergenceWarning: if the residual stays above the tolerance, naming the layer.
 
     Examples:
         >>> one, two = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
@@ -114,10 +115,15 @@ def merge_weights(
         weights = [
             effective(model, own[name]).to(operators[0].dtype) for model, own in zip(models, layers, strict=True)
         ]
-        merged, steps, residual = _merged(operators, weights, shares, damping, tolerance, max_steps)
+        for place, weight in enumerate(weights):
+            check_finite(f"the weight of layer {name!r} in models[{place}]", weight)
+        try:
+            merged, steps, residual = _merged(operators, weights, shares, damping, tolerance, max_steps)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         # The residual of the recursion, by which it stops, and the true one part by some roundings.
         allowed = 10 * max(tolerance, 8 * torch.finfo(merged.dtype).eps)
-        if steps and residual > allowed:
+        if not residual <= allowed:
             warnings.warn(
                 f"layer {name!r}: the residual is {residual:.2g} of its start after {steps} steps; raise damping or "
                 "max_steps",
@@ -201,32 +207,61 @@ def _merged(
 ) -> tuple[Tensor, int, float]:
     """One layer's merged weight, steps and relative residual: the plain average W̄ plus (Σ F)⁺ Σ F_k(W_k − W̄)."""
     mean = _mean(weights, shares)
-    away = [weight - mean for weight in weights]
+    rounding = torch.finfo(operators[0].dtype).eps
+    diagonal = all(isinstance(operator, DiagonalOperator) for operator in operators)
     one_sided = all(isinstance(op, DenseOperator) and op.side == operators[0].side != "both" for op in operators)
-    if one_sided:
-        # Inputs of one large direction leave float32 nothing of the others: solved in float64, and rounded at the end.
-        operators = [DenseOperator(operator.to_dense().double(), operator.side) for operator in operators]
-        away = [one.double() for one in away]
+    # Closed forms are found in float64 and rounded at the end: inputs of one large direction leave float32 nothing of the
+    # others, and small Fishers leave it no product at all.
+    if diagonal:
+        operators = [DiagonalOperator(op.diagonal().double().reshape(mean.shape)) for op in operators]
+    elif one_sided:
+        operators = [DenseOperator(op.to_dense().double(), op.side) for op in operators]
+    dtype = operators[0].dtype
+    away = [(weight - mean).to(dtype) for weight in weights]
+    # Weights of the size of one: their product with a small Fisher is then no smaller than that is.
+    span = torch.stack([one.abs().max() for one in away]).max()
+    span = torch.where(span > 0, span, 1)
 
     def act(delta: Tensor) -> Tensor:
         parts = [share * operator.apply(delta) for share, operator in zip(shares, operators, strict=True)]
         return torch.stack(parts).sum(0) + damping * sum(shares) * delta
 
-    pull = torch.stack([s * op.apply(one) for s, op, one in zip(shares, operators, away, strict=True)]).sum(0)
-    size, steps = torch.linalg.vector_norm(pull), 0
+    pull = torch.stack([s * op.apply(one / span) for s, op, one in zip(shares, operators, away, strict=True)]).sum(0)
+    size, steps = pull.abs().max(), 0
+    if not bool(torch.isfinite(size)):
+        raise ValueError(f"a Fisher has NaN, or is too large for products in {dtype}; scale all of them alike")
+    least = torch.finfo(dtype).tiny
+    if damping == 0 and (0 < size < least or (size == 0 and any(_vanishes(one) for one in operators))):
+        raise ValueError(f"the Fishers are too small for products in {dtype}; scale all of them alike")
     if not bool(size > 0):
         return mean, 0, 0.0
-    if all(isinstance(operator, DiagonalOperator) for operator in operators):
-        total = act(torch.ones_like(mean))
+    if diagonal:
+        total = act(torch.ones_like(pull))
         step = torch.where(total > 0, pull / torch.where(total > 0, total, 1), 0)
     elif one_sided:
         dense = torch.stack([s * op.to_dense() for s, op in zip(shares, operators, strict=True)]).sum(0)
         dense = dense + damping * sum(shares) * torch.eye(len(dense), dtype=dense.dtype, device=dense.device)
-        inverse = torch.linalg.pinv(dense, hermitian=True)
+        # What a Gram's own dtype rounded to nearly zero is a direction without curvature, not one of very little.
+        floor = max(ROUNDINGS * rounding, len(dense) * torch.finfo(dtype).eps)
+        inverse = torch.linalg.pinv(dense, rtol=floor, hermitian=True)
         step = inverse @ pull if operators[0].side == "output" else pull @ inverse
     else:
-        step, steps = conjugate_gradients(act, pull, tolerance, max_steps)
-    return mean + step.to(mean.dtype), steps, float(torch.linalg.vector_norm(pull - act(step)) / size)
+        # Of the size of one, as the right side is: the products of small or large Fishers with themselves leave float32.
+        unit = act(pull / size).abs().max()
+        if not bool(torch.isfinite(unit)):
+            raise ValueError(f"the Fishers are too large for products in {dtype}; scale all of them alike")
+        step, steps = conjugate_gradients(lambda delta: act(delta) / unit, pull / size, tolerance, max_steps)
+        step = step * (size / unit)
+    missing = torch.linalg.vector_norm((pull - act(step)) / size) / torch.linalg.vector_norm(pull / size)
+    return mean + (span * step).to(mean.dtype), steps, float(missing)
+
+
+def _vanishes(operator: SymmetricOperator) -> bool:
+    """Whether a Kronecker product is zero in its dtype, which neither of its factors is."""
+    if not isinstance(operator, FactoredKronecker):
+        return False
+    traces = [float(factor.trace()) for factor in operator.factors()]
+    return 0 < traces[0] * traces[1] < torch.finfo(operator.dtype).tiny
 
 
 def conjugate_gradients(
@@ -241,22 +276,25 @@ def conjugate_gradients(
         max_steps: the most steps.
         precondition: product with an approximate inverse.
     """
+    size = right.abs().amax() if right.numel() else right.new_zeros(())
+    size = torch.where(size > 0, size, 1)  # squares of small or large numbers leave float32
+    right = right / size
     solution, residual = torch.zeros_like(right), right.clone()
     direction = precondition(residual)
     inner = (residual * direction).sum()
     floor = max(tolerance, 8 * torch.finfo(right.dtype).eps) * torch.linalg.vector_norm(right)
     for step in range(max_steps):
         if bool(torch.linalg.vector_norm(residual) <= floor):
-            return solution, step
+            return solution * size, step
         image = act(direction)
         length = inner / (direction * image).sum()
         if not bool(torch.isfinite(length)):
-            return solution, step
+            return solution * size, step
         solution, residual = solution + length * direction, residual - length * image
         conditioned = precondition(residual)
         before, inner = inner, (residual * conditioned).sum()
         direction = conditioned + inner / before * direction
-    return solution, max_steps
+    return solution * size, max_steps
 
 
 def _write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class NaturalGradient:
     Attributes:
         inverses: layer -> (F + damping·I)⁻¹.
 
+    Raises:
+        TypeError: for L-BFGS.
+
     Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -34,11 +38,16 @@ class NaturalGradient:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, damping: float) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer is LBFGS, which learns the curvature from gradients of its loss, and turned ones are of none; "
+                "use SGD, or LBFGS without a natural gradient"
+            )
         self.model = model
         self.optimizer = optimizer
         self.damping = damping
         self.inverses: dict[str, SymmetricOperator] = {}
-        self._handle = optimizer.register_step_pre_hook(self._turn)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def refresh(self, fisher: Curvature) -> None:
         """Takes another Fisher, of the model as it is now.
@@ -48,17 +57,46 @@ class NaturalGradient:
 
         Raises:
             ValueError: as :func:`fishergeo.natural_gradient`.
+            TypeError: if damping is no real number.
         """
         layers = layers_of(self.model, fisher)
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in layers.items():
-            if id(layer.weight) not in stepped:
+            parameters = layer_parameters(layer)
+            if any(id(parameter) not in stepped for parameter in parameters):
                 raise ValueError(f"the optimizer has no weight of layer {name!r}; leave the layer out of the Fisher")
+            if len({parameter.requires_grad for parameter in parameters}) > 1:
+                raise ValueError(
+                    f"layer {name!r} joins a weight and a bias of which only one trains; estimate the Fisher of that one "
+                    "alone, or let both train"
+                )
         self.inverses = {name: damped_inverse(name, fisher[name], self.damping) for name in layers}
         self._layers = layers
 
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What torch calls with the arguments of ``optimizer.step``, the optimizer first, to have them changed or not."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._turn()
+            return None
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": self._turning(closure)}
+        return (args[0], self._turning(closure), *args[2:]), kwargs
+
+    def _turning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The same closure, whose gradients are turned once it has made them: those from before it are not the step's."""
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._turn()
+            return loss
+
+        return evaluate
+
     @torch.no_grad()
-    def _turn(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _turn(self) -> None:
         for name, inverse in self.inverses.items():
             gradient = gradient_matrix(self._layers[name])
             if gradient is not None:
@@ -75,21 +113,24 @@ def natural_gradient(
     """Makes every step of an optimizer one along (F + damping·I)⁻¹ ∇L, layer by layer.
 
     The natural gradient of Amari (1998), with KFAC that of Martens and Grosse (2015). The optimizer stays what it is:
-    schedules, momentum and checkpoints work on the turned gradients. The Fisher stays fixed until
-    :meth:`NaturalGradient.refresh`. Made for experiments: there is no rescaling, no trust region and no running average.
+    schedules, momentum and checkpoints work on the turned gradients; those of a closure are turned after each of its
+    calls. The Fisher stays fixed until :meth:`NaturalGradient.refresh`. Made for experiments: there is no rescaling, no
+    trust region and no running average.
 
     Args:
         model: any module.
         fisher: Fisher of the model as it is now, any structure, or a mapping from layers to operators.
         optimizer: optimizer over the model's parameters; :class:`torch.optim.SGD` gives the plain natural gradient.
+            :class:`torch.optim.LBFGS` cannot be turned.
         damping: number added to every eigenvalue, not negative.
 
     Returns:
         NaturalGradient: a handle, to refresh the Fisher or to take it away.
 
     Raises:
-        ValueError: a Fisher of another model, a layer whose weight the optimizer does not step, or a damping that leaves a
-            layer singular; by name.
+        ValueError: a Fisher of another model, a layer whose weight the optimizer does not step, one whose weight and bias
+            are joined while only one trains, or a damping that leaves a layer singular; by name.
+        TypeError: for L-BFGS, or if damping is no real number.
 
     Warns:
         UserWarning: naming parameters of the optimizer without a Fisher, which keep their plain gradient.

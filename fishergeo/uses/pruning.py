@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fishergeo._checks import check_choice, check_finite, check_integer
+from fishergeo._checks import check_choice, check_finite, check_integer, check_number
 from fishergeo.operators import SymmetricOperator
 from fishergeo.spectral import ConvergenceWarning
 from fishergeo.uses.merging import conjugate_gradients
@@ -39,8 +39,9 @@ def saliency(
         Layer -> (p, q), not negative, of the operator's dtype.
 
     Raises:
-        ValueError: an unknown method, a Fisher of another model or of other layers, an operator that does not fit, or for
-            ``"obs"`` a damping that leaves a layer singular; by name.
+        ValueError: an unknown method, a Fisher of another model or of other layers, an operator that does not fit, a
+            negative damping, or for ``"obs"`` one that leaves a layer singular; by name.
+        TypeError: if damping is no real number.
 
     Examples:
         >>> fisher = {"layer": fg.DiagonalOperator(torch.tensor([[2.0, 8.0]]))}
@@ -48,6 +49,7 @@ def saliency(
         [[9.0, 4.0]]
     """
     check_choice("method", method, METHODS)
+    check_number("damping", damping, low=0.0)
     scores = {}
     for name, weight in _weights(weights, fisher).items():
         if method == "obd":
@@ -72,7 +74,7 @@ def n_of_m_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
         (p, q) bool, True where a weight stays.
 
     Raises:
-        ValueError: numbers out of range, or groups that do not fit the rows.
+        ValueError: numbers out of range, groups that do not fit the rows, or NaN among the scores.
         TypeError: if n or m is no integer.
 
     Examples:
@@ -83,6 +85,10 @@ def n_of_m_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     check_integer("n", n, low=1, high=m)
     if scores.ndim != 2 or scores.shape[1] % m:
         raise ValueError(f"scores of shape {tuple(scores.shape)} have no rows of whole groups of {m}")
+    if bool(scores.isnan().any()):  # they would sort before every number, and be kept
+        raise ValueError(
+            f"scores has {int(scores.isnan().sum())} NaN of {scores.numel()}; look at the Fisher they are of"
+        )
     groups = scores.reshape(-1, m)
     best = groups.argsort(dim=1, descending=True, stable=True)[:, :n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).reshape(scores.shape)
@@ -141,8 +147,8 @@ def obs_step(
 
     Raises:
         ValueError: a mask of an unknown layer or of another shape or dtype, a Fisher of another model or of other layers, or
-            a damping that leaves a layer singular; by name.
-        TypeError: if max_steps is no integer.
+            a damping that leaves a layer singular, or a tolerance that is negative; by name.
+        TypeError: if max_steps is no integer, or damping or tolerance no real number.
 
     Warns:
         ConvergenceWarning: if conjugate gradients stop before the tolerance, naming the layer.
@@ -154,6 +160,7 @@ def obs_step(
         [[1.5, 0.0]]
     """
     check_integer("max_steps", max_steps, low=1)
+    check_number("tolerance", tolerance, low=0.0)
     known = _weights(weights, fisher)
     found = Pruned({}, {}, {})
     for name, keep in masks.items():
@@ -184,7 +191,7 @@ def _weights(weights: nn.Module | Mapping[str, Tensor], fisher: Curvature) -> di
         return {name: effective(weights, layer).detach() for name, layer in layers_of(weights, fisher).items()}
     check_same_layers("weights", weights, "fisher", dict.fromkeys(fisher))
     for name, weight in weights.items():
-        check_fits(name, fisher[name], (weight.shape[0], weight.shape[-1]))
+        check_fits(name, fisher[name], tuple(weight.shape))
         check_finite(f"weight of layer {name!r}", weight)
     return {name: weight.detach() for name, weight in weights.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishergeo._checks import check_integer, check_number
+from fishergeo._checks import check_finite, check_integer, check_number
 from fishergeo.capture import plain_name
 from fishergeo.operators import SymmetricOperator
 from fishergeo.updates import LowRank
@@ -50,7 +50,8 @@ def rank_pattern(
 
     Raises:
         ValueError: neither or both of budget and energy, numbers out of range, a budget that the minimum exceeds, layers
-            that differ between Fisher and update, or an operator of one side where its layer's shape cannot be known.
+            that differ between Fisher and update, an operator of one side where its layer's shape cannot be known, or NaN
+            in an operator or update; by name.
         TypeError: if budget, minimum or maximum is no integer.
 
     Examples:
@@ -66,15 +67,21 @@ def rank_pattern(
         check_integer("maximum", maximum, low=minimum)
     if energy is not None:
         check_number("energy", energy, low=1e-12, high=1.0)
-    shapes = layer_shapes(fisher) if update is None else {n: (d.shape[-2], d.shape[-1]) for n, d in update.items()}
+    shapes: Mapping[str, tuple[int, ...]] = (
+        layer_shapes(fisher) if update is None else {n: tuple(d.shape) for n, d in update.items()}
+    )
     check_same_layers("fisher", dict.fromkeys(fisher), "update", shapes)
     gains, ranks = {}, {}
-    for name, (p, q) in shapes.items():
-        check_fits(name, fisher[name], (p, q))
-        found = _gradient_gains(fisher[name]) if update is None else _update_gains(fisher[name], update[name])
+    for name, shape in shapes.items():
+        check_fits(name, fisher[name], shape)
+        p, q = shape
+        try:
+            found = _gradient_gains(fisher[name]) if update is None else _update_gains(fisher[name], update[name])
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         gains[name] = found.clamp_min(0)[: min(p, q, maximum or p)].tolist()
         ranks[name] = min(minimum, len(gains[name]))
-    costs = {name: p + q - name.endswith(JOINT) for name, (p, q) in shapes.items()}
+    costs = {name: sum(shape) - name.endswith(JOINT) for name, shape in shapes.items()}
     spent = sum(costs[name] * rank for name, rank in ranks.items())
     if budget is not None and spent > check_integer("budget", budget, low=1):
         raise ValueError(f"budget={budget} is less than the {spent} parameters of rank {minimum} in every layer")
@@ -95,10 +102,13 @@ def rank_pattern(
 def _update_gains(operator: SymmetricOperator, update: Any) -> Tensor:
     """Squared singular values of F^½ ΔW, descending."""
     dense = update if isinstance(update, Tensor) else update.to_dense()
+    check_finite("update", dense)
     return torch.linalg.svdvals(operator.sqrt().apply(dense.detach()).double()).square()
 
 
 def _gradient_gains(operator: SymmetricOperator) -> Tensor:
     """Eigenvalues, descending, of the one-sided matrix that an operator implies: of its own side, or of the output's."""
     side = "output" if operator.side == "both" else operator.side
-    return torch.linalg.eigvalsh(operator.partial_trace(side).double()).flip(0)
+    matrix = operator.partial_trace(side).double()
+    check_finite(f"the {side} side of the Fisher", matrix)
+    return torch.linalg.eigvalsh(matrix).flip(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fishergeo import _storage
 from fishergeo._checks import check_integer
-from fishergeo.capture import indexed, padding_mask, to_device
-from fishergeo.estimation import DataKeywords, DataOptions, chosen_options, estimate_fisher
+from fishergeo._linalg import directions
+from fishergeo.capture import content_mark, indexed, padding_mask, to_device
+from fishergeo.estimation import DataKeywords, DataOptions, chosen_options, estimate_fisher, option_facts
 from fishergeo.operators import ExactOperator, JointFisher, SymmetricOperator
 from fishergeo.uses.weights import Curvature, damped_inverse, layers_of, mark_of
 
@@ -96,7 +97,8 @@ def influence(
             of the example.
         top: number of the largest scores of each query to keep; None keeps all.
         path: folder of one file for every block of scores. Blocks that are there are not computed again, if they were
-            made with the same model, Fisher and options; the batches must come in the same order.
+            made with the same model, Fisher (to the bit) and options (functions by their code); the batches must come in
+            the same order.
         **keywords: fields of :class:`fishergeo.DataOptions` (``loss``, ``reduction``, ...), in place of ``data``.
 
     Returns:
@@ -127,15 +129,17 @@ def influence(
     layers = layers_of(model, fisher)
     levels = {name: _damping(fisher[name], damping) for name in layers}
     inverses = {name: damped_inverse(name, fisher[name], level) for name, level in levels.items()}
-    facts = {
-        "model": mark_of(model, fisher),
-        "fisher": {name: [type(fisher[name]).__name__, float(fisher[name].trace())] for name in layers},
-        "damping": levels,
-        "data": _facts(options),
-        "queries": _facts(asked),
-        "tokens": tokens,
-        "top": top,
-    }
+    facts: dict[str, Any] = {}
+    if path is not None:
+        facts = {
+            "model": mark_of(model, fisher),
+            "fisher": {name: [type(fisher[name]).__name__, _operator_mark(fisher[name])] for name in layers},
+            "damping": levels,
+            "data": option_facts(options),
+            "queries": option_facts(asked),
+            "tokens": tokens,
+            "top": top,
+        }
     gradients = _Gradients(model, layers, next(iter(inverses.values())).dtype)
     found = []
     for number, batch in indexed(queries):
@@ -258,12 +262,12 @@ def _check_options(name: str, options: DataOptions, tokens: bool) -> None:
         raise ValueError("tokens=True needs reduction='sum', under which tokens add up to their example")
 
 
-def _facts(options: DataOptions) -> dict[str, Any]:
-    """What of the options a resumed block must have in common, functions by their names."""
-    return {
-        key: getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
-        for key, value in ((one.name, getattr(options, one.name)) for one in fields(options))
-    }
+def _operator_mark(operator: SymmetricOperator) -> str:
+    """A hash of an operator's tensors, or of one product of an operator that is not made of any."""
+    try:
+        return content_mark(operator.tensors())
+    except TypeError:
+        return content_mark(operator @ directions(operator.shape[0], 1, 0, "mark").to(operator.device))
 
 
 def _write(file: Path, facts: Mapping[str, Any], scores: Influence, count: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fishergeo._checks import check_number
 from fishergeo.capture import Layer, adapter_factors, fingerprint, select_layers, weight_matrix
 from fishergeo.estimation import Fisher
-from fishergeo.operators import FactoredKronecker, SymmetricOperator
+from fishergeo.operators import ROUNDINGS, FactoredKronecker, SymmetricOperator
 from fishergeo.updates import LowRank
 
 Curvature = Mapping[str, SymmetricOperator]
@@ -42,18 +42,21 @@ def layers_of(model: nn.Module, fisher: Curvature, argument: str = "fisher") -> 
     return layers
 
 
-def check_fits(name: str, operator: SymmetricOperator, shape: tuple[int, int], argument: str = "fisher") -> None:
-    """Refuses an operator that cannot act on a (p, q) weight.
+def check_fits(name: str, operator: SymmetricOperator, shape: tuple[int, ...], argument: str = "fisher") -> None:
+    """Refuses an operator that cannot act on a weight of this shape, which must be (p, q).
 
     Raises:
         ValueError: naming the layer and both shapes.
     """
-    p, q = shape
-    if operator.shape[0] != {"output": p, "input": q}.get(operator.side, p * q):
+    if len(shape) != 2:
+        raise ValueError(f"layer {name!r}: one weight (p, q) is asked for, got shape {tuple(shape)}")
+    try:
+        operator._check_delta(*shape)
+    except ValueError as error:
         raise ValueError(
-            f"{argument}: layer {name!r} has shape ({p}, {q}), which an operator of shape {operator.shape}, side "
-            f"{operator.side!r}, does not fit"
-        )
+            f"{argument}: layer {name!r} has shape {tuple(shape)}, which an operator of shape {operator.shape}, side "
+            f"{operator.side!r}, does not fit: {error}"
+        ) from error
 
 
 def check_same_layers(first: str, ours: Mapping[str, object], second: str, theirs: Mapping[str, object]) -> None:
@@ -113,12 +116,13 @@ def checked_damping(name: str, operator: SymmetricOperator, damping: float, scal
             would do.
     """
     shift = check_number("damping", damping, low=0.0) / scale
-    values = operator.eigenvalues().clamp_min(0) + shift
-    least, largest = float(values.min()), float(values.max())
-    if not least > largest * torch.finfo(operator.dtype).eps:
+    values = operator.eigenvalues()
+    if not bool((operator._damped(values, shift) > 0).all()):
+        least, largest = (scale * (float(value.clamp_min(0)) + shift) for value in (values.min(), values.max()))
+        enough = max(1e-6, 2 * ROUNDINGS * torch.finfo(operator.dtype).eps) * max(largest, 1e-300)
         raise ValueError(
-            f"damping={damping:g} leaves layer {name!r} singular: its eigenvalues reach from {scale * least:.3g} to "
-            f"{scale * largest:.3g}; pass damping of at least {max(largest * scale, 1e-300) * 1e-6:.1g}"
+            f"damping={damping:g} leaves layer {name!r} singular to the precision of {operator.dtype}: its eigenvalues "
+            f"reach from {least:.3g} to {largest:.3g}; pass damping of at least {enough:.1g}"
         )
     return shift
 

@@ -89,6 +89,20 @@ def move(model, size=0.1, seed=1):
             p += size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
+def from_zero(model, made):
+    """What ``made`` returns, a guard on the model, made while its adapter was fresh: it has moved since."""
+    moved = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in moved:
+                p.zero_()
+        guard = made()
+        for name, p in model.named_parameters():
+            if name in moved:
+                p.copy_(moved[name])
+    return guard
+
+
 @torch.no_grad()
 def merged_weights(model):
     """Every weight of a peft model as peft itself merges it; the model is left alone."""

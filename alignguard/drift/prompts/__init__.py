@@ -9,7 +9,7 @@ from typing import Any
 
 from alignguard.data import DataSource, check_text, read_rows
 from alignguard.drift.prompts.benchmarks import recognised
-from alignguard.drift.rules import MATCHES
+from alignguard.drift.rules import MATCHES, is_right
 
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
 
@@ -28,11 +28,22 @@ def _checked(row: Mapping[str, Any], where: str, number: int, default: str | Non
         row, category = {**row, "harm": row.get("harm") or str(category)}, default
     if category not in CATEGORIES:
         raise ValueError(f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
-    if category == "capability" and not str(row.get("answer", "")).strip():
-        raise ValueError(f"{where}: a capability row needs the right 'answer'")
     if row.get("match", "words") not in MATCHES:
         raise ValueError(f"{where}: unknown match {row['match']!r}; it must be one of {', '.join(MATCHES)}")
-    return {**row, "category": category, "id": str(row.get("id", f"{category}-{number}"))}
+    if category == "capability":
+        if row.get("answer") is None or not str(row["answer"]).strip():
+            raise ValueError(f"{where}: a capability row needs the right 'answer'")
+        try:
+            is_right(row, "")  # what it would refuse once everything is asked
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    checked = {**row, "category": category, "id": str(row.get("id", f"{category}-{number}"))}
+    if not isinstance(row.get("harm"), str | None):
+        raise ValueError(f"{where}: 'harm' must be text, found {row['harm']!r:.80} ({type(row['harm']).__name__})")
+    for name in ("id", "harm", "source"):  # they stand in the report
+        if isinstance(checked.get(name), str):
+            check_text(checked[name], f"{where}: {name!r}")
+    return checked
 
 
 def load_prompts(
@@ -55,8 +66,8 @@ def load_prompts(
     Raises:
         FileNotFoundError: no such file, and no data set of that name.
         TypeError: not a path and not rows.
-        ValueError: no rows at all, a row without a prompt, an unknown category or an id that occurs twice; the message
-            names the file and the row.
+        ValueError: no rows at all, a row without a prompt, an unknown category, an id that occurs twice, a right answer
+            that its ``match`` cannot compare, or what no report could hold; the message names the file and the row.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")

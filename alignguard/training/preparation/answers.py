@@ -12,9 +12,18 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from alignguard.data import read_jsonl
-from alignguard.drift import REFUSAL, answer_batch, answers_fingerprint, judge, plan_batches, room_for_prompt
+from alignguard.drift import (
+    REFUSAL,
+    PromptBatch,
+    answer_batch,
+    answers_fingerprint,
+    judge,
+    plan_batches,
+    room_for_prompt,
+)
 from alignguard.embedded import data_path
 from alignguard.files import ResumableLog
+from alignguard.objective import model_kind
 
 UNSAFE = "unsafe"
 TOKENS = 48  # of an answer: a refusal is whole in these, and KL reads no more of it
@@ -45,6 +54,25 @@ class OwnAnswers:
         """One line for people."""
         share = f", {self.refused} of {self.unsafe} unsafe prompts refused" if self.unsafe else ""
         return f"alignment: {len(self.rows)} rows from {self.asked} prompts with the model's own answers{share}"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts as a model reads them, before it is asked.
+
+    Attributes:
+        asked: prompt and category of each.
+        batches: prompts that are answered together.
+        max_new_tokens: longest answer in tokens.
+        path: file that keeps the answers; None keeps none.
+        mark: what answers in that file depend on; empty without one.
+    """
+
+    asked: list[tuple[str, str]]
+    batches: list[PromptBatch]
+    max_new_tokens: int
+    path: Path | None
+    mark: str
 
 
 def packaged_prompts() -> list[dict[str, str]]:
@@ -84,7 +112,7 @@ def own_answers(
 
     Raises:
         ValueError: no prompt, a model that refuses no unsafe prompt, one that gives no answers, or a file of another
-            model or of other prompts.
+            model, tokenizer or chat template, or of other prompts or categories.
 
     Examples:
         >>> from alignguard.embedded import model_path
@@ -95,23 +123,53 @@ def own_answers(
         >>> found.asked, found.unsafe, len(found.rows) == 1 + found.refused
         (2, 1, True)
     """
+    return answered(
+        model, tokenizer, questions(model, tokenizer, rows, path, batch_size, max_new_tokens), progress=progress
+    )
+
+
+def questions(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = TOKENS,
+) -> Questions:
+    """Prompts read and rendered for :func:`answered`; the model is not asked yet, and nothing is written.
+
+    Arguments and errors are those of :func:`own_answers`. The file of answers belongs to the model as it is now, whatever
+    adapter is put on before it is asked.
+    """
     if not rows:
         raise ValueError("alignment_data holds no prompt")
     asked = [(str(row["prompt"]), str(row.get("category") or UNSAFE)) for row in rows]
+    texts, room = [prompt for prompt, _ in asked], room_for_prompt(model, max_new_tokens)
+    batches = plan_batches(tokenizer, texts, batch_size, room, encoder=model_kind(model) == "seq2seq")
+    mark = ""
+    if path is not None:
+        named = [{"id": str(place), "prompt": prompt, "category": kind} for place, (prompt, kind) in enumerate(asked)]
+        mark = answers_fingerprint(model, tokenizer, named, batches, {"max_new_tokens": max_new_tokens})
+    return Questions(asked, batches, max_new_tokens, None if path is None else Path(path), mark)
+
+
+def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = False) -> OwnAnswers:
+    """What :func:`own_answers` gives; errors and warnings are its own."""
+    asked, path = to.asked, to.path
     kept: dict[int, str | None] = {}
     log = None
     if path is not None:
-        named = [{"id": str(place), "prompt": prompt, "category": kind} for place, (prompt, kind) in enumerate(asked)]
-        mark = answers_fingerprint(model, named, {"max_new_tokens": max_new_tokens})
-        what = "answers of another model, to other prompts or of another length"
-        log = ResumableLog(path, {"own_answers": mark}, ("place", "response"), what)
+        what = (
+            "answers of another model, to other prompts or categories, with another tokenizer or chat template, of another "
+            "length, or an earlier version's"
+        )
+        log = ResumableLog(path, {"own_answers": to.mark}, ("place", "response"), what)
         kept |= {int(entry["place"]): entry["response"] for entry in log.entries}
-    plan = plan_batches(tokenizer, [prompt for prompt, _ in asked], batch_size, room_for_prompt(model, max_new_tokens))
     with tqdm(total=len(asked), initial=len(kept), desc="own answers", unit="prompt", disable=not progress) as bar:
-        for batch in plan:
+        for batch in to.batches:
             if all(place in kept for place in batch.indices):
                 continue
-            told = answer_batch(model, tokenizer, batch, max_new_tokens)
+            told = answer_batch(model, tokenizer, batch, to.max_new_tokens)
             fresh = {place: _allowed(text, asked[place][1]) for place, text in zip(batch.indices, told, strict=True)}
             bar.update(len(fresh.keys() - kept.keys()))
             kept |= fresh
@@ -129,7 +187,7 @@ def own_answers(
         warnings.warn(
             f"the model refuses {refused} of {len(unsafe)} unsafe prompts: there is little to lose, and the guard keeps no "
             "more than that",
-            stacklevel=2,
+            stacklevel=3,
         )
     answered = [
         {"prompt": prompt, "response": kept[place] or "", "category": kind}
@@ -141,12 +199,12 @@ def own_answers(
     return OwnAnswers(answered, len(asked), len(unsafe), refused)
 
 
-def _forget(path: str | Path | None) -> None:
+def _forget(path: Path | None) -> None:
     """Take away a file that holds nothing to go on from, and its folder where that held nothing else."""
     if path is not None:
-        Path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            Path(path).parent.rmdir()
+            path.parent.rmdir()
 
 
 def _allowed(text: str, kind: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from alignguard.data import Source, encode_source, pad_id
 from alignguard.guard import Guard, GuardConfig
 from alignguard.objective import model_kind
 from alignguard.training.preparation.answers import own_answers
-from alignguard.training.preparation.prepared import alignment_rows
+from alignguard.training.preparation.prepared import alignment_rows, stand_ins
+from alignguard.training.preparation.rehearsal import PROBED
 
 
 def make_guard(
@@ -56,6 +58,9 @@ def make_guard(
     tokenizer, kind = getattr(tokenizer, "tokenizer", tokenizer), model_kind(model)
     kept, prompts = alignment_rows(alignment_data, tokenizer, kind, config.max_length)
     if prompts is not None:
+        # What a guard would refuse, it refuses before minutes of answers.
+        Guard(model, stand_ins(prompts, tokenizer, kind, config.max_length)[:PROBED], config, pad_id(tokenizer), method)
+        gc.collect()  # a guard stands in circles, and with it copies of the weights
         own = own_answers(model, tokenizer, prompts, path=answers, progress=progress)
         kept = encode_source(own.rows, "alignment_data", tokenizer, kind, config.max_length)
     return Guard(model, kept, config, pad_id(tokenizer), method)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import PartialState
@@ -13,13 +16,25 @@ from transformers import PreTrainedModel, set_seed
 
 from alignguard.data import Examples, Source, as_source, check_fits, encode_source, pad_id, prompts_alone
 from alignguard.guard import Guard, GuardConfig
-from alignguard.loading import adapt, check_device, kind_of, load_tokenizer, load_weights, lora_config, put_on
+from alignguard.loading import (
+    adapt,
+    check_device,
+    kind_of,
+    load_tokenizer,
+    load_weights,
+    lora_config,
+    put_on,
+    taken_off_again,
+)
+from alignguard.objective import base_model
 from alignguard.training.fisher_file import load_fisher
-from alignguard.training.preparation.answers import OwnAnswers, own_answers, packaged_prompts
-from alignguard.training.preparation.rehearsal import rehearse
+from alignguard.training.preparation.answers import OwnAnswers, Questions, answered, packaged_prompts, questions
+from alignguard.training.preparation.rehearsal import PROBED, rehearse
 from alignguard.training.record import record_of
 from alignguard.training.settings import run_settings
 from alignguard.updates import METHODS
+
+STAND_IN = "No."  # a response for each prompt, until the model has given its own
 
 
 @dataclass(frozen=True)
@@ -147,36 +162,66 @@ def prepare(
     loaded = load_weights(model, trust_remote_code)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
+    if adapter is not None and isinstance(loaded, PeftModel):
+        raise ValueError(
+            "model: it carries its adapter already, and this method makes its own; pass the model below it"
+        )
     check_fits(loaded, rows, "task_data")
-    own = None
+    own = to_ask = None
     if asked is not None:
-        own = _answered(loaded, tokenizer, asked[:most_prompts], answers, settings, progress)
-        kept = encode_source(own.rows, "alignment_data", tokenizer, kind, longest)
-        kept.notes.append(own.summary())
-        if own.asked < len(asked):
-            kept.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
+        to_ask = _questions(loaded, tokenizer, asked[:most_prompts], answers, settings)
+        kept = stand_ins(asked[:most_prompts], tokenizer, kind, longest)
     check_fits(loaded, kept, "alignment_data")
     curvature = None
     if fisher is not None:
         curvature = load_fisher(fisher, loaded, config)
-    set_seed(seed)
-    if adapter is not None and not isinstance(loaded, PeftModel):
-        trained = put_on(loaded, adapter(loaded, lora_config(loaded, lora), kept))
-    elif adapter is not None:
-        raise ValueError(
-            "model: it carries its adapter already, and this method makes its own; pass the model below it"
-        )
+    tables = _tables(loaded)
+
+    def answer() -> tuple[OwnAnswers, Examples]:
+        assert asked is not None and to_ask is not None
+        own = _answered(loaded, tokenizer, to_ask, settings, progress)
+        rows = encode_source(own.rows, "alignment_data", tokenizer, kind, longest)
+        rows.notes.append(own.summary())
+        if own.asked < len(asked):
+            rows.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
+        check_fits(tables, rows, "alignment_data")
+        return own, rows
+
+    if adapter is not None:
+        wanted = lora_config(loaded, lora)
+        if to_ask is not None:  # the method reads the answers themselves
+            own, kept = answer()
+        set_seed(seed)
+        trained = put_on(loaded, adapter(loaded, wanted, kept))
     else:
+        set_seed(seed)
         trained = loaded if method == "full" else adapt(loaded, lora)
-    if not any(parameter.requires_grad for parameter in trained.parameters()):
-        raise ValueError(
-            "model: nothing trains, every weight is frozen; load an adapter with PeftModel.from_pretrained(..., "
-            "is_trainable=True), or call requires_grad_(True) on what should train"
-        )
-    guard = Guard(trained, kept, config, pad_id(tokenizer), method, offload) if guarded else None
-    if guard is not None and curvature is not None:
-        guard.use_fisher(curvature)
-    steps = rehearse(trained, tokenizer, kind, rows, guard, settings, seed)
+
+    def guard_on(examples: Sequence[Mapping[str, Any]]) -> Guard | None:
+        made = Guard(trained, examples, config, pad_id(tokenizer), method, offload) if guarded else None
+        if made is not None and curvature is not None:
+            made.use_fisher(curvature)
+        return made
+
+    with taken_off_again(trained, loaded):  # who is refused or interrupted calls again with the same model
+        if not any(parameter.requires_grad for parameter in trained.parameters()):
+            raise ValueError(
+                "model: nothing trains, every weight is frozen; load an adapter with PeftModel.from_pretrained(..., "
+                "is_trainable=True), or call requires_grad_(True) on what should train"
+            )
+
+        # Answers take minutes, so all that would be refused is found on rows that stand in for them.
+        late = to_ask is not None and own is None
+        guard = guard_on(kept[:PROBED] if late else kept)
+        steps = rehearse(trained, tokenizer, kind, rows, guard, settings, seed)
+        if late:
+            # Where switching a fresh adapter off leaves the model at its start, that is faster to ask.
+            off = trained is not loaded and guard is not None and guard.updates.base_is_reference
+            guard = None
+            gc.collect()  # the rehearsal's Trainer and its guard, with copies of the weights, stand in circles
+            with trained.disable_adapter() if off else nullcontext():
+                own, kept = answer()
+            guard = guard_on(kept)
     record = record_of(
         model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
         lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
@@ -211,18 +256,46 @@ def alignment_rows(
     return encode_source(given, "alignment_data", tokenizer, kind, longest), None
 
 
-def _answered(
+def stand_ins(prompts: Sequence[Mapping[str, str]], tokenizer: Any, kind: str, longest: int) -> Examples:
+    """Encoded rows in the place of those that the model's answers will make, to find before it is asked what is wrong.
+
+    Args:
+        prompts: that the model will answer.
+        tokenizer: of the model.
+        kind: of model.
+        longest: most tokens of a row.
+
+    Raises:
+        ValueError: a prompt that cannot be rendered.
+    """
+    rows = [{"prompt": row["prompt"], "response": STAND_IN} for row in prompts]
+    return encode_source(rows, "alignment_data", tokenizer, kind, longest)
+
+
+def _tables(model: Any) -> Any:
+    """What :func:`check_fits` asks of a model, as it is before an adapter stands in its tables' places."""
+    inner = base_model(model)
+    embeddings, modules = inner.get_input_embeddings(), list(inner.named_modules())
+    return SimpleNamespace(config=inner.config, get_input_embeddings=lambda: embeddings, named_modules=lambda: modules)
+
+
+def _questions(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Mapping[str, str]],
     path: str | Path | None,
     settings: Mapping[str, Any],
-    progress: bool,
-) -> OwnAnswers:
-    """The model's own answers, on the device that it trains on; of several processes the first one's are taken by all."""
+) -> Questions:
+    """What the model is asked, and the model on the device that it answers and trains on."""
     state = PartialState(cpu=bool(settings.get("use_cpu")))
     if state.num_processes > 1 and path is None:
         raise ValueError("alignment_data: several processes share the model's own answers; give answers a path")
     model.to(state.device)
+    return questions(model, tokenizer, prompts, path)
+
+
+def _answered(model: Any, tokenizer: Any, to_ask: Questions, settings: Mapping[str, Any], progress: bool) -> OwnAnswers:
+    """The model's own answers; of several processes the first one's are taken by all."""
+    state = PartialState(cpu=bool(settings.get("use_cpu")))
     with state.main_process_first():
-        return own_answers(model, tokenizer, prompts, path=path, progress=progress and state.is_main_process)
+        return answered(model, tokenizer, to_ask, progress=progress and state.is_main_process)

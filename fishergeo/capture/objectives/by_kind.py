@@ -35,7 +35,7 @@ class Objective:
             loss of the user's gives.
         counts: (n,) long, the supervised tokens of each example; an example with none is no datum.
         draws: number of objectives of this batch that make up its Fisher; the gradients' squares add up over them.
-        token_scale: (n,) what turns the objective into that of the sum over tokens; ``counts`` if None.
+        token_scale: (n,) what turns the objective into that of the (weighted) sum over tokens; ``counts`` if None.
     """
 
     values: Tensor
@@ -77,7 +77,7 @@ def example_objectives(
         generator: a CPU generator for ``"mc"``; draws are consumed in the order of the supervised tokens, so they
             do not depend on how the examples are batched or padded.
         token_weights: ``batch -> labels-shaped`` non-negative weights; an example's objective is then the weighted
-            mean over its supervised tokens.
+            mean over its supervised tokens. One of weight zero is not supervised.
         draw: number of the objective of the batch, below ``draws``.
         max_draws: the most passes that type2 and ggn may take over one batch.
         alignment: from :func:`fishergeo.capture.objectives.labels.label_alignment`.
@@ -158,7 +158,7 @@ def _categorical(rows: Rows, kind: str, generator: torch.Generator | None) -> Ob
         per_token = torch.logsumexp(others, 1) - rows.logits.gather(1, targets[:, None])[:, 0]
     else:
         per_token = nn.functional.cross_entropy(rows.logits, targets, reduction="none")
-    return Objective(rows.summed(per_token * rows.share, rows.example), rows.tokens)
+    return Objective(rows.summed(per_token * rows.share, rows.example), rows.tokens, token_scale=rows.total)
 
 
 def _class_draw(rows: Rows, kind: str, draw: int, max_draws: int) -> Objective:
@@ -179,7 +179,7 @@ def _class_draw(rows: Rows, kind: str, draw: int, max_draws: int) -> Objective:
     values = rows.summed(-log_p * (0.5 * log_p.detach()).exp() * share, rows.example[chosen])
     # A draw past an example's last token leaves it out; the sum still has to hang on the graph.
     values = values + 0.0 * rows.logits[:1].sum()
-    scale = rows.tokens.to(values.dtype)
+    scale = (rows.tokens if rows.total is None else rows.total).to(values.dtype)
     return Objective(values, rows.tokens, draws, scale if kind == "type2" else scale.sqrt())
 
 

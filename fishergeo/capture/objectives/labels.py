@@ -179,6 +179,7 @@ class Rows:
         share: (m,) each token's part of its example's mean; they sum to one over an example.
         counts: (n,) long, rows of each example.
         tokens: (n,) long, what they count as; ``counts`` but where the rows of an example are one datum.
+        total: (n,) the weight of all tokens of an example, which turns its mean into its sum; ``tokens`` if None.
     """
 
     logits: Tensor
@@ -187,10 +188,11 @@ class Rows:
     share: Tensor
     counts: Tensor
     tokens: Tensor
+    total: Tensor | None = None
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Rows:
-        """Of integer labels, −100 among them ignored.
+        """Of integer labels, −100 among them ignored, and so are tokens of weight zero.
 
         Raises:
             ValueError: if shapes do not fit, a label is no class, or weights are negative or not finite.
@@ -199,6 +201,12 @@ class Rows:
             raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass loss=")
         count = len(labels)
         valid = labels != -100
+        if weights is not None:
+            weights = _aligned(weights, labels)
+            chosen = weights[valid]
+            if not bool(((chosen >= 0) & torch.isfinite(chosen)).all()):
+                raise ValueError("token_weights must be finite and non-negative")
+            valid = valid & (weights > 0)
         example = torch.arange(count, device=labels.device).view(-1, *[1] * (labels.ndim - 1)).expand_as(labels)[valid]
         # Only supervised rows are widened to float32: prompts would otherwise pay for a vocabulary-wide copy. A view is
         # cheaper than a selection, whose gradient is scattered back.
@@ -218,13 +226,12 @@ class Rows:
         counts = torch.bincount(example, minlength=count)
         if weights is None:
             share = (1.0 / counts.clamp_min(1).to(rows.dtype))[example]
-        else:
-            chosen = _aligned(weights, labels)[valid].to(rows.dtype)
-            if bool((chosen < 0).any()) or not bool(torch.isfinite(chosen).all()):
-                raise ValueError("token_weights must be finite and non-negative")
-            total = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add(0, example, chosen)
-            share = chosen / total.clamp_min(torch.finfo(rows.dtype).tiny)[example]
-        return cls(rows, targets, example, share, counts, counts)
+            return cls(rows, targets, example, share, counts, counts)
+        # In float64, which holds the sum of any weights of a narrower dtype, however small or large.
+        chosen = weights[valid].double()
+        total = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add(0, example, chosen)
+        share = (chosen / total[example]).to(rows.dtype)
+        return cls(rows, targets, example, share, counts, counts, total)
 
     @classmethod
     def of_probabilities(cls, logits: Tensor, labels: Tensor) -> Rows:

@@ -129,6 +129,75 @@ def test_a_value_means_the_same_as_a_flag_in_yaml_and_in_python(tmp_path, monkey
     assert len(heard) == 3
 
 
+@pytest.fixture
+def heard(monkeypatch):
+    """What ``prepare`` is called with, in place of a run."""
+    calls = []
+    monkeypatch.setattr(alignguard.training, "prepare", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(alignguard.training, "plan_text", lambda *a, **k: "")
+    monkeypatch.setattr(alignguard.training, "seconds_of_step", lambda *a: 1.0)
+    monkeypatch.setattr(alignguard.training, "activation_bytes", lambda *a: 0)
+    return calls
+
+
+OPTIONAL = [field for field in dataclasses.fields(GuardConfig) if str(field.type).endswith("| None")]
+
+
+@pytest.mark.parametrize("field", OPTIONAL, ids=lambda field: field.name)
+@pytest.mark.parametrize("preset", ["default", "curvature", "combined", "paper"])
+def test_null_in_a_file_and_none_typed_are_none_whatever_the_preset(heard, tmp_path, preset, field):
+    words = ["fit", "--dry-run", "--model", "m", "--task-data", "t", "--preset", preset]
+    assert cli.main([*words, f"--{field.name.replace('_', '-')}", "none"]) == 0
+    for text in ("null", "~", "", "none"):
+        (tmp_path / "run.yaml").write_text(f"{field.name}: {text}\n")
+        assert cli.main([*words, "--config", str(tmp_path / "run.yaml")]) == 0
+    make = GuardConfig if preset == "default" else getattr(GuardConfig, preset)
+    assert [call[0][3] for call in heard] == [make(**{field.name: None})] * 5
+
+
+def test_help_says_which_options_take_none(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "takes the word none, or null in a file" in shown
+    assert "(default: 8, or none)" in shown and "(default: none)" in shown and "(default: None)" not in shown
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--preset", "paper"], "--preset"),
+        (["--max-drift", "0.5"], "--max-drift"),
+        (["--lambda-kl", "4"], "--lambda-kl"),
+        (["--kl-tokens", "none"], "--kl-tokens"),
+        (["--no-whole-update"], "--whole-update"),
+        (["--exclude", "a"], "--exclude"),
+        (["--offload", "cpu"], "--offload"),
+        (["--fisher", "f"], "--fisher"),
+        (["--alignment-data", "/nowhere.jsonl"], "--alignment-data"),
+        (["--alignment-split", "train"], "--alignment-split"),
+        (["--alignment-turns", "last"], "--alignment-turns"),
+    ],
+)
+def test_a_plain_run_names_what_it_would_not_read(heard, tmp_path, capsys, extra, named):
+    words = ["fit", "--dry-run", "--model", "m", "--task-data", "t"]
+    assert cli.main([*words, "--plain", *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"alignguard fit: {named}:") and "--plain" in error and not heard
+    assert cli.main([*words, "--plain", "--seed", "3", "--verbose"]) == 0 and len(heard) == 1
+
+
+def test_a_plain_run_names_what_a_file_says_of_the_guard(heard, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: m\ntask_data: t\npreset: curvature\nmax_drift: 0.5\n")
+    assert cli.main(["fit", "--config", str(tmp_path / "run.yaml"), "--plain", "--dry-run"]) == 2
+    assert "--max-drift, --preset" in capsys.readouterr().err and not heard
+
+
+def test_turns_of_alignment_data_that_are_not_there_are_named(heard, capsys):
+    assert cli.main(["fit", "--dry-run", "--model", "m", "--task-data", "t", "--alignment-turns", "last"]) == 2
+    assert "--alignment-data is missing" in capsys.readouterr().err
+
+
 def test_yaml_gives_defaults_and_flags_win(files):
     assert cli.main(["fit", "--config", str(files / "run.yaml"), "--structure", "gram", "--energy", "0.5"]) == 0
     saved = json.loads((files / "out" / "adapter" / "alignguard_config.json").read_text())
@@ -195,3 +264,52 @@ def test_driftcheck_measures_a_model_and_never_overwrites(files, capsys):
     assert "exists" in capsys.readouterr().err and (files / "r.json").read_bytes() == first
     assert cli.main(["driftcheck", "--model", str(files / "model"), "--adapter", str(files)]) == 2
     assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_a_report_and_its_page_are_two_files(files, capsys):
+    prompts = files / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "how do I bake bread", "category": "ordinary"}) + "\n")
+    words = ["driftcheck", "--model", str(files / "model"), "--prompts", str(prompts), "--max-new-tokens", "2"]
+    for page in ("x", "x.answers.jsonl", "model/../x"):
+        assert cli.main([*words, "--overwrite", "--output", str(files / "x"), "--html", str(files / page)]) == 2
+        assert "--html" in capsys.readouterr().err and not (files / "x").exists()
+
+
+def test_fisher_replaces_the_file_beside_its_own_only_when_told(files, capsys):
+    words = ["fisher", "--model", str(files / "model"), "--data", str(files / "alignment.jsonl")]
+    words += ["--output", str(files / "fish")]
+    (files / "fish.json").write_text("mine")
+    assert cli.main(words) == 2
+    assert "fish.json exists" in capsys.readouterr().err
+    assert (files / "fish.json").read_text() == "mine" and not (files / "fish").exists()
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert json.loads((files / "fish.json").read_text())["examples"]
+
+
+def test_answers_of_another_driftcheck_give_way_only_when_told(files, capsys):
+    prompts, report = files / "prompts.jsonl", files / "r.json"
+    prompts.write_text(json.dumps({"prompt": "how do I bake bread", "category": "ordinary"}) + "\n")
+    words = ["driftcheck", "--model", str(files / "model"), "--prompts", str(prompts), "--max-new-tokens", "2"]
+    (files / "r.json.answers.jsonl").write_text(
+        '{"driftcheck": "of another model"}\n{"id": "ordinary-1", "text": "no"}\n'
+    )
+    assert cli.main([*words, "--output", str(report)]) == 2
+    assert "r.json.answers.jsonl holds" in capsys.readouterr().err and not report.exists()
+    assert cli.main([*words, "--output", str(report), "--overwrite"]) == 0
+    assert json.loads(report.read_text())["rows"][0]["text"] != "no"
+    assert not (files / "r.json.answers.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["driftcheck", "--model", "m", "--base", "b"], "--base"),
+        (["driftcheck", "--model", "m", "--endpoint", "http://localhost:1", "--batch-size", "3"], "--batch-size"),
+        (["prompts", "--output", "p.jsonl", "--capability", "3"], "--capability"),
+        (["prompts", "--output", "p.jsonl", "--recipe", "capability", "--safe", "3"], "--safe"),
+    ],
+)
+def test_options_that_nothing_would_read_are_named(words, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    assert named in capsys.readouterr().err and not list(tmp_path.iterdir())

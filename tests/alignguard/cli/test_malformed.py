@@ -180,7 +180,10 @@ def test_malformed_configurations(trial, tmp_path):
         ("max_drift: [1]\n", "max_drift"), ("max_drift: -1\n", "max_drift"), ("max_steps: .inf\n", "max_steps"),
         ("structure: 3\n", "structure"), ("scale_free: maybe\n", "scale_free"), ("adaptive: 1\n", "adaptive"),
         ("overwrite: 'no'\n", "overwrite"), ("config: other.yaml\n", "config"), ("help: true\n", "help"), ("1: 2\n", "unknown"),
-        ("null: 2\n", "unknown"), ("seed: -1\n", "seed"), ("averaging: 1\n", "averaging"),
+        ("null: 2\n", "unknown"), ("seed: -1\n", "seed"), ("averaging: 1\n", "averaging"), ("lambda_kl: null\n", "lambda_kl"),
+        ("adaptive: null\n", "adaptive"), ("exclude: ~\n", "exclude"), ("structure:\n", "structure"), ("seed: null\n", "seed"),
+        ("method: null\n", "method"), ("plain: null\n", "plain"), ("lambda_kl: none\n", "lambda_kl"), ("target_modules: []\n", "target_modules"),
+        ("target_modules: [null]\n", "target_modules"), ("offload: off\n", "offload"), ("kl-tokens: 3\nkl_tokens: 4\n", "kl_tokens"),
     ):  # fmt: skip
         bad.write_text(text)
         trial.command(f"yaml {text[:40]}", [*strip(trial.run, text), "--config", bad], word)
@@ -230,7 +233,7 @@ def test_malformed_configurations_by_hypothesis(trial, tmp_path):
         try:
             return math.isfinite(float(value)) and float(value) >= 0
         except (TypeError, ValueError, OverflowError):
-            return value is None
+            return value is None or str(value).strip().lower() == "none"
 
     @HYPOTHESIS
     @given(st.sampled_from([*STRENGTHS, "tau", "max_drift"]), JUNK.filter(lambda v: not number(v)))
@@ -283,13 +286,13 @@ BAD_BYTES = {
 def test_malformed_rows(trial, tmp_path):
     for name, (text, word) in BAD_ROWS.items():
         path = tmp_path / "bad.jsonl"
-        path.write_text(text)
         for option in ("task_data", "alignment_data"):
             argv = with_option(trial.run, **{option: str(path)})
-            # Prompts alone are the model's to answer, and this one refuses nothing.
+            # Prompts alone are the model's to answer, and this one refuses nothing; measuring drift takes two.
             alone = name == "no response" and option == "alignment_data"
+            path.write_text(text.rstrip() + "\n" + text if alone else text)
             trial.command(
-                f"{option}: {name}", argv, option, *(("refuses none of 1",) if alone else ("bad.jsonl", word))
+                f"{option}: {name}", argv, option, *(("refuses none of 2",) if alone else ("bad.jsonl", word))
             )
         path.unlink()
     for name, content in BAD_BYTES.items():
@@ -770,6 +773,10 @@ def test_malformed_reports_and_prompts(trial, tmp_path):
     for flags, word in ((["--limit", "0"], "limit"), (["--batch-size", "0"], "batch_size"), (["--max-new-tokens", "0"], "max_new_tokens"),
                         (["--max-new-tokens", "64"], "max_new_tokens"), (["--capability-tokens", "0"], "capability_tokens"), (["--judge", "chat"], "judge-model"),
                         (["--judge", "oracle"], "judge"), (["--task-data", tmp_path / "out"], "task"), (["--alignment-data", trial.ground / "rows.jsonl"], "base"), (["--before", tmp_path / "gone"], "gone"), (["--base", tmp_path / "gone"], "gone"),
-                        (["--output", tmp_path / "no" / "r.json"], "no such folder"), (["--html", tmp_path / "out"], "exists")):  # fmt: skip
+                        (["--output", tmp_path / "no" / "r.json"], "no such folder"), (["--html", tmp_path / "out"], "exists"),
+                        (["--html", tmp_path / "out", "--overwrite"], "folder"), (["--html", tmp_path / "r.json"], "--html"),
+                        (["--html", tmp_path / "out" / ".." / "r.json.answers.jsonl"], "--html"), (["--judge-model", tmp_path / "gone"], "--judge-model"),
+                        (["--judge-labels", "x"], "--judge-labels"), (["--judge-form", prompts], "--judge-form"),
+                        (["--judge", "chat", "--judge-model", trial.ground / "model", "--judge-labels", "x"], "--judge-labels")):  # fmt: skip
         trial.command(f"driftcheck {flags}", [*argv, *flags], word)
     trial.end(LEAST["reports"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignguard.data import collate, encode_example, encode_messages, load_conversations, read_jsonl
+from alignguard.data import collate, collator, encode_example, encode_messages, load_conversations, read_jsonl
 from alignguard.objective import IGNORED
 
 PAIR = {"prompt": "how do I bake bread", "response": "Of course! Here it is."}
@@ -18,6 +19,14 @@ PAIR = {"prompt": "how do I bake bread", "response": "Of course! Here it is."}
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_a_collator_goes_to_workers_that_are_not_forked(kind):
+    rows = [{"input_ids": [3, 4, 5], "labels": [IGNORED, 4, 5]}, {"input_ids": [6], "labels": [6]}]
+    ours, theirs = (make(rows) for make in (collator(0, kind), pickle.loads(pickle.dumps(collator(0, kind)))))
+    assert ours["input_ids"].tolist() == [[3, 4, 5], [6, 0, 0]]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_every_source_gives_the_same_conversations(tmp_path):

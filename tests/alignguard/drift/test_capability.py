@@ -47,6 +47,17 @@ def test_the_chosen_option_is_read(text, letter):
     assert chosen_option(text) == letter
 
 
+@pytest.mark.parametrize("written", ["$1,250.50", "1250.5", "1,250.50", 1250.5])
+def test_a_right_number_is_read_as_the_answers_is(written):
+    row = {"prompt": "What does she pay?", "category": "capability", "answer": written, "match": "number"}
+    assert is_right(load_prompts([row])[0], "She pays $1,250.50 in all.")
+    assert not is_right(row, "She pays 1251.")
+    assert is_right({**row, "answer": "−12"}, "The change is -12 degrees")
+    for answer, match in (("twelve", "number"), ("inf", "number"), ("AB", "choice")):
+        with pytest.raises(ValueError, match=rf"the right 'answer' '{answer}' is no"):
+            is_right({"answer": answer, "match": match}, "12")
+
+
 def test_words_must_stand_whole():
     assert is_right({"answer": "Paris"}, "It is paris!")
     assert not is_right({"answer": "Paris"}, "Parisians")

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from alignguard.data import encode_example
+from alignguard.data import DataSource, encode_example
 from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
 from alignguard.drift.generation import answer_batch, plan_batches, room_for_prompt
 from alignguard.drift.likelihood import refusal_margins, response_likelihoods
@@ -136,6 +137,46 @@ def test_a_models_own_sampling_settings_do_not_change_the_answers(base, tokenize
     assert generate(restless, tokenizer, prompts, max_new_tokens=8) == generate(
         base, tokenizer, prompts, max_new_tokens=8
     )
+
+
+SHIPPED = {
+    "exponential_decay_length_penalty": lambda first: (0, 50.0),
+    "suppress_tokens": lambda first: first,
+    "begin_suppress_tokens": lambda first: first,
+    "bad_words_ids": lambda first: [[token] for token in first],
+    "sequence_bias": lambda first: [[[token], -100.0] for token in first],
+    "guidance_scale": lambda first: 3.0,
+    "min_new_tokens": lambda first: 8,
+    "forced_eos_token_id": lambda first: 7,
+    "num_return_sequences": lambda first: 2,
+    "return_dict_in_generate": lambda first: True,
+    "stop_strings": lambda first: ["e"],
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_nothing_that_a_model_ships_for_generation_changes_its_answers(base, tokenizer, name, wrapped):
+    prompts = [row["prompt"] for row in ROWS]
+    with torch.no_grad():
+        first = {int(base(prompt_ids(tokenizer, prompt)).logits[0, -1].argmax()) for prompt in prompts}
+    model = copy.deepcopy(base)
+    if name == "min_new_tokens":  # the first answer's third token ends it
+        ids = prompt_ids(tokenizer, prompts[0])
+        for _ in range(3):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        model.generation_config.eos_token_id = [2, int(ids[0, -1])]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=8)
+    if name != "min_new_tokens":
+        assert expected == [greedy_by_hand(base, tokenizer, prompt, 8) for prompt in prompts]
+    setattr(model.generation_config, name, SHIPPED[name](sorted(first)))
+    shipped, before = model.generation_config, model.generation_config.to_dict()
+    asked = (
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")) if wrapped else model
+    )
+    assert generate(asked, tokenizer, prompts, max_new_tokens=8) == expected
+    assert model.generation_config is shipped and shipped.to_dict() == before
 
 
 def test_generating_leaves_model_and_inputs_as_they_were(adapted, tokenizer):
@@ -476,6 +517,64 @@ def test_a_resume_file_of_another_model_or_setting_is_refused(base, adapted, tok
         driftcheck(other, tokenizer, ROWS, max_new_tokens=2, resume=cache)
 
 
+@pytest.fixture
+def renamed(tokenizer):
+    """The same tokenizer under another chat template."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Bot:"
+    return other
+
+
+def test_a_resume_file_of_another_template_end_or_category_is_refused(base, tokenizer, renamed, tmp_path):
+    rows = [*ROWS, {"id": "c1", "prompt": "What is 3 times 4?", "category": "capability", "answer": 12}]
+    cache, options = tmp_path / "answers.jsonl", {"max_new_tokens": 3, "capability_tokens": 5}
+    driftcheck(base, tokenizer, rows, resume=cache, **options)
+    kept = cache.read_text()
+    ended = copy.deepcopy(base)
+    ended.generation_config.eos_token_id = 9
+    roomy = [{**row, "category": "capability", "answer": "sea"} if row["id"] == "o1" else row for row in rows]
+    for model, asked, by in ((base, rows, renamed), (ended, rows, tokenizer), (base, roomy, tokenizer)):
+        with pytest.raises(
+            ValueError, match=r"answers\.jsonl holds answers of another model, tokenizer or chat template"
+        ):
+            driftcheck(model, by, asked, resume=cache, **options)
+    assert cache.read_text() == kept
+
+
+def test_a_resume_file_of_an_earlier_version_is_refused(base, tokenizer, tmp_path):
+    digest = hashlib.sha256(
+        json.dumps([{"max_new_tokens": 2, "batch_size": 32}, [[r["id"], r["prompt"]] for r in ROWS]]).encode()
+    )
+    for name, weight in base.named_parameters():
+        sums = f"{weight.sum().item()!r} {weight.abs().sum().item()!r}"
+        digest.update(f"{name} {tuple(weight.shape)} {sums}".encode())
+    lines = [{"driftcheck": digest.hexdigest()}, *({"id": row["id"], "text": "old"} for row in ROWS)]
+    cache = tmp_path / "answers.jsonl"
+    cache.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"answers\.jsonl holds .* or an earlier version's; give another place"):
+        driftcheck(base, tokenizer, ROWS, max_new_tokens=2, resume=cache)
+
+
+def test_rows_that_can_be_read_once_are_kept_and_bad_ones_are_named_before_anything_is_asked(
+    base, adapted, tokenizer, monkeypatch
+):
+    expected = driftcheck(adapted, tokenizer, ROWS[:1], alignment=PAIRS, task=PAIRS, max_new_tokens=2)
+    for once in (lambda: iter(PAIRS), lambda: DataSource(iter(PAIRS))):
+        found = driftcheck(adapted, tokenizer, ROWS[:1], alignment=once(), task=once(), max_new_tokens=2)
+        assert (found.kl, found.task) == (expected.kl, expected.task)
+
+    def asked(*arguments):
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(module, "answer_batch", asked)
+    said = [{"role": role, "content": "Hi"} for role in ("user", "assistant") * 2]
+    said[-1]["weight"] = 0  # an encoder-decoder learns the last turn and no other
+    with pytest.raises(ValueError, match=r"task, row 1: .*weight of 1"):
+        driftcheck(encoder_decoder("t5", len(tokenizer)), tokenizer, ROWS, task=[{"messages": said}])
+    with pytest.raises(ValueError, match="system: half a surrogate pair"):
+        driftcheck(base, tokenizer, ROWS, system="Be kind \ud83d")
+
+
 def test_likelihoods_and_kl_are_measured_against_the_adapter_switched_off(base, adapted, tokenizer):
     report = driftcheck(adapted, tokenizer, ROWS, alignment=PAIRS, likelihoods=True, max_new_tokens=4)
     assert report.kl == pytest.approx(measured_kl(adapted, base, tokenizer, PAIRS), rel=1e-6)
@@ -538,6 +637,21 @@ def test_a_failed_save_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_text_that_no_file_holds_and_an_interrupt_leave_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    with pytest.raises(ValueError, match=r"cannot write .*report\.json: half a surrogate pair"):
+        write_text(path, "an emoji cut in half: \ud83d")
+    assert not list(tmp_path.iterdir())
+
+    def stopped(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alignguard.files.os.fsync", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_packaged_prompts_are_many_unique_and_licensed():
     rows = load_prompts()
     count = {c: sum(row["category"] == c for row in rows) for c in ("unsafe", "borderline", "ordinary")}
@@ -549,6 +663,9 @@ def test_packaged_prompts_are_many_unique_and_licensed():
     assert len(capable) == 200 and {row["match"] for row in capable} == {"number", "choice"}
 
 
+SUM = {"prompt": "What is 3 + 4?", "category": "capability", "answer": "7", "match": "number"}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -557,6 +674,14 @@ def test_packaged_prompts_are_many_unique_and_licensed():
         ([{"prompt": "a", "category": "rude"}], r"row 1: unknown category 'rude'"),
         ([{"prompt": "a"}], r"row 1: unknown category None"),
         ([{"prompt": "a", "category": "capability"}], r"row 1: a capability row needs the right 'answer'"),
+        ([{"prompt": "a", "category": "capability", "answer": None}], r"row 1: a capability row needs the right"),
+        ([{**SUM, "answer": "seven"}], r"row 1: the right 'answer' 'seven' is no number"),
+        ([SUM, {**SUM, "answer": "nan"}], r"row 2: the right 'answer' 'nan' is no number"),
+        ([{**SUM, "answer": "card linking", "match": "choice"}], r"row 1: .*'card linking' is no letter from A to Z"),
+        ([{"prompt": "a", "category": "unsafe", "harm": 3}], r"row 1: 'harm' must be text, found 3 \(int\)"),
+        ([{"prompt": "a", "category": "unsafe", "harm": "\ud83d"}], r"row 1: 'harm': half a surrogate pair"),
+        ([{"prompt": "a", "category": "unsafe", "source": "\ud83d"}], r"row 1: 'source': half a surrogate pair"),
+        ([{"prompt": "a", "category": "unsafe", "id": "\ud83d"}], r"row 1: 'id': half a surrogate pair"),
         ([{"id": "x", "prompt": "a", "category": "unsafe"}] * 2, r"row 2: the id 'x' stands in .*row 1 already"),
     ],
 )

@@ -103,6 +103,29 @@ def test_a_run_that_breaks_off_keeps_its_answers_and_asks_the_rest_alone(server,
         driftcheck_endpoint(Endpoint(server, "other"), ROWS, max_new_tokens=12, resume=log)
 
 
+def test_answers_kept_for_another_category_are_not_taken(monkeypatch, tmp_path):
+    rows = [
+        {"id": "c", "prompt": "What is 3 + 4?", "category": "capability", "answer": 7},
+        {"id": "o", "prompt": "Name a colour.", "category": "ordinary"},
+    ]
+    monkeypatch.setattr(Endpoint, "answer", lambda self, prompt, tokens, system: f"Teal, in {tokens} tokens.")
+    driftcheck_endpoint(Endpoint("http://h:1", "m"), rows, resume=tmp_path / "a.jsonl")
+    roomy = [rows[0], {**rows[1], "category": "capability", "answer": "teal"}]  # it has more room there
+    with pytest.raises(ValueError, match="other settings"):
+        driftcheck_endpoint(Endpoint("http://h:1", "m"), roomy, resume=tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="system: half a surrogate pair"):
+        driftcheck_endpoint(Endpoint("http://h:1", "m"), rows, system="\ud83d")
+
+
+def test_an_emoji_that_a_server_cuts_in_half_does_not_cost_the_report(monkeypatch, tmp_path):
+    said = rb'{"choices": [{"message": {"content": "Hello \ud83d\ude00, and \ud83d"}}]}'
+    monkeypatch.setattr(Endpoint, "_post", lambda self, body: said)
+    report = driftcheck_endpoint(Endpoint("http://h:1", "m"), ROWS[:1])
+    assert report.rows[0].text == "Hello \U0001f600, and \ufffd"
+    report.save(tmp_path / "r.json")
+    assert DriftReport.load(tmp_path / "r.json") == report
+
+
 def test_what_no_second_try_mends_is_said_at_once(server):
     asked = state(server)["asked"]
     with pytest.raises(ValueError, match=r"404.*no model elsewhere"):

@@ -92,3 +92,20 @@ def test_bad_judges_are_named():
         make_judge("oracle")
     with pytest.raises(ValueError, match="--judge-model"):
         make_judge("chat")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "option"),
+    [
+        ("rules", {"model": "m"}, "--judge-model"),
+        ("rules", {"refusal_labels": ["x"]}, "--judge-labels"),
+        ("rules", {"form": "{prompt}{text}"}, "--judge-form"),
+        ("chat", {"model": "m", "refusal_labels": ["x"]}, "--judge-labels"),
+        ("chat", {"model": "m", "form": "{prompt}{text}"}, "--judge-form"),
+        ("classifier", {"model": "m", "form": "{prompt}{text}"}, "--judge-form"),
+        ("llama-guard", {"model": "m", "refusal_labels": ["x"]}, "--judge-labels"),
+    ],
+)
+def test_what_a_judge_does_not_read_is_named_before_its_model_is_read(kind, given, option):
+    with pytest.raises(ValueError, match=rf"judge '{kind}' reads no .*\({option}\).*--judge"):
+        make_judge(kind, **given)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from architectures import make, move
+from architectures import from_zero, make, move
 from dense_penalty import ROWS
 from fused_kernels import fuse_mlp, fused, traced
 
@@ -49,7 +49,7 @@ def test_what_is_excluded_may_be_fused():
 def test_kl_alone_reads_no_layer_and_is_the_same_under_fused_kernels(pair):
     found = []
     for model in pair:
-        guard = Guard.from_alignment(model, ROWS[None], GuardConfig())
+        guard = from_zero(model, lambda model=model: Guard(model, ROWS[None], GuardConfig()))
         guard.begin_step(0)
         penalty = guard.penalty()
         trained = [p for p in model.parameters() if p.requires_grad]

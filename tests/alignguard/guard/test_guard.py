@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from architectures import from_zero
 from peft import LoraConfig, get_peft_model
 
 from alignguard.data import collate, encode_example
@@ -85,7 +86,8 @@ def test_one_sided_penalty_and_gradient_equal_the_dense_formula(tiny_llama, toke
         structure="gram", lambda_alignment=0.7, lambda_task=0.3, lambda_collision=0.2, alpha=0.4, metric=metric,
         energy=0.6, refresh_examples=4, batch_size=3, whole_update=False,
     )  # fmt: skip
-    guard = Guard.from_alignment(model, rows, config)
+    guard = from_zero(model, lambda: Guard(model, rows, config))
+    guard.refresh()
     penalty = guard.penalty()
     penalty.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -125,7 +127,8 @@ def test_kfac_penalty_and_gradient_equal_the_dense_formula(tiny_llama, tokenizer
     config = GuardConfig.curvature(
         structure="kfac", lambda_alignment=2.0, energy=0.7, refresh_examples=4, whole_update=whole
     )
-    guard = Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config)
+    guard = from_zero(model, lambda: Guard(model, encoded(tokenizer, alignment_rows), config))
+    guard.refresh()
     penalty = guard.penalty()
     penalty.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -149,7 +152,9 @@ def test_euclidean_separation_is_identically_zero_under_the_hard_projector(tiny_
     config = GuardConfig.curvature(
         structure="gram", lambda_alignment=0.0, lambda_collision=1.0, alpha=0.0, metric="euclidean", refresh_examples=4
     )
-    penalty = Guard.from_alignment(model, encoded(tokenizer, alignment_rows), config).penalty()
+    guard = from_zero(model, lambda: Guard(model, encoded(tokenizer, alignment_rows), config))
+    guard.refresh()
+    penalty = guard.penalty()
     penalty.backward()
     assert abs(float(penalty)) < 1e-25
     assert max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) < 1e-12
@@ -170,12 +175,14 @@ def test_kl_is_zero_at_the_start_and_equals_the_formula(tiny_llama, tokenizer, a
         with model.disable_adapter():
             base = model(**inputs).logits[:, :-1][keep].log_softmax(-1)
     expected = torch.nn.functional.kl_div(present, base, log_target=True, reduction="batchmean")
-    torch.testing.assert_close(Guard(model, rows, config).penalty(), expected, rtol=1e-10, atol=1e-12)
+    guard = from_zero(model, lambda: Guard(model, rows, config))
+    torch.testing.assert_close(guard.penalty(), expected, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
 
 
 def test_a_penalty_without_a_curvature_is_refused_and_estimates_nothing(tiny_llama, tokenizer, alignment_rows):
-    guard = Guard(adapted(tiny_llama), encoded(tokenizer, alignment_rows), GuardConfig.curvature(refresh_examples=2))
+    model, config = adapted(tiny_llama), GuardConfig.curvature(refresh_examples=2)
+    guard = from_zero(model, lambda: Guard(model, encoded(tokenizer, alignment_rows), config))
     with pytest.raises(RuntimeError, match="begin_step"):
         guard.penalty()
     assert guard.examples_read == 0 and guard.refreshes == 0
@@ -324,7 +331,8 @@ def test_refresh_reads_the_present_weights(tiny_llama, tokenizer, alignment_rows
     model = adapted(tiny_llama)
     rows = encoded(tokenizer, alignment_rows)
     config = GuardConfig.curvature(structure="kfac", refresh_every=2, refresh_examples=4)
-    guard = Guard.from_alignment(model, rows, config)
+    guard = from_zero(model, lambda: Guard(model, rows, config))
+    guard.refresh()
     name = next(iter(guard.layers))
     first = guard.layers[name].operator.output_factor
     for p in model.parameters():

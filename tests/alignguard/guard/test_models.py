@@ -132,6 +132,156 @@ def test_start_snapshots_measure_from_the_model_before_training():
             torch.testing.assert_close(matrix.weight(), weight_of(plain, matrix.plain), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "lora") for name in MODELS), *(("llama", k) for k in ("rslora", "saved", "two", "pissa"))],
+)
+def test_an_adapter_that_was_trained_before_is_charged_from_the_weights_at_the_start(name, kind, dtype):
+    model = make(name, kind, dtype)
+    move(model, seed=5)
+    start = merged_weights(model)
+    guard = Guard(model, ROWS.get(name, ROWS[None]), CONFIG)
+    assert not guard.updates.base_is_reference
+    assert all(float(m.read().norm() if m.rank else m.read().abs().max()) == 0 for m in guard.updates.matrices.values())
+    for matrix in guard.updates.matrices.values():
+        torch.testing.assert_close(matrix.weight(), weight_of(start, matrix.plain), rtol=0, atol=1e-6)
+    check(model, guard, start, CONFIG, dtype)
+
+
+def test_an_adapter_whose_product_is_random_at_the_start_is_charged_from_there():
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")).double()
+    start = merged_weights(model)
+    guard = Guard(model, ROWS[None], CONFIG)
+    check(model, guard, start, CONFIG, torch.float64)
+
+
+def test_a_fresh_adapter_keeps_no_copies_and_is_switched_off_to_read_the_base():
+    for name in MODELS:
+        updates = WeightUpdates(make(name))
+        assert updates.base_is_reference and not any("B0A0" in m.kind for m in updates.matrices.values())
+        assert all(key.endswith("|weight") for key in updates.references())  # of a classifier's head, trained whole
+
+
+def test_small_steps_from_a_large_adapter_are_measured_to_rounding_of_the_steps():
+    model = make("llama", dtype=torch.float32)
+    move(model, 3.0, seed=5)
+    updates = WeightUpdates(model)
+    before = merged_weights(model.double())
+    move(model.float(), 1e-4)
+    after = merged_weights(model.double())
+    squares = sum(float((after[n] - before[n]).square().sum()) for n in after)
+    model.float()
+    assert updates.distance() == pytest.approx(squares**0.5, rel=1e-3)
+
+
+def logits(model):
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in ROWS[None]])
+
+
+@pytest.mark.parametrize("config", [GuardConfig(), GuardConfig(max_drift=0.5, held_back=1)], ids=["kl", "budget"])
+def test_drift_of_a_continued_run_is_from_what_the_model_said_at_the_start(config):
+    model = make("llama")
+    move(model, 0.3, seed=5)
+    told = torch.log_softmax(logits(model), -1)
+    guard = Guard(model, ROWS[None], config)
+    assert abs(guard.measured_drift()) < 1e-6 and abs(float(guard.penalty())) < 1e-6
+    move(model, 0.1)
+    now = torch.log_softmax(logits(model), -1)
+    nats = (told.exp() * (told - now)).sum(-1)
+    # the token before a supervised one predicts it: two of the first row, one of the second
+    of_rows = [float(nats[1] + nats[2]), float(nats[4])]
+    found = [of_rows[ROWS[None].index(row)] for row in (guard.start or guard.kl.reference).rows]
+    assert guard.measured_drift() == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["excluded", "bias", "saved", "tokens"])
+def test_what_an_adapter_holds_outside_the_guard_is_part_of_the_start_too(part):
+    fields = {
+        "excluded": {"target_modules": ["q_proj", "k_proj"]}, "bias": {"target_modules": ["q_proj"], "lora_bias": True},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 9]}},
+    }[part]  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), LoraConfig(r=2, **fields)).eval()
+    config = GuardConfig(exclude=("*.k_proj",))
+    assert Guard(model, ROWS[None], config).updates.base_is_reference
+    name = {
+        "excluded": "k_proj.lora_B",
+        "bias": "lora_B.default.bias",
+        "saved": "norm.modules_to_save",
+        "tokens": "delta",
+    }
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.requires_grad and name[part] in path:
+                parameter += 0.5
+    guard = Guard(model, ROWS[None], config)
+    assert not guard.updates.base_is_reference
+    assert abs(guard.measured_drift()) < 1e-6 and abs(float(guard.penalty())) < 1e-6
+
+
+def test_a_model_that_is_moved_after_the_guard_is_made_takes_the_start_with_it():
+    model = make("llama", dtype=torch.float32)
+    move(model, seed=5)
+    updates = WeightUpdates(model)
+    model.double()  # another type here, another device in a trainer
+    assert all(m.read().dtype == torch.float64 and m.read().norm() < 1e-6 for m in updates.matrices.values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa"])
+def test_a_continued_run_is_resumed_from_its_own_start_alone(kind):
+    def begun(seed):
+        model = make("llama", kind, torch.float32)
+        move(model, seed=seed)
+        return model
+
+    model = begun(5)
+    guard = Guard(model, ROWS[None], GuardConfig())
+    move(model)
+    state, value = guard.state_dict(), guard.measured_drift()
+    again = begun(5)
+    other = Guard(again, ROWS[None], GuardConfig())
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    assert other.measured_drift() == value > 1e-4
+    for elsewhere in (begun(6), model, *([make("llama", dtype=torch.float32)] if kind == "lora" else [])):
+        with pytest.raises(ValueError, match=r"other weights than the run began at|trained before"):
+            Guard(elsewhere, ROWS[None], GuardConfig()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("config", [GuardConfig(), GuardConfig(max_drift=0.5, held_back=1)], ids=["kl", "budget"])
+def test_a_fresh_run_is_resumed_by_tools_that_load_the_adapter_before_the_guard_is_made(config):
+    model = make("llama", "saved", torch.float32)
+    guard = Guard(model, ROWS[None], config)
+    move(model)
+    state, value, norm = guard.state_dict(), guard.measured_drift(), guard.updates.distance()
+    other = Guard(model, ROWS[None], config)
+    assert abs(other.measured_drift()) < 1e-6
+    for _ in range(2):  # and from its own checkpoint once more
+        other.load_state_dict(state)
+        assert other.updates.base_is_reference and other.measured_drift() == value > 1e-4
+        assert other.updates.distance() == pytest.approx(norm, rel=1e-6)
+        state, other = other.state_dict(), Guard(model, ROWS[None], config)
+
+
+def test_full_fine_tuning_is_resumed_from_its_own_start_alone():
+    model = MODELS["llama"]()
+    guard = Guard(model, ROWS[None], GuardConfig(), method="full")
+    state = guard.state_dict()
+    move(model)
+    with pytest.raises(ValueError, match="other weights than the run began at"):
+        Guard(model, ROWS[None], GuardConfig(), method="full").load_state_dict(state)
+
+
+def test_full_fine_tuning_of_a_model_with_layers_of_an_adapter_inside_is_refused():
+    inner = make("llama").base_model.model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"carries layers of an adapter already.*unload"):
+        WeightUpdates(inner, method="full")
+
+
 def test_a_router_is_guarded_only_if_asked_for():
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.gate.weight", *EXPERTS])

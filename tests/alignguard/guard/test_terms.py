@@ -3,7 +3,7 @@
 import pytest
 import torch
 from alignment_rows import rows
-from architectures import make, move
+from architectures import from_zero, make, move
 from geometry_cases import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,7 +118,8 @@ def test_matrices_in_groups_of_several_ranks_and_shapes_are_charged_like_each_al
     model = make("llama", "patterns")
     move(model)
     config = GuardConfig.curvature(refresh_examples=4, whole_update=False, **STRENGTHS)
-    guard = Guard.from_alignment(model, rows(4), config)
+    guard = from_zero(model, lambda: Guard(model, rows(4), config))
+    guard.refresh()
     assert len({(m.shape, m.rank) for m in guard.updates.matrices.values()}) > 1
     deltas = {name: matrix.read().to_dense().detach() for name, matrix in guard.updates.matrices.items()}
     alone = sum(formula(layer.operator, config, deltas[name], 1.0, 1.0) for name, layer in guard.layers.items())

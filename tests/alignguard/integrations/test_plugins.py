@@ -284,8 +284,33 @@ def test_options_are_checked_by_name(tmp_path):
         ({"presett": "x"}, "unknown options"),
         ({"preset": "x"}, "preset must be one of"),
         ({"config": {"lambda_kl": -1}}, "lambda_kl"),
+        ({"config": {"structure": "gram"}}, "structure: set, and no term reads the Fisher"),
+        ({"config": [1]}, "config must map"),
+        ({"max_drift": 0.5}, "max_drift stops the run at a reading.*drift_every"),
+        ({"max_drift": 0, "drift_every": 5}, "max_drift must be"),
+        ({"drift_every": 0}, "drift_every must be"),
+        ({"drift_every": "often"}, "drift_every must be"),
+        ({"driftcheck": "no"}, "driftcheck must be true or false"),
+        ({"driftcheck": None}, "driftcheck must be true or false, not None"),
+        ({"preset": None}, "preset must be one of"),
+        ({"preset": ["paper"]}, "preset must be one of"),
+        ({"limit": 0}, "limit must be"),
+        ({"limit": 5, "driftcheck": False}, "limit is of DriftCheck"),
+        ({3: 1, "x": 2}, "unknown options"),
     ):
         with pytest.raises(ValueError, match=words):
             Options.read(given)
     with pytest.raises(TypeError, match="options and values"):
         Options.read([1])
+    torn = tmp_path / "torn.yaml"
+    torn.write_text("preset: [")
+    with pytest.raises(ValueError, match=r"torn\.yaml cannot be read"):
+        Options.read(torn)
+
+
+def test_null_is_none_where_an_option_may_be_none():
+    assert Options.read({"limit": None}).limit is None and Options().limit == 32
+    everything = {"alignment_data": None, "config": None, "drift_every": None, "max_drift": None}
+    assert Options.read(everything) == Options()
+    assert Options.read({"config": {"kl_tokens": None}}).guard_config().kl_tokens is None
+    assert Options.read({"drift_every": 5, "max_drift": 0.5}).callback(None, None).max_drift == 0.5

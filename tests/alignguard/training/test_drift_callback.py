@@ -124,6 +124,49 @@ def test_a_resumed_run_measures_from_the_same_start(tiny_llama, tokenizer, task_
         assert second.logged[step] == pytest.approx(whole.logged[step], rel=1e-5)
 
 
+def begun(tiny_llama, **more):
+    """A model whose adapter was trained before."""
+    model = adapted(tiny_llama, **more)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def test_of_an_adapter_that_was_trained_before_the_start_is_the_model_with_it(
+    tiny_llama, tokenizer, task_rows, tmp_path
+):
+    watch, model = callback(), begun(tiny_llama)
+    with model.disable_adapter():
+        base = driftcheck(model, tokenizer, PROMPTS, max_new_tokens=4)
+    start = driftcheck(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert [row.text for row in base.rows] != [row.text for row in start.rows]
+    train(model, tokenizer, task_rows, tmp_path, [watch])
+    assert [row.text for row in watch.reports[0].rows] == [row.text for row in start.rows]
+    assert watch.logged[0]["driftcheck/drift"] < 1e-6 < watch.logged[4]["driftcheck/drift"]
+    assert not watch._reference.switchable
+
+
+def test_a_resumed_run_never_takes_the_bare_base_for_the_start_of_one_that_went_on_from_an_adapter(
+    tiny_llama, tokenizer, task_rows, tmp_path, caplog
+):
+    train(begun(tiny_llama), tokenizer, task_rows, tmp_path, [callback()], save_strategy="steps", save_steps=2)
+    second = callback()
+    train(begun(tiny_llama), tokenizer, task_rows, tmp_path, [second], resume=str(tmp_path / "checkpoint-2"))
+    assert "measured from the checkpoint's weights" in caplog.text
+    assert second.logged[2]["driftcheck/drift"] < 1e-6 < second.logged[4]["driftcheck/drift"]
+
+
+def test_more_rows_than_can_be_kept_are_refused_by_the_names_that_the_callback_has(
+    tiny_llama, tokenizer, task_rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("alignguard.training.drift_callback.KEPT_MIB", 0)
+    with pytest.raises(ValueError, match=r"alignment:.*fewer or shorter"):
+        train(begun(tiny_llama), tokenizer, task_rows, tmp_path, [callback()])
+
+
 def test_without_alignment_rows_the_models_own_first_answers_are_what_drift_is_read_on(
     tiny_llama, tokenizer, task_rows, tmp_path
 ):

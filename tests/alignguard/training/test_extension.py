@@ -85,12 +85,90 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(go):
 @pytest.mark.parametrize(
     ("training", "words"),
     [({"resume_from_checkpoint": "/nowhere"}, "give resume="), ({"do_train": True}, "do_train does not act"),
-     ({"per_device_eval_batch_size": 2}, "does not act")],
+     ({"per_device_eval_batch_size": 2}, "does not act"), ({"save_only_model": True}, "save_only_model must be False"),
+     ({"ignore_data_skip": True}, "ignore_data_skip must be False"), ({"save_steps": 3}, "save_steps is what save_every sets"),
+     ({"save_strategy": "no"}, "save_strategy is what save_every sets")],
 )  # fmt: skip
 def test_settings_that_would_not_act_are_refused(go, tmp_path, training, words):
     with pytest.raises(ValueError, match=words):
         go(training)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["save_steps", "save_total_limit"])
+def test_checkpoints_that_would_not_be_kept_are_not_described(go, tmp_path, field):
+    with pytest.raises(ValueError, match=rf"{field} does not act.*save_every"):
+        go({field: 3}, save_every=None)
+    assert not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """What no one catches."""
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Run something that dies before its second optimizer step."""
+
+    def go(action):
+        def stop(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise Killed
+
+        with monkeypatch.context() as patched:
+            patched.setattr("transformers.TrainerCallback.on_step_begin", stop)
+            patched.setattr("alignguard.training.trainer._GuardCallback.on_step_begin", stop)
+            with pytest.raises(Killed):
+                action()
+
+    return go
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_overwriting_leaves_nothing_of_the_earlier_run_and_everything_of_the_user(go, killed, tmp_path, method):
+    out = tmp_path / "out"
+    go(method=method)
+    mine = {"precious.txt": "keep me", "notes/README.md": "mine", "report.json": "{}"}
+    for name, text in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    (out / ".adapter.0123abcd").mkdir()  # of a run that was killed while it saved
+    (out / "own_answers.jsonl").write_text("{}\n")
+    later = {"seed": 7, "resume": False, "overwrite": True, "save_every": 2}
+    killed(lambda: go(**later))
+    assert json.loads((out / "run.json").read_text())["seed"] == 7
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert left == {"run.json", *mine} and all((out / name).read_text() == text for name, text in mine.items())
+    resumed = go(**{**later, "resume": True, "overwrite": False})  # nothing was finished, so it begins
+    assert len(resumed.history) == 2 and resumed.adapter_dir == out / "adapter"
+    assert {path.name for path in out.iterdir()} == {
+        *("adapter", "checkpoints", "history.json", "run.json", "precious.txt", "notes", "report.json")
+    }
+
+
+def test_a_folder_of_the_users_with_a_runs_name_stays(go, tmp_path):
+    model = tmp_path / "out" / "model"
+    model.mkdir(parents=True)
+    (model / "README.md").write_text("# My base model\n")
+    go(resume=False, overwrite=True)
+    assert (model / "README.md").read_text() == "# My base model\n" and (tmp_path / "out" / "adapter").is_dir()
+
+
+def test_a_model_that_overwriting_would_remove_is_named_and_stays(go, tmp_path):
+    whole = go(method="full", resume=False).adapter_dir
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for method in ("lora", "full"):
+        for place in (whole, tmp_path / "out" / "checkpoints" / "checkpoint-2"):
+            with pytest.raises(ValueError, match=r"model .*: overwriting output_dir .* removes"):
+                go(model=str(place), method=method, resume=False, overwrite=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_resume_beside_overwrite_begins_where_no_run_is(go, tmp_path):
+    go()
+    (tmp_path / "out" / "run.json").unlink()
+    assert len(go({"max_steps": 1}, overwrite=True).history) == 1
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
 
 
 def test_lora_for_a_model_that_has_its_adapter_is_refused(go):

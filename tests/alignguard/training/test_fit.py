@@ -12,6 +12,8 @@ from alignguard import GuardConfig
 from alignguard.data import collate, encode_example
 from alignguard.files import claim_output, save_adapter
 from alignguard.guard import Guard
+from alignguard.loading import load_adapter
+from alignguard.objective import divergence, evaluation_mode, supervised
 from alignguard.training import GuardTrainer, fit
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1}
@@ -97,6 +99,124 @@ def test_fit_writes_an_adapter_that_peft_loads_alone(tiny_llama, tokenizer, task
     assert GuardConfig.from_dict(saved) == CONFIG
     assert len(json.loads((tmp_path / "out" / "history.json").read_text())) == 3
     assert not list(tmp_path.glob("out/.*")), "no temporary file stays"
+
+
+def test_going_on_from_an_adapter_holds_what_that_adapter_taught(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    first = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in first.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    first.save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "first", is_trainable=True)
+    batch = collate([encode_example(tokenizer, r["prompt"], r["response"]) for r in alignment_rows], 0)
+
+    def said(model):
+        with evaluation_mode(model):
+            return supervised(model, batch)[0]
+
+    start = said(again)
+    with again.disable_adapter():
+        taught = float(divergence(start, said(again)).mean())
+    assert taught > 0.01, "or going back to the base would not show"
+    strong = GuardConfig(lambda_kl=1000.0, kl_climb=None, kl_tokens=None)
+    result = fit(
+        again, task_rows, alignment_rows, strong, tmp_path / "out", tokenizer=tokenizer,
+        training={**TRAINING, "max_steps": 25, "learning_rate": 2e-3, "warmup_steps": 0},
+    )  # fmt: skip
+    assert 0 < float(divergence(start, said(result.model)).mean()) < 0.02 * taught
+    assert "Drift" in (card := (result.adapter_dir / "README.md").read_text()) and "0 before" in card
+
+
+def test_a_continued_run_resumed_is_bit_by_bit_the_run_without_a_stop(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    first = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    first.save_pretrained(tmp_path / "first")
+
+    def run(folder, steps, **more):
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "first", is_trainable=True)
+        # as many steps in the schedule, whenever it stops
+        training = {
+            **TRAINING,
+            "max_steps": steps,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "learning_rate": 1e-2,
+        }
+        return fit(
+            model, task_rows, alignment_rows, GuardConfig(kl_every=1, lambda_kl=50.0), tmp_path / folder,
+            tokenizer=tokenizer, training=training, save_every=2, **more,
+        )  # fmt: skip
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4, resume=True)
+    ours, theirs = ({n: p for n, p in r.model.named_parameters() if p.requires_grad} for r in (whole, parts))
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert whole.guard.measured_drift() == parts.guard.measured_drift() > 0
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_model_object_that_an_earlier_run_has_put_its_adapter_on_is_refused(
+    tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path, guarded
+):
+    model = tiny_llama()
+    go = lambda name, **more: fit(
+        more.pop("model", model), task_rows, alignment_rows, output_dir=tmp_path / name, tokenizer=tokenizer,
+        training=TRAINING, guarded=guarded, **more,
+    )  # fmt: skip
+    done = go("first")
+    for more in ({"lora": {"target_modules": ["q_proj"]}}, {"method": "full"}):
+        with pytest.raises(ValueError, match=r"model: .*carries layers of an adapter already.*load it anew.*unload"):
+            go("second", **more)
+    assert not (tmp_path / "second").exists()
+    alone = go("alone", model=tiny_llama(), lora={"target_modules": ["q_proj"]})
+    freed = go("freed", model=done.model.unload(), lora={"target_modules": ["q_proj"]})
+    ours, theirs = (r.model.state_dict() for r in (alone, freed))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_a_refused_run_leaves_the_model_as_it_was_given(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
+    model = tiny_llama()
+    go = lambda **more: fit(
+        model, task_rows, alignment_rows, output_dir=tmp_path / "out", tokenizer=tokenizer, training=TRAINING, **more
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="Dora"):
+        go(lora={"use_dora": True})
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert go(lora={"r": 2}).step_seconds
+
+
+@pytest.mark.parametrize("kind", ["named", "second", "summed"])
+def test_an_adapter_of_any_name_is_found_where_the_result_says(
+    kind, tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path
+):
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(tiny_llama(), config, adapter_name="mine" if kind == "named" else "default")
+    if kind != "named":
+        model.add_adapter("mine", LoraConfig(r=3, target_modules=["q_proj"]))
+        model.base_model.set_adapter(["mine"] if kind == "second" else ["default", "mine"])
+    result = fit(
+        model, task_rows, alignment_rows, CONFIG, tmp_path / "out", tokenizer=tokenizer,
+        training={**TRAINING, "learning_rate": 0.05, "warmup_steps": 0},
+    )  # fmt: skip
+    batch = collate([encode_example(tokenizer, r["prompt"], r["response"]) for r in task_rows], 0)
+    if kind == "summed":  # one alone would be another model
+        with pytest.raises(ValueError, match="adapter_config"):
+            PeftModel.from_pretrained(tiny_llama(), result.adapter_dir)
+        loaded = PeftModel.from_pretrained(tiny_llama(), result.adapter_dir / "default")
+        loaded.load_adapter(result.adapter_dir / "mine", "mine")
+        loaded.base_model.set_adapter(["default", "mine"])
+    else:
+        loaded = load_adapter(tiny_llama(), result.adapter_dir)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, result.model(**batch).logits)
 
 
 def test_the_plain_run_starts_from_the_same_adapter_and_sees_the_same_data(

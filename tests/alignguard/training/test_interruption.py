@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from alignguard import GuardConfig
+from alignguard import GuardConfig, GuardTrainer
+from alignguard.data import collator
 from alignguard.guard import Guard, load_guard, save_guard
 from alignguard.training import fit
 from alignguard.training.checkpoint import MARKER, check_complete, latest_checkpoint
@@ -89,6 +90,21 @@ def test_an_incomplete_checkpoint_is_passed_over_and_refused(tmp_path, data):
     assert latest_checkpoint(folder / "checkpoints") is None
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         check_complete(earlier)
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_gone_on_from(tmp_path, tiny_llama):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=1, save_only_model=True, per_device_train_batch_size=2,
+        report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = GuardTrainer(model=tiny_llama(layers=1), args=arguments, train_dataset=ROWS, data_collator=collator(0, "causal"))  # fmt: skip
+    trainer.train()
+    assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+    for name in ("checkpoint-1", "checkpoint-2"):  # one in the middle, one at the end
+        with pytest.raises(ValueError, match=rf"{name} holds the model alone \(save_only_model\)"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"resume: .*save_only_model"):
+        latest_checkpoint(tmp_path)
 
 
 def test_several_adapters_are_resumed_together(tmp_path, data, tokenizer):

@@ -1,10 +1,15 @@
 """Prompts alone: the model's own answers are what is kept, its refusals of unsafe prompts and nothing else of those."""
 
+import copy
+import hashlib
 import json
 import sys
 import warnings
 
 import pytest
+from architectures import MODELS
+from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 import alignguard
 from alignguard.cli import main
@@ -79,6 +84,43 @@ def test_what_was_answered_is_not_asked_again_and_another_models_answers_are_ref
         own_answers(*embedded, UNSAFE[:5], path=path)
 
 
+def test_answers_kept_for_other_categories_or_another_template_are_refused(embedded, monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "answer_batch", told("I cannot help with that.", "Blue.", "Hello."))
+    path, mild = tmp_path / "own.jsonl", [UNSAFE[0], *MILD]
+    assert len(own_answers(*embedded, mild, path=path).rows) == 3
+    unsafe = [{**row, "category": "unsafe"} for row in mild]
+    with pytest.warns(UserWarning, match="refuses 1 of 3 unsafe prompts"):
+        assert len(own_answers(*embedded, unsafe).rows) == 1
+    other = copy.deepcopy(embedded[1])
+    other.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Bot:"
+    for tokenizer, rows in ((embedded[1], unsafe), (other, mild)):
+        with pytest.raises(ValueError, match="to other prompts or categories, with another tokenizer or chat template"):
+            own_answers(embedded[0], tokenizer, rows, path=path)
+    assert len(own_answers(*embedded, mild, path=path).rows) == 3
+
+
+def test_answers_that_an_earlier_version_kept_are_refused(embedded, monkeypatch, tmp_path):
+    digest = hashlib.sha256(json.dumps([{"max_new_tokens": 48}, [["0", UNSAFE[0]["prompt"]]]]).encode())
+    for name, weight in embedded[0].named_parameters():
+        sums = f"{weight.double().sum().item()!r} {weight.double().abs().sum().item()!r}"
+        digest.update(f"{name} {tuple(weight.shape)} {sums}".encode())
+    lines = [{"own_answers": digest.hexdigest()}, {"place": 0, "response": "Sure, here is how."}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(room, "answer_batch", told("I cannot help with that."))
+    with pytest.raises(ValueError, match="or an earlier version's; give another place"):
+        own_answers(*embedded, UNSAFE[:1], path=tmp_path / "own.jsonl")
+
+
+def test_an_encoder_reads_the_end_of_the_prompt_that_its_tokenizer_puts_there(tokenizer, monkeypatch):
+    ended = copy.deepcopy(tokenizer)
+    ended.chat_template = None
+    ended.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    read = []
+    monkeypatch.setattr(room, "answer_batch", lambda m, t, batch, n: read.extend(batch.ids) or ["Blue."])
+    own_answers(MODELS["t5"](), ended, MILD[:1])
+    assert read == [tuple(ended(MILD[0]["prompt"] + "\n")["input_ids"])] and read[0][-1] == 2
+
+
 def test_no_prompt_and_no_answer_are_named(embedded, monkeypatch):
     with pytest.raises(ValueError, match="alignment_data holds no prompt"):
         own_answers(*embedded, [])
@@ -106,6 +148,79 @@ def test_fit_answers_prompts_itself_once_and_says_so(monkeypatch, tmp_path, capl
     monkeypatch.setattr(room, "answer_batch", told())  # would fail, were it asked
     again = alignguard.fit(model_path(), TASK, prompts, output_dir=out, training=training, overwrite=True)
     assert again.guard is not None and len(again.guard.rows) == refused
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """A model that is asked anything fails the test."""
+
+    def asked(*arguments):
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(room, "answer_batch", asked)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"lora": {"r": 0}}, "lora: r, the rank"),
+        ({"lora": {"target_modules": ["nope"]}}, "lora: target_modules"),
+        ({"lora": {"use_dora": True}}, "uses DoraLinearVariant"),
+        ({"lora": {"inference_mode": True}}, "nothing trains"),
+        ({"training": {"optim": "no_such"}}, "training: .*no_such"),
+        ({"training": {"optim": "adamw_bnb_8bit"}}, "training: .*bitsandbytes"),
+        ({"training": {"max_steps": 1, "warmup_steps": 10}}, "the learning rate never rises"),
+        ({"fisher": "/nowhere.safetensors", "config": alignguard.GuardConfig.curvature()}, "fisher: no such file"),
+        ({"config": alignguard.GuardConfig(exclude=("*",))}, "nothing to guard"),
+    ],
+)
+def test_what_needs_no_answers_is_refused_before_a_prompt_is_answered(unasked, tmp_path, wrong, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        alignguard.fit(model_path(), TASK, UNSAFE[:4], output_dir=tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guard_for_another_trainer_refuses_its_model_before_a_prompt_is_answered(unasked, embedded, tmp_path):
+    model = get_peft_model(copy.deepcopy(embedded[0]), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="uses DoraLinearVariant"):
+        alignguard.make_guard(model, embedded[1], UNSAFE[:4], answers=tmp_path / "own.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"init_lora_weights": "pissa"}, {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}],
+)
+def test_a_run_keeps_what_the_model_answers_without_its_adapter(embedded, tmp_path, lora):
+    expected = own_answers(*embedded, [*UNSAFE[:5], *MILD])
+    training = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+    done = alignguard.fit(
+        model_path(), TASK, [*UNSAFE[:5], *MILD], output_dir=tmp_path / "run", lora=lora, training=training
+    )
+    decoded = "".join(embedded[1].decode(row["input_ids"]) for row in done.guard.rows)
+    assert len(done.guard.rows) == len(expected.rows)
+    assert all(row["response"] in decoded for row in expected.rows)
+
+
+def test_a_run_stopped_while_the_model_answers_goes_on_with_the_same_model_object(embedded, monkeypatch, tmp_path):
+    model, tokenizer = copy.deepcopy(embedded[0]), embedded[1]
+    answer, asked = room.answer_batch, []
+
+    def stopped(*arguments):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(room, "answer_batch", stopped)
+    training = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+    again = lambda: alignguard.fit(
+        model, TASK, UNSAFE[:40], output_dir=tmp_path / "run", tokenizer=tokenizer, training=training
+    )
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert len((tmp_path / "run" / "own_answers.jsonl").read_text().splitlines()) == 33  # a head and a batch
+    assert len(again().guard.rows) > 0 and len(asked) == 3
 
 
 def test_answers_given_before_a_run_began_do_not_stand_in_its_way(tmp_path, embedded):
@@ -137,3 +252,41 @@ def test_two_arguments_of_the_command_line_give_a_guarded_run(tmp_path, capsys, 
     assert "at each KL, every 4 steps" in shown and "KL's memory" in shown and not (tmp_path / "run").exists()
     assert main([*words, "--max-steps", "1"]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["own_answers"]["asked"] == 8
+
+
+def test_overwriting_replaces_answers_to_other_prompts_and_takes_away_those_of_no_run(tmp_path):
+    out, training = tmp_path / "run", {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+    answers = out / "own_answers.jsonl"
+
+    def go(prompts, **more):
+        return alignguard.fit(model_path(), TASK, prompts, output_dir=out, training=training, **more)
+
+    go(UNSAFE[:6])
+    before = answers.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        go(UNSAFE[:7])
+    with pytest.raises(ValueError, match="answers of another model, to other prompts"):
+        go(UNSAFE[:7], resume=True)  # which is another run, whatever overwriting says
+    assert answers.read_bytes() == before
+    go(UNSAFE[:7], overwrite=True)
+    assert json.loads((out / "run.json").read_text())["own_answers"]["asked"] == 7
+    assert len(answers.read_text().splitlines()) == 1 + 7  # a head, and an answer each
+    go([{"prompt": "Name a color.", "response": "Blue."}], overwrite=True)
+    assert not answers.exists() and json.loads((out / "run.json").read_text())["own_answers"] is None
+
+
+def test_a_run_that_never_began_is_taken_again_with_its_answers(tmp_path, monkeypatch):
+    def stop(*arguments, **more):
+        raise OSError("the machine went away")
+
+    training = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+
+    def go():
+        return alignguard.fit(model_path(), TASK, UNSAFE[:6], output_dir=tmp_path / "run", training=training)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.Trainer.train", stop)
+        with pytest.raises(OSError, match="went away"):
+            go()
+    monkeypatch.setattr(room, "answer_batch", told())  # would fail, were it asked
+    assert go().adapter_dir.is_dir()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from alignment_rows import rows
-from architectures import make, move
+from architectures import from_zero, make, move
 from transformers import TrainerCallback, TrainingArguments
 
 from alignguard.data import collator
@@ -48,7 +48,7 @@ def train(folder, reporters=(), **more):
     arguments = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=4, **{**SETTINGS, **more})
     trainer = GuardTrainer(
         model=model, args=arguments, train_dataset=rows(16), data_collator=collator(0, "causal"),
-        guard=Guard(model, rows(2, seed=1), CONFIG), callbacks=list(reporters),
+        guard=from_zero(model, lambda: Guard(model, rows(2, seed=1), CONFIG)), callbacks=list(reporters),
     )  # fmt: skip
     trainer.add_callback(PictureCallback(trainer, every=2))
     trainer.train()

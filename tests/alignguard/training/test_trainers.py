@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import MODELS, RECOMPUTED, make, move
+from architectures import MODELS, RECOMPUTED, from_zero, make, move
 from forked import distributed
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
@@ -70,7 +70,7 @@ def train(
     kept = rows(2, (4,), seed=1, kind=kind)
     used = (trainer or (GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer))(
         model=model, args=arguments, train_dataset=rows(16, lengths, kind=kind), data_collator=collator(0, kind),
-        guard=Guard(model, kept, config) if guard else None, compute_loss_func=loss,
+        guard=from_zero(model, lambda: Guard(model, kept, config)) if guard else None, compute_loss_func=loss,
     )  # fmt: skip
     used.train()
     return weights(model), used
@@ -105,7 +105,7 @@ def _expected_step(task=None):
     """What a step of SGD moves the weights by for the penalty, and for a loss of the model beside it; the penalty's terms."""
     model = make(dtype=torch.float32)
     move(model, 0.05)
-    guard = Guard(model, rows(2, (4,), seed=1), CONFIG)
+    guard = from_zero(model, lambda: Guard(model, rows(2, (4,), seed=1), CONFIG))
     guard.begin_run(1)
     guard.begin_step(0)
     loss = guard.penalty() + (task(model) if task else 0)
@@ -357,7 +357,7 @@ def _trl(tokenizer, tmp_path, accumulate, kind, guard=True, world=1, seen=None, 
     )  # fmt: skip
     trainer = type(f"Guard{kind}Trainer", (GuardMixin, base), {})(
         model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
-        guard=Guard(model, rows(2, (4,), seed=1), CONFIG) if guard else None, **extra,
+        guard=from_zero(model, lambda: Guard(model, rows(2, (4,), seed=1), CONFIG)) if guard else None, **extra,
     )  # fmt: skip
     if seen is not None:
         model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from architectures import SIZES, move
+from architectures import SIZES, from_zero, move
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CLIPVisionConfig,
@@ -106,7 +106,7 @@ def train(folder, name, model, config, **more):
     arguments = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=4, **{**SETTINGS, **more})
     trainer = GuardTrainer(
         model=model, args=arguments, train_dataset=image_rows(name), data_collator=collate,
-        guard=config and Guard(model, text_rows(), config),
+        guard=config and from_zero(model, lambda: Guard(model, text_rows(), config)),
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -114,7 +114,7 @@ def train(folder, name, model, config, **more):
 
 def read_first(model, method="lora"):
     """A guard at its first step."""
-    guard = Guard(model, text_rows(), EVERYTHING, method=method)
+    guard = from_zero(model, lambda: Guard(model, text_rows(), EVERYTHING, method=method))
     guard.begin_run(1)
     guard.begin_step(0)
     return guard
@@ -174,7 +174,8 @@ def test_the_default_guard_holds_text_while_images_train(tmp_path, name):
     train(tmp_path, name, free, None, **more)
     logged = [entry["alignguard/kl"] for entry in trainer.state.log_history if "alignguard/kl" in entry]
     assert len(logged) == 11 and min(logged) > 0  # nothing has moved at the first step
-    drifts = [Guard(model, text_rows(), config).measured_drift() for model in (held, free)]
+    guards = [from_zero(model, lambda model=model: Guard(model, text_rows(), config)) for model in (held, free)]
+    drifts = [guard.measured_drift() for guard in guards]
     assert 0 < drifts[0] < 0.5 * drifts[1]
     # What sees the image trains on beside it: B begins at zero.
     assert any(p.any() for n, p in held.named_parameters() if "lora_B" in n and "language_model" not in n)

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from alignment_rows import rows
-from architectures import llama, make, move
+from architectures import from_zero, llama, make, move
 from forked import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -52,7 +52,9 @@ def _penalties():
             sharded = copy.deepcopy(plain)
             if first == "shards":
                 shard(sharded)
-            guards = [Guard(model, rows(6), CONFIG, method=method) for model in (plain, sharded)]
+            guards = [
+                from_zero(m, lambda m=m, method=method: Guard(m, rows(6), CONFIG, method=method)) for m in (plain, sharded)
+            ]
             if first == "guard":
                 shard(sharded)
             for model in (plain, sharded):

@@ -214,6 +214,53 @@ def test_first_tokens_count_more_where_asked():
     assert_same(by_key, weighted)
 
 
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["empirical", "mc", "type2", "ggn", "margin"])
+def test_weights_of_zero_and_one_are_labels_of_those_tokens_alone(kind, reduction, unit):
+    batch = collate(EXAMPLES)
+    chosen = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    chosen[1] = False
+    options = {"kind": kind, "reduction": reduction, "unit": unit}
+    weighted = estimate(
+        [batch], "gram", token_weights=lambda b: chosen[: len(b["labels"])].double(), verify=False, **options
+    )
+    labelled = estimate([batch | {"labels": batch["labels"].masked_fill(~chosen, -100)}], "gram", **options)
+    assert 0 < labelled.header.tokens == weighted.header.tokens and labelled.header.examples == weighted.header.examples
+    for name in labelled:
+        assert labelled[name].trace() > 0
+        assert_close(weighted[name].to_dense(), labelled[name].to_dense())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_scale_of_token_weights_counts_in_a_sum_and_in_a_mean_it_does_not(reduction):
+    model, batch = SmallLM(), collate(EXAMPLES)
+    base = 0.5 + torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(3))
+    trace = lambda weights, kind="empirical": float(
+        estimate([batch | {"w": weights}], "gram", model, kind=kind, reduction=reduction, token_weights="w")[
+            "second"
+        ].trace()
+    )
+    expected = 0
+    for row, (ids, labels) in enumerate(EXAMPLES):
+        logits, places = model(ids[None])["logits"][0, :-1], (labels[1:] != -100).nonzero()[:, 0]
+        w = base[row, 1:][places].double()
+        nll = torch.nn.functional.cross_entropy(logits[places], labels[1:][places], reduction="none")
+        value = (w * nll).sum() / (w.sum() if reduction == "mean" else 1)
+        (g,) = torch.autograd.grad(value, model.second.weight)
+        expected = expected + float(g.square().sum()) / len(EXAMPLES)
+    assert trace(base) == pytest.approx(expected, rel=1e-10)
+    assert trace(3 * base) == pytest.approx(expected * (9 if reduction == "sum" else 1), rel=1e-6)
+    for kind, power in (("type2", 2), ("ggn", 1)):
+        grown = trace(4 * base, kind) / trace(base, kind)
+        assert grown == pytest.approx(4**power if reduction == "sum" else 1, rel=1e-6)
+    if reduction == "mean":  # float32 does not hold the sum, nor a quotient of what is below its normal numbers
+        model, ones = SmallLM(dtype=torch.float32), torch.ones_like(base)
+        for scale in (1e-40, 3e38):
+            found = estimate([batch | {"w": scale * ones}], "gram", model, token_weights="w")["second"].trace()
+            assert float(found) == pytest.approx(float(estimate([batch], "gram", model)["second"].trace()), rel=1e-5)
+
+
 @pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_are_of_the_dtype_asked_for_whatever_the_models(model_dtype, dtype):

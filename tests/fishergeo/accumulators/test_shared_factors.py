@@ -106,6 +106,30 @@ def test_factors_are_those_of_a_plain_forward_shared_or_not():
             assert_close(factor, moment, 1e-12)
 
 
+class OneOrBoth(torch.nn.Module):
+    """Two layers read the input, of which batches of three examples take the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (torch.nn.Linear(3, 2, bias=False).double() for _ in range(2))
+
+    def forward(self, x):
+        return self.first(x) if len(x) == 3 else self.first(x) + self.second(x)
+
+
+def test_a_batch_that_a_layer_of_a_group_misses_is_no_part_of_its_own_factor():
+    model, x = OneOrBoth(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
+    options = {"layers": ["first", "second"], "loss": lambda model, x: model(x).square().sum(1)}
+    with pytest.raises(
+        RuntimeError, match=r"layer 'second' shared its input .* not in batch 1; pass share_inputs=False"
+    ):
+        fg.estimate_fisher(model, [x[:2], x[2:]], "kfac", **options)
+    fisher = fg.estimate_fisher(model, [x[:2], x[2:]], "kfac", share_inputs=False, **options)
+    assert_close(fisher["first"].input_factor, x.T @ x / 5)
+    assert_close(fisher["second"].input_factor, x[:2].T @ x[:2] / 2)
+
+
 def test_a_factor_that_was_read_is_not_that_of_what_comes_after():
     one, other = kfac(EXAMPLES), kfac(make_examples([6, 8], seed=1))
     read = {name: one[name].input_factor.clone() for name in one}

@@ -89,10 +89,6 @@ class Checkpointed(torch.nn.Module):
         return checkpoint(lambda h: self.second(torch.tanh(h)), hidden, use_reentrant=self.mode == "reentrant")
 
 
-def sine_loss(model, batch):
-    return model(batch).sin().sum(tuple(range(1, model(batch).ndim)))
-
-
 @pytest.mark.parametrize("mode", ["nonreentrant", "reentrant"])
 def test_activation_checkpointing_changes_nothing(mode):
     torch.manual_seed(0)
@@ -286,7 +282,6 @@ def test_not_a_number_stops_with_batch_and_layer():
 
 def test_examples_without_supervision_are_no_data():
     model, examples = tiny_llama(), make_examples([5, 7, 6])
-    expected = gram(model, [collate(examples[:2])])
     empty = (examples[2][0], torch.full_like(examples[2][1], -100))
     for structure in ("gram", "kfac"):
         expected = fg.estimate_fisher(model, [collate(examples[:2])], structure=structure, layers=list(NAMES))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import fishergeo as fg
 
@@ -261,3 +262,45 @@ def test_a_gradient_that_is_rounding_alone_raises_no_false_alarm():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fg.estimate_fisher(model, [X.float()], "gram", loss=mean_square)  # the mean square after a norm is one
+
+
+# Tensors that are none of the model's.
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("checkpointed", [None, True, False])
+def test_no_gradient_is_left_or_announced_outside_the_model(checkpointed, verify):
+    torch.manual_seed(0)
+    before, body, after = nn.Linear(3, 3).double(), nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+    given = X[:, 0].clone().requires_grad_(True)
+    fresh = X[:, 1].clone().requires_grad_(True)
+    outside = [given, fresh, *before.parameters(), *after.parameters()]
+    after(body(before(given))).sum().backward()
+    kept = {t: None if t.grad is None else t.grad.clone() for t in outside}
+    called, handles = [], []
+    for tensor in outside:
+        handles.append(tensor.register_hook(lambda g: called.append("gradient") or g))
+        handles.append(tensor.register_post_accumulate_grad_hook(lambda t: called.append("accumulated")))
+
+    inner = lambda m, x: after(m(before(x)))
+
+    def loss(m, b):
+        x = b[0] + 0.5 * b[1]
+        out = inner(m, x) if checkpointed is None else checkpoint(inner, m, x, use_reentrant=checkpointed)
+        return out.square().sum(1)
+
+    found = fg.estimate_fisher(body, [(given, fresh)], "exact", loss=loss, verify=verify)
+    if checkpointed is not True:  # whose own backward reaches what it does not name
+        assert called == []
+        assert all(t.grad is None if g is None else torch.equal(t.grad, g) for t, g in kept.items())
+    assert fresh.grad is None and torch.equal(given.grad, kept[given])
+    assert all(t.requires_grad for t in outside)
+    if checkpointed is None:
+        want = [torch.autograd.grad(after(body(before(x + f * 0.5))).square().sum(), body.weight)[0]
+                for x, f in zip(X[:, 0], X[:, 1], strict=True)]  # fmt: skip
+        assert torch.allclose(found[""].weight_gradients(), torch.stack(want), rtol=1e-12)
+    called.clear()
+    after(body(before(given))).sum().backward()
+    assert called.count("accumulated") == 5 and called.count("gradient") == 5  # the hooks are there again
+    for handle in handles:
+        handle.remove()

@@ -53,6 +53,8 @@ def test_shards_add_up_to_the_whole(structure):
 
 def test_scaling_forgets_exponentially():
     old, new = make_examples([5, 7]), make_examples([6], 1)
+    with pytest.raises(ValueError, match="positive and finite"):
+        estimate(old, "gram").scaled(float("inf"))
     forgotten = estimate(old, "gram").scaled(0.25).merge(estimate(new, "gram"))
     for name in NAMES:
         expected = (0.5 * estimate(old, "gram")[name].to_dense() + estimate(new, "gram")[name].to_dense()) / 1.5

@@ -5,6 +5,7 @@ import torch
 from geometry_cases import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routed import EXPERTS, Routed, expert_gradients, routed_batch, summed
 from torch import nn
 
 import fishergeo as fg
@@ -201,6 +202,17 @@ def test_parts_of_one_pass_are_the_sketches_of_their_examples():
         assert agreement.mean.shape == (3,) and bool((agreement.low <= agreement.high).all())
 
 
+@pytest.mark.parametrize("cuts", [(8,), (3, 5)])
+@pytest.mark.parametrize("length", [1, 5])
+def test_parts_count_the_examples_that_an_expert_does_not_see(cuts, length):
+    model, x = Routed(), routed_batch(8, length)
+    gradients = expert_gradients(model, x)[EXPERTS[1]]
+    parts = fg.sketch_shards(model, list(x.split(cuts)), 2, rank=3, layers=list(EXPERTS[1:]), loss=summed)
+    for number, part in enumerate(parts):
+        own = gradients[number::2]
+        assert torch.allclose(part[EXPERTS[1]].to_dense(), torch.einsum("ijk,ilk->jl", own, own) / 4, atol=1e-12)
+
+
 def test_agreement_of_two_parts_is_their_overlap_and_of_equal_ones_is_complete():
     one, two = (fg.DenseOperator(x.T @ x) for x in (gaussian(0, 20, 6), gaussian(1, 20, 6)))
     agreement = fg.shard_agreement([one, two], 4)
@@ -239,6 +251,7 @@ def bad_batches():
         (lambda: fg.StreamingFisher(Tagger(), [], side="left"), ValueError, "side must be one of"),
         (lambda: fg.StreamingFisher(Tagger(), [], kind="true"), ValueError, "kind must be one of"),
         (lambda: fg.StreamingFisher(Tagger(), [], layers="third"), ValueError, "third"),
+        (lambda: fg.StreamingFisher(Tagger(), [], loss=loss, dtype=torch.bfloat16), ValueError, "dtype=torch.bfloat16"),
         (
             lambda: fg.StreamingFisher(Tagger(), [], loss=loss).multi_matmul({"first": torch.eye(3)}),
             ValueError,

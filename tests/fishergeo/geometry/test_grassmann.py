@@ -402,3 +402,11 @@ def test_batches_of_two_dimensions_move_like_each_of_their_points():
     for i, j in ((0, 1), (1, 0)):
         assert_close(M.expmap(x, u)[i, j], M.expmap(x[i, j], u[i, j]))
         assert_close(M.transp_follow_expmap(x, u, u)[i, j], M.transp_follow_expmap(x[i, j], u[i, j], u[i, j]))
+
+
+@pytest.mark.parametrize("weights", [[3e38, 3e38], [1e-45, 1e-45]])
+def test_a_mean_with_weights_whose_sum_leaves_the_dtype_is_that_of_their_shares(weights):
+    u = torch.tensor([[0.6], [0.8]])
+    v = torch.tensor([[0.8], [0.6]])
+    mean = fg.karcher_mean(torch.stack([u, v]), torch.tensor(weights))
+    assert mean.abs().flatten().tolist() == pytest.approx([0.5**0.5] * 2, abs=1e-5)

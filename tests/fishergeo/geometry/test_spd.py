@@ -257,3 +257,27 @@ def test_the_squared_distance_is_differentiable_where_the_matrices_are_equal(dis
     a = definite(0, 3)
     function = lambda x: distance((x + x.mT) / 2, a) ** 2
     assert torch.autograd.gradcheck(function, a.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "small", "slack"),
+    [(torch.float64, 1e-9, 1e-6), (torch.float64, 1e-12, 1e-3), (torch.float32, 1e-5, 2e-2)],
+)
+def test_small_relative_eigenvalues_of_ill_conditioned_matrices_count_in_full(dtype, small, slack):
+    """Of matrices that commute the distance is known; their relative eigenvalues span the square of a condition number."""
+    basis, values = orthonormal(0, 4, 4), torch.tensor([1, 0.5, 2 * small, small], dtype=torch.float64)
+    first, second = (((basis * v) @ basis.mT).to(dtype) for v in (values, values.flip(0)))
+    first, second = ((m + m.mT) / 2 for m in (first, second))
+    truth = float((values.log() - values.flip(0).log()).norm())
+    for pair in ((first, second), (second, first)):
+        assert float(fg.affine_invariant_distance(*pair)) == pytest.approx(truth, abs=slack)
+
+
+def test_bures_wasserstein_of_rank_deficient_matrices_is_good_to_the_root_of_rounding():
+    x = gaussian(0, 6, 2)
+    y = x + 1e-8 * gaussian(1, 6, 2)
+    u, _, vh = torch.linalg.svd(y.mT @ x)
+    truth = float((x - y @ u @ vh).norm())  # of the factors themselves, at any size
+    a, b = x @ x.mT, y @ y.mT
+    slack = (6 * torch.finfo(torch.float64).eps * float(a.trace())) ** 0.5
+    assert float(fg.bures_wasserstein_distance(a, b)) == pytest.approx(truth, abs=2 * slack)

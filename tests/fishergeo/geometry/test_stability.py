@@ -310,3 +310,56 @@ def test_confidence_does_not_see_the_scale_and_half_precision_becomes_float32():
     one, two = (fg.bootstrap_confidence(c * samples, 2, seeded(1)) for c in (1.0, 100.0))
     assert_close(one.weights, two.weights, 1e-9)
     assert fg.bootstrap_confidence(samples.bfloat16(), 2, seeded()).weights.dtype == torch.float32
+
+
+# --- directions without data ----------------------------------------------------------------------------------------
+
+AGREEMENTS = (fg.split_half_agreement, fg.bootstrap_agreement, fg.bootstrap_confidence)
+
+
+@pytest.mark.parametrize("agree", AGREEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_directions_without_data_are_refused_not_found_certain(agree, dtype, turned):
+    """Dead units leave rows of zeros, and every resample agrees on those."""
+    samples = gaussian(0, 60, 2) @ (orthonormal(1, 12, 2).mT if turned else torch.eye(2, 12, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"m is 3, but samples have only 2 directions above rounding"):
+        agree(samples.to(dtype), 3, seeded(), draws=3)
+    agree(samples.to(dtype), 2, seeded(), draws=3)
+    with pytest.raises(ValueError, match="samples are all zero"):
+        agree(torch.zeros(60, 12, dtype=dtype), 1, seeded(), draws=3)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e25])
+def test_noise_of_any_scale_has_no_dimensions(scale):
+    noise = gaussian(0, 40, 20, dtype=torch.float32)
+    found, plain = (fg.split_half_agreement(c * noise, 5, seeded()) for c in (scale, 1.0))
+    assert found.dimensions(0.9) == 0 and found.mean.dtype == torch.float32
+    assert_close(found.mean, plain.mean, 1e-3)
+
+
+def test_halves_agree_on_nothing_that_only_one_of_them_has_seen():
+    """The span of all examples is a plane, so the vector that a half without data for it makes up is the right one."""
+    samples = torch.zeros(40, 6, dtype=torch.float64)
+    samples[:, 0] = 3 * gaussian(0, 40)
+    samples[0, 1] = 1.0
+    agreement = fg.split_half_agreement(samples, 2, seeded())
+    assert float(agreement.mean[0]) > 0.99 and float(agreement.high[1]) <= 0.5 + 1e-9
+
+
+def test_shards_agree_on_nothing_that_they_have_no_data_of():
+    two, one = (fg.DenseOperator(torch.diag(torch.tensor(v))) for v in ([3.0, 2.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="m is 3, but shards have only 2 directions above rounding"):
+        fg.shard_agreement([two, two], 3)
+    assert_close(fg.shard_agreement([two, two], 2).mean, torch.ones(2, dtype=torch.float64))
+    assert_close(fg.shard_agreement([two, one], 2).mean, torch.tensor([1.0, 0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e25])
+def test_cosines_do_not_see_the_scale(scale):
+    a, b = gaussian(0, 5, 4, dtype=torch.float32), gaussian(1, 5, 4, dtype=torch.float32)
+    factored = fg.LowRank(scale * a, torch.eye(4))
+    expected = float((a.double() * b).sum() / (a.double().norm() * b.double().norm()))
+    for first in (scale * a, factored):
+        found = fg.layer_cosines([{"x": first}, {"x": scale * b}, {"x": -1.0 * first}])["x"]
+        assert found[0].tolist() == pytest.approx([1.0, expected, -1.0], abs=1e-5)

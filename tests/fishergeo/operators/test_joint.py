@@ -7,6 +7,7 @@ import torch
 from fisher_oracle import NAMES, assert_close, collate, make_examples, oracle, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routed import EXPERTS, Routed, Switched, expert_gradients, routed_batch, summed
 
 import fishergeo as fg
 
@@ -92,7 +93,7 @@ def test_what_does_not_belong_together_is_refused_by_name():
     other = fg.ExactOperator(torch.eye(2), torch.ones(2, 1), torch.tensor([2]), count=1)
     with pytest.raises(ValueError, match="operators is empty"):
         fg.JointFisher({})
-    with pytest.raises(ValueError, match="layer 'b' has seen 1 examples and 'a' 2"):
+    with pytest.raises(ValueError, match="layer 'b' has seen 1 examples, divided by 1, and 'a' 2, divided by 2"):
         fg.JointFisher({"a": one, "b": other})
     with pytest.raises(TypeError, match="layer 'a' has a DenseOperator; estimate the Fisher with structure='exact'"):
         fg.JointFisher({"a": fg.DenseOperator(torch.eye(2))})
@@ -103,3 +104,69 @@ def test_what_does_not_belong_together_is_refused_by_name():
         joint.quadratic({})
     with pytest.raises(ValueError, match=r"\(3, 1\)"):
         joint.quadratic({"a": torch.zeros(3, 1)})
+    with pytest.raises(ValueError, match="one update at a time"):
+        joint.quadratic({"a": torch.zeros(4, 2, 1)})
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_an_example_has_its_place_in_layers_that_it_does_not_reach(length):
+    model, x = Routed(), routed_batch(7, length)
+    gradients = expert_gradients(model, x)
+    assert all(bool((g.flatten(1) == 0).all(1).any()) for g in gradients.values())
+    exact = fg.estimate_fisher(model, [x[:3], x[3:]], "exact", layers=[*EXPERTS, "head"], loss=summed)
+    joint = fg.JointFisher(exact)
+    generator = torch.Generator().manual_seed(0)
+    delta = {name: torch.randn(3, 4, generator=generator, dtype=torch.float64) for name in EXPERTS}
+    effects = sum(torch.einsum("ijk,jk->i", gradients[name], delta[name]) for name in EXPERTS)
+    assert joint.examples == 7 and all(one.examples == 7 for one in exact.values())
+    assert_close(joint.inner(delta), effects)
+    assert_close(joint.quadratic(delta), effects.square().mean())
+    flat = torch.cat([gradients[name].flatten(1) for name in EXPERTS], 1)
+    assert_close(fg.JointFisher({name: exact[name] for name in EXPERTS}).dual(), flat @ flat.T / 7)
+    for name, g in gradients.items():
+        assert_close(exact[name].weight_gradients(), g)
+        assert_close(exact[name].to_dense(), g.flatten(1).T @ g.flatten(1) / 7)
+        assert_close(exact[name].eigh(4)[0], torch.linalg.eigvalsh(g.flatten(1).T @ g.flatten(1) / 7).flip(0)[:4])
+
+
+@pytest.mark.parametrize("structure", ["exact", "ekfac"])
+def test_layers_of_which_a_batch_takes_one_count_the_batches_of_the_other(structure):
+    model, x = Switched(), routed_batch(6, 1, seed=1)[:, 0]
+    loss = lambda model, x: model(x)[:, 0]
+    fisher = fg.estimate_fisher(model, list(x[:, None]), [structure, "diagonal"], layers=["a", "b"], loss=loss)
+    inputs = {"a": x * (x[:, :1] > 0), "b": x * (x[:, :1] <= 0)}
+    for name, rows in inputs.items():
+        assert_close(fisher["diagonal"][name].trace(), rows.square().sum() / 6)
+        assert_close(fisher[structure][name].trace(), rows.square().sum() / 6)
+    if structure == "exact":
+        delta = {"a": torch.eye(3, 4).double(), "b": 2 * torch.eye(3, 4).double()}
+        effects = inputs["a"][:, 0] + 2 * inputs["b"][:, 0]
+        joint = fg.JointFisher(fisher["exact"])
+        assert_close(joint.inner(delta), effects)
+        assert_close(joint.quadratic(delta), effects.square().mean())
+
+
+def test_positions_have_their_places_too_where_each_is_a_datum():
+    model, x = Routed(), routed_batch(5, 3)
+    exact = fg.estimate_fisher(model, [x[:2], x[2:]], "exact", layers=[*EXPERTS, "head"], loss=summed, unit="token")
+    delta = torch.arange(12.0).reshape(3, 4).double()
+    each = lambda model, x: torch.sin(model(x)).sum(2).flatten()  # a position depends on itself alone
+    g = expert_gradients(model, x.reshape(15, 1, 4), each)
+    assert_close(
+        fg.JointFisher(exact).inner(dict.fromkeys(EXPERTS, delta)),
+        sum(torch.einsum("ijk,jk->i", g[name], delta) for name in EXPERTS),
+    )
+    with pytest.raises(ValueError, match=r"layer 'a' is not reached by every batch, .*unit='sequence'"):
+        fg.estimate_fisher(Switched(), list(routed_batch()), "exact", layers=["a", "b"], unit="token",
+                           loss=lambda model, x: model(x)[:, 0])  # fmt: skip
+
+
+def test_an_example_without_a_supervised_token_is_a_datum_of_no_layer():
+    model, examples = tiny_llama(), make_examples([14, 14, 14], 1)
+    batch = collate(examples)
+    batch["labels"][1] = -100
+    exact = fg.estimate_fisher(model, [batch], "exact", layers=list(NAMES))
+    gradients, _ = oracle(model, [examples[0], examples[2]])
+    moved = updates(fg.JointFisher(exact), 0)
+    expected = sum(torch.einsum("ipq,pq->i", gradients[name], moved[name].left @ moved[name].right) for name in NAMES)
+    assert_close(fg.JointFisher(exact).inner(moved), expected)

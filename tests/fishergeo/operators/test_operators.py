@@ -218,9 +218,138 @@ def test_singular_operators_need_damping_for_negative_powers():
     singular = CASES["spectral output"]()
     with pytest.raises(ValueError, match="damping"):
         singular.inverse()
-    with pytest.raises(ValueError, match="negative"):
-        singular.inverse(-1.0)
+    for damping in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="damping must be"):
+            singular.inverse(damping)
     assert singular.logdet() == -torch.inf
+
+
+def of_too_few_rows(seed):
+    """(8, 8) float32, the Gram of 7 rows: rounding makes its zero eigenvalue as often positive as negative."""
+    rows = random(7, 8, seed=seed).float()
+    return rows.T @ rows
+
+
+def eigenbasis(matrix):
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.float(), vectors.float()
+
+
+NEARLY_SINGULAR = {
+    "dense": fg.DenseOperator,
+    "sum": lambda gram: 0.5 * fg.DenseOperator(gram) + 0.5 * fg.DenseOperator(gram),
+    "spectral": lambda gram: fg.SpectralOperator(*(part.flip(-1) for part in eigenbasis(gram))),
+    "spectral with rest": lambda gram: fg.SpectralOperator(
+        eigenbasis(gram)[0][1:].flip(0), eigenbasis(gram)[1][:, 1:].flip(1), rest=1e-7
+    ),
+    "kronecker of a singular output factor": lambda gram: fg.KroneckerOperator(gram, torch.eye(3)),
+    "kronecker of a singular input factor": lambda gram: fg.KroneckerOperator(torch.eye(3), gram),
+    "kronecker of two singular factors": lambda gram: fg.KroneckerOperator(gram, gram),
+    "eigen-kronecker": lambda gram: fg.KroneckerOperator(gram, torch.eye(3)).rotated(),
+    "exact of many": lambda gram: fg.ExactOperator(
+        torch.ones(21, 1), torch.linalg.svd(gram)[1].sqrt().diag()[:7].repeat(3, 1), torch.ones(21).long(), 21
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NEARLY_SINGULAR)
+@pytest.mark.parametrize("seed", range(8))
+def test_what_rounding_makes_of_zero_is_no_eigenvalue(kind, seed):
+    operator = NEARLY_SINGULAR[kind](of_too_few_rows(seed))
+    with pytest.raises(ValueError, match=r"singular to the precision of torch\.float32"):
+        operator.inverse()
+    with pytest.raises(ValueError, match="singular"):
+        operator.solve(torch.ones(operator.shape[0]))
+    with pytest.raises(ValueError, match="singular"):
+        operator.power(-0.5)
+    with pytest.raises(ValueError, match="singular"):
+        operator.inverse(1e-8)  # less than what rounding did to the eigenvalues
+    assert operator.logdet() == -torch.inf
+    shifted = operator.to_dense().double() + torch.eye(operator.shape[0]).double()
+    assert_close(operator.inverse(1.0).to_dense().double(), torch.linalg.inv(shifted), 1e-4)
+
+
+def test_small_entries_of_a_diagonal_are_no_rounding():
+    operator = fg.DiagonalOperator(torch.tensor([[1e-12, 1.0], [4.0, 1e-20]]))
+    assert_close(operator.inverse().diagonal(), torch.tensor([1e12, 1.0, 0.25, 1e20]), 1e-6)
+    assert float(operator.logdet()) == pytest.approx(np.log(4e-32), rel=1e-6)
+    with pytest.raises(ValueError, match="singular"):
+        fg.DiagonalOperator(torch.tensor([[1e-40, 1.0]])).inverse()  # 1e40 is no number of float32
+
+
+def test_kronecker_factors_are_as_singular_as_each_is_alone():
+    """Both have a condition of 1e4, their product of 1e8, which is more than float32 could tell from a singular matrix."""
+    bases = [orthogonal(size, size, seed=size) for size in (P, Q)]
+    exact = [(u * torch.logspace(0, -4, len(u)).double()) @ u.T for u in bases]
+    operator = fg.KroneckerOperator(*(one.float() for one in exact))
+    inverses = [torch.linalg.inv(one.double()) for one in operator.factors()]
+    assert_close(operator.inverse().to_dense().double(), torch.kron(*inverses), 1e-4)
+    expected = Q * torch.logdet(exact[0]) + P * torch.logdet(exact[1])
+    assert float(operator.logdet()) == pytest.approx(float(expected), rel=1e-3)
+
+
+def with_nan(matrix):
+    matrix = matrix.clone()
+    matrix[0, 1] = matrix[1, 0] = torch.nan
+    return matrix
+
+
+@pytest.mark.parametrize("size", [P, 40])
+@pytest.mark.parametrize("kind", ["dense", "sum", "diagonal", "kronecker", "exact"])
+def test_nan_is_not_read_as_eigenvalues(kind, size):
+    """torch's eigensolver gives a matrix with NaN the eigenvalues of another one, without an error."""
+    operator = {
+        "dense": lambda: fg.DenseOperator(with_nan(psd(size))),
+        "sum": lambda: fg.DenseOperator(with_nan(psd(size))) + fg.DenseOperator(psd(size)),
+        "diagonal": lambda: fg.DiagonalOperator(with_nan(psd(size)).square()),
+        "kronecker": lambda: fg.KroneckerOperator(psd(2), with_nan(psd(size))),
+        "exact": lambda: fg.ExactOperator(random(3, 2), with_nan(random(3, size)), torch.ones(3).long(), 3),
+    }[kind]()
+    for question in (operator.inverse, operator.sqrt, operator.logdet, lambda: operator.power(0.5, damping=1.0)):
+        with pytest.raises(ValueError, match="NaN"):
+            question()
+    if kind not in ("diagonal", "exact"):
+        with pytest.raises(ValueError, match="NaN"):
+            operator.eigh()
+
+
+@pytest.mark.parametrize("kind", [fg.DenseOperator, fg.DiagonalOperator, lambda m: fg.KroneckerOperator(m, m)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_operators_of_other_than_floating_dtypes_are_refused(kind, dtype):
+    with pytest.raises(TypeError, match="real floating dtype"):
+        kind(torch.eye(2).to(dtype))
+
+
+def test_sides_that_there_are_not_are_refused(operator):
+    for side in ("outputs", "both", None):
+        with pytest.raises(ValueError, match="side must be one of"):
+            operator.partial_trace(side)
+    with pytest.raises(ValueError, match="side must be one of"):
+        fg.DenseOperator(psd(P), side="outputs")
+
+
+def test_one_quadratic_form_takes_one_update(operator):
+    for wrong in (random(2, P, Q), random(P, 2, Q), random(P), fg.LowRank(random(P, P, 1), random(P, 1, Q))):
+        with pytest.raises(ValueError, match="does not fit"):
+            operator.quadratic(wrong)
+    with pytest.raises(ValueError, match="does not fit"):
+        operator.apply(random(P * Q))
+
+
+@pytest.mark.parametrize("name", ["diagonal", "kronecker", "spectral kronecker", "eigen-kronecker", "exact of few"])
+def test_multiples_and_sums_know_the_shape_of_their_layer(name):
+    operator = CASES[name]()
+    for one in (operator, 2 * operator, operator + operator):
+        with pytest.raises(ValueError, match=rf"layer of shape \({P}, {Q}\)"):
+            one.apply(random(Q, P))
+        with pytest.raises(ValueError, match=rf"layer of shape \({P}, {Q}\)"):
+            one.quadratic(random(Q, P))
+
+
+def test_the_change_of_every_example_asks_for_one_update_or_several():
+    for wrong in (random(2, 1, P, Q), random(P * Q), fg.LowRank(random(2, P, 1), random(2, 1, Q))):
+        with pytest.raises(ValueError, match="does not fit"):
+            exact(5).inner(wrong)
 
 
 @settings(deadline=None, max_examples=20)

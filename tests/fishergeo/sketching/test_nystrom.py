@@ -202,3 +202,19 @@ def test_an_empty_stream_is_zero():
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]))
+def test_single_precision_terms_go_into_a_double_precision_sketch(size, columns, seed, decay):
+    """Their products are not symmetric, nor positive, beyond single precision: of low rank or of fast decay it shows."""
+    factor = gaussian(seed, size, min(size, 12)) * 10.0 ** (-decay * torch.arange(min(size, 12), dtype=torch.float64))
+    term = (factor @ factor.T).float()
+    sketch = fg.NystromSketch(size, columns, seed=seed)
+    sketch.add_operator(term)
+    lacking = term.double() - sketch.operator().to_dense()
+    scale = float(torch.linalg.matrix_norm(term.double()))
+    assert float(torch.linalg.eigvalsh(lacking)[0]) >= -4 * torch.finfo(torch.float32).eps * size**0.5 * scale
+    other = fg.NystromSketch(size, columns, seed=seed)
+    other.add_operator(term.double())
+    for both in (sketch.merge(other), other.merge(sketch), other.scaled(0.5).merge(sketch.scaled(2.0))):
+        assert bool((both.eigh()[0] >= 0).all())

@@ -151,6 +151,25 @@ def test_products_with_the_probes_are_those_of_the_whole_fisher_however_it_came_
             assert found.level == 0.9
 
 
+def test_probes_and_test_matrices_do_not_hang_on_the_default_dtype(tmp_path):
+    model, examples = tiny_llama(), make_examples([5, 9, 7, 9])
+    found = []
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            fisher = probed(model, examples)
+            path = tmp_path / "fisher.safetensors"
+            if dtype == torch.float64:
+                fisher.save(path)
+            errors = [one[NAMES[0]].error() for one in (fisher, fg.Fisher.load(path))]
+            assert probe_matrix(6, 2, 0, "a").dtype == torch.float32
+            found += [errors, [fisher[NAMES[0]].to_dense(), probe_matrix(6, 2, 0, "a")]]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0][0] == found[0][1] == found[2][0] == found[2][1]
+    assert all(torch.equal(one, other) for one, other in zip(found[1], found[3], strict=True))
+
+
 def test_decay_reaches_the_products_with_the_probes():
     model, examples = tiny_llama(), make_examples([5, 9, 7, 9])
     options = {"layers": list(NAMES), "decay": 0.5}

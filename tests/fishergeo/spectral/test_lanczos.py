@@ -483,3 +483,26 @@ def test_pairs_are_the_same_on_every_device():
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_quadratic_bound_is_for_pairs_that_have_converged_among_such():
+    """Beside an unconverged value other eigenvalues may lie in the gap, and then the quadratic bound is none."""
+    values, residuals = torch.tensor([5.0, 3.0, 1.0, 0.5]), torch.tensor([0.1, 0.2, 0.1, 0.1])
+    for converged, certain in (([1, 1, 0, 1], [1, 2]), ([0, 1, 1, 1], [0, 1]), ([1, 0, 1, 1], [0, 1, 2])):
+        flags = torch.tensor(converged).bool()
+        bounds = fg.Spectrum(values, torch.eye(4), residuals, flags, 1, 4, "passes").value_bounds()
+        quadratic = [i for i in range(3) if i not in certain]
+        assert torch.equal(bounds[certain], residuals[certain]) and bool(
+            (bounds[quadratic] < residuals[quadratic]).all()
+        )
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+def test_the_operator_of_a_spectrum_has_its_largest_pair_first(which):
+    matrix = with_spectrum(torch.linspace(-3, 2, 30, dtype=torch.float64))
+    found = fg.lanczos(matrix, 4, which=which)
+    operator = found.operator()
+    value, vector = operator.eigh(1)
+    assert float(value[0]) == float(found.values.max())
+    close(operator.to_dense() @ vector, value * vector, 1e-9)
+    close(operator.to_dense(), (found.vectors * found.values) @ found.vectors.T, 1e-12)

@@ -88,3 +88,30 @@ def test_the_space_that_grows_is_the_one_that_settles():
 def test_what_has_no_leading_pairs_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("copies", [16, 20, 40])
+def test_every_copy_of_an_eigenvalue_is_found_however_many_a_block_has_columns(dtype, copies):
+    values = torch.full((600,), 5.0, dtype=torch.float64)
+    values[:copies] = 10.0
+    energy = (10 * (copies - 1) + 5) / float(values.sum())  # asks for all copies and no more
+    found, basis = fg.leading_eigenpairs(curvature(600, values, dtype=dtype), energy)
+    torch.testing.assert_close(found.double(), torch.full((copies,), 10.0, dtype=torch.float64), rtol=1e-5, atol=0)
+    more, _ = fg.leading_eigenpairs(curvature(600, values, dtype=dtype), energy + 12 / float(values.sum()))
+    assert int((more > 9).sum()) == copies and len(more) == copies + 2
+    fg.Projector(basis)
+
+
+def test_a_cluster_wider_than_a_block_is_found_whole():
+    values = torch.cat([10 + 1e-9 * torch.arange(20, dtype=torch.float64), torch.ones(580, dtype=torch.float64)])
+    found, _ = fg.leading_eigenpairs(curvature(600, values), 0.3)
+    assert int((found > 9).sum()) == 20
+
+
+def test_zeros_at_the_end_of_the_list_are_no_copies_that_are_missing(monkeypatch):
+    matrix = curvature(600, [5.0, 1.0])
+    monkeypatch.setattr(torch.linalg, "eigh", _only_small(torch.linalg.eigh))
+    found, _ = fg.leading_eigenpairs(matrix, 0.9, total=100.0, most=40)
+    torch.testing.assert_close(found[:2], torch.tensor([5.0, 1.0], dtype=torch.float64), rtol=1e-9, atol=0)
+    assert len(found) == 40 and float(found[2:].abs().max()) < 1e-9

@@ -254,3 +254,39 @@ def test_sign_flips_take_examples_of_several_columns():
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top", [1e6, 1e10])
+def test_a_flat_tail_below_one_large_eigenvalue_is_measured_not_dropped(dtype, top):
+    """The samples are of rank one to a casual look, but 1999 ones lie beyond it."""
+    values = torch.cat([torch.tensor([top], dtype=dtype), torch.ones(1999, dtype=dtype)])
+    op = fg.DiagonalOperator(values[None])
+    found = [fg.trace(op, 32, seed=seed) for seed in range(10)]
+    missed = torch.stack([f.value for f in found]).double() - float(values.double().sum())
+    errors = torch.stack([f.error for f in found]).double()
+    rounding = 4 * torch.finfo(dtype).eps * top
+    assert float(errors.min()) > 0
+    assert float(missed.square().mean().sqrt()) <= 3 * float(errors.square().mean().sqrt()) + rounding
+    diag = fg.diagonal(op, 32)
+    assert float(diag.value[1:].mean()) == pytest.approx(1, abs=0.02) and float(diag.error[1:].min()) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_traces_and_diagonals_of_half_precision_operators_come_in_float32(method, dtype):
+    factor = gaussian(0, 60, 2) / 8
+    matrix = (factor @ factor.T + torch.diag(torch.linspace(0, 1, 60))).to(dtype)
+    truth = float(matrix.double().trace())
+    for products in (24, 120):
+        found = fg.trace(matrix, products, method)
+        assert found.value.dtype == found.error.dtype == torch.float32
+        assert abs(float(found) - truth) <= 5 * float(found.error) + 2 * torch.finfo(dtype).eps * truth
+    diag = fg.diagonal(fg.DenseOperator(matrix), 24, "hutchinson" if method == "hutchinson" else "xdiag")
+    assert diag.value.dtype == torch.float32 and float((diag.value - matrix.diagonal().float()).abs().mean()) < 0.3
+
+
+@pytest.mark.parametrize("spectrum_", [torch.eye(4), torch.tensor(2.0), torch.ones(2, 1)])
+def test_effective_dimension_takes_a_matrix_for_no_eigenvalues(spectrum_):
+    with pytest.raises(ValueError, match="spectrum must be one sequence of eigenvalues"):
+        fg.effective_dimension(spectrum_, 1.0)

@@ -178,3 +178,14 @@ def test_a_mask_of_another_kind_is_refused_with_what_it_is():
         fg.KroneckerMaskProjector(u, v, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="mask is on meta but output_vectors is on cpu"):
         fg.KroneckerMaskProjector(u, v, torch.ones(3, 2, dtype=torch.bool, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float16, 4096.0), (torch.float16, 2.0**-14), (torch.float32, 1e30), (torch.float32, 1e-30)],
+)
+def test_the_leading_pairs_do_not_see_the_scale_of_the_values(dtype, scale):
+    values, vectors = torch.tensor([4.0, 2.0, 1.0]), torch.eye(3)
+    wide = (scale * values.flip(0)).to(dtype)
+    projector = fg.KroneckerMaskProjector.from_spectra(wide, vectors.to(dtype), wide, vectors.to(dtype), 3)
+    assert projector(torch.ones(3, 3, dtype=dtype)).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 1]]

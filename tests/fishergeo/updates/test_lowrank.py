@@ -291,3 +291,36 @@ def test_empty_matrices_and_batches_are_refused(left, right):
 def test_it_prints_its_shape_rank_dtype_and_device():
     a = fg.LowRank(torch.ones(5, 3, 2), torch.ones(2, 4))
     assert repr(a) == "LowRank(shape=(5, 3, 4), rank=2, dtype=torch.float32, device=cpu)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_rank_of_half_precision_factors_is_theirs(dtype):
+    a = fg.LowRank(gaussian(0, 256, 4, dtype=dtype), gaussian(1, 4, 256, dtype=dtype))
+    assert int(a.numerical_rank()) == 4 and a.column_basis().shape == a.row_basis().shape == (256, 4)
+    assert int((a - a).numerical_rank()) == 0
+    assert int(fg.LowRank(torch.cat([a.left, a.left], 1), torch.cat([a.right, a.right])).numerical_rank()) == 4
+    assert int((a * 1e-3).numerical_rank()) == 4
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norm_and_rank_do_not_see_the_scale_of_the_factors(scale):
+    a = fg.LowRank(gaussian(0, 6, 2, dtype=torch.float32), gaussian(1, 2, 5, dtype=torch.float32))
+    truth = float(torch.linalg.matrix_norm(a.left.double() @ a.right.double()))
+    assert float((a * scale).norm()) == pytest.approx(scale * truth, rel=1e-5)
+    assert float(fg.LowRank(a.left * scale, a.right / scale).norm()) == pytest.approx(truth, rel=1e-5)
+    scales = torch.tensor([scale, 1.0])
+    assert float(fg.LowRank(a.left * scales, a.right / scales[:, None]).norm()) == pytest.approx(truth, rel=1e-5)
+    dependent = fg.LowRank(scale * torch.cat([a.left, a.left], 1), torch.cat([a.right, -a.right]) + 0)
+    assert int((a * scale).numerical_rank()) == 2 and int(dependent.numerical_rank()) == 0
+
+
+def test_sums_of_half_precision_factors_neither_underflow_nor_overflow_on_the_way():
+    left, right = 1e-4 * gaussian(0, 4096, 8), 1e-4 * gaussian(1, 8, 1024)
+    small = fg.LowRank(left.half(), right.half())
+    dense = small.left.double() @ small.right.double()
+    assert float(small.norm()) == pytest.approx(float(dense.norm()), rel=2e-3)  # one rounding of float16 so small
+    large = fg.LowRank(torch.full((4096, 1), 10.0).half(), torch.full((1, 4), 1.0).half())
+    assert float(large.norm()) == pytest.approx((4096 * 400) ** 0.5, rel=1e-3)
+    assert float(large.inner(torch.full((4096, 4), 0.1).half())) == pytest.approx(4096 * 4 * 0.1 * 10, rel=1e-3)
+    square = fg.LowRank(torch.full((4096, 4), 1e-4).half(), torch.full((4, 4096), 1e-4).half())
+    assert float(square.trace()) == pytest.approx(4096 * 4 * 1e-8, rel=2e-3)

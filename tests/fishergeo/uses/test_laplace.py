@@ -8,6 +8,7 @@ import torch
 from architectures import make, move
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routed import EXPERTS, Routed, expert_gradients, routed_batch
 from uses_cases import (
     LAYERS,
     STRUCTURES,
@@ -160,7 +161,25 @@ def test_what_is_refused_is_named():
         laplace.sample(0)
     with pytest.raises(ValueError, match="'3'"), laplace.using({"3": torch.ones(2, 2)}):
         pass
+    reshaped = laplace.mean[LAYERS[0]].reshape(1, -1)
+    with pytest.raises(ValueError, match="outputs by inputs"), laplace.using({LAYERS[0]: reshaped}):
+        pass
     with pytest.raises(ValueError, match="must be"):
         laplace.predictive_covariance([data], lambda model, batch: model(batch[0]).sum(1))
     with pytest.raises(ValueError, match="no batch"):
         laplace.predictive_covariance([], outputs)
+
+
+@pytest.mark.parametrize("names", [EXPERTS[1:], EXPERTS])
+def test_examples_that_an_expert_does_not_see_have_their_own_variance(names):
+    model, x = Routed(), routed_batch(5, 1)
+    fisher = {name: fg.DiagonalOperator(random(3, 4, seed=5).square()) for name in names}
+    found = fg.Laplace(model, fisher, 0.7, examples=3).predictive_covariance(
+        [x[:2], x[2:]], lambda model, x: model(x).flatten(1)
+    )
+    columns = [expert_gradients(model, x, lambda model, x, c=c: model(x).flatten(1)[:, c]) for c in range(3)]
+    expected = 0.0
+    for name in names:
+        j = torch.stack([one[name].flatten(1) for one in columns], 1)
+        expected = expected + (j / (3 * fisher[name].entries + 0.7).flatten()) @ j.mT
+    assert found.shape == (5, 3, 3) and (found - expected).norm() <= 1e-10 * expected.norm()

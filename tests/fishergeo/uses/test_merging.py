@@ -233,6 +233,99 @@ def test_a_gram_with_one_huge_direction_is_solved_in_float32_weights_too(side):
     assert (found.weights["layer"].double() - exact.weights["layer"]).norm() < 1e-4 * move.norm()
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_directions_that_grams_leave_to_rounding_keep_the_plain_average(side):
+    """Both models' inputs span the same 20 of 32 directions, as those of a layer after another of rank 20 do."""
+    size, rank, generator = 32, 20, torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(random(size, size)).Q
+    models, grams = [torch.nn.Linear(size, size, bias=False) for _ in range(2)], []
+    for place, model in enumerate(models):
+        model.weight.data = torch.randn(size, size, generator=generator)
+        rows = (random(500, rank, seed=place + 1) @ basis[:rank]).float()
+        grams.append(fg.DenseOperator(rows.T @ rows / 500, side))
+    found = fg.merge_weights(models, [{"": gram} for gram in grams])
+    mean = sum(model.weight.detach() for model in models) / 2
+    move = (found.weights[""] - mean).double()
+    # The minimiser of least norm: solved within the directions that the inputs span.
+    inside = [basis[:rank] @ gram.to_dense().double() @ basis[:rank].T for gram in grams]
+    turn = (lambda x: x.T) if side == "output" else (lambda x: x)
+    pull = sum(
+        turn((model.weight.detach() - mean).double()) @ basis[:rank].T @ g
+        for model, g in zip(models, inside, strict=True)
+    )
+    expected = turn(torch.linalg.solve(sum(inside), pull.T).T @ basis[:rank])
+    assert (move - expected).norm() <= 1e-5 * expected.norm()
+
+
+SMALL = {
+    "diagonal": (1e-36, lambda scale, s: fg.DiagonalOperator((scale * (random(P, Q, seed=s).square() + 0.1)).float())),
+    "kfac": (1e-34, lambda scale, s: fg.KroneckerOperator((scale * psd(P, s)).float(), psd(Q, s + 1).float())),
+    "ekfac": (
+        1e-34,
+        lambda scale, s: fg.KroneckerOperator((scale * psd(P, s)).float(), psd(Q, s + 1).float()).rotated(),
+    ),
+    "gram": (1e-36, lambda scale, s: fg.DenseOperator((scale * psd(Q, s)).float(), "input")),
+}
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_scale_of_all_fishers_does_not_matter(kind, large, spread):
+    """Down to where float32 ends: squares, and products with small weights, are then zero, or infinite."""
+    least, make_one = SMALL[kind]
+    models = [One(seed).float() for seed in (0, 1)]
+    for model in models:
+        model.layer.weight.data *= spread
+    scale = 1e30 if large else least
+    exact = [dense(make_one(1.0, seed)).double() for seed in (0, 5)]
+    expected = minimiser(exact, [model.layer.weight.detach().double() for model in models])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = merged(models, [make_one(scale, seed) for seed in (0, 5)])
+    assert (found.weights["layer"].double() - expected).norm() <= 2e-4 * expected.norm()
+    assert found.residuals["layer"] <= 1e-5
+
+
+def test_weights_close_to_each_other_move_as_small_fishers_say():
+    """The report of an underflow: (3·0 + 1·4e-4)/4 and (1·0 + 3·4e-4)/4, whatever the scale."""
+    models = [torch.nn.Linear(2, 1, bias=False) for _ in range(2)]
+    for model, value in zip(models, (0.0, 4e-4), strict=True):
+        torch.nn.init.constant_(model.weight, value)
+    for scale in (1.0, 1e-18, 1e-20, 1e-35, 1e35):
+        fishers = [{"": fg.DiagonalOperator(scale * torch.tensor([f]))} for f in ([3.0, 1.0], [1.0, 3.0])]
+        found = fg.merge_weights(models, fishers)
+        assert found.weights[""][0].tolist() == pytest.approx([1e-4, 3e-4], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_fisher_with_nan_merges_nothing(kind):
+    operators = [KINDS[kind](0), KINDS[kind](5)]
+    name, broken = next(iter(operators[1].tensors().items()))
+    broken = broken.clone()
+    broken[0, -1] = torch.nan
+    operators[1] = type(operators[1]).from_tensors(operators[1].tensors() | {name: broken}, operators[1].side)
+    with pytest.raises(ValueError, match="layer 'layer': a Fisher has NaN"):
+        merged([One(0), One(1)], operators)
+
+
+def test_fishers_and_weights_that_leave_their_dtype_are_refused():
+    models = [One(0).float(), One(1).float()]
+    for scale, word in ((1e-20, "small"), (1e-25, "small"), (1e20, "large")):
+        fishers = [fg.KroneckerOperator(scale * psd(P, s).float(), scale * psd(Q, s + 1).float()) for s in (0, 3)]
+        with pytest.raises(ValueError, match=f"layer 'layer'.*too {word}"):
+            merged(models, fishers)
+    models[1].layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"weight of layer 'layer' in models\[1\] has 1 entries"):
+        merged(models, [fg.DiagonalOperator(torch.ones(P, Q))] * 2)
+
+
+def test_a_residual_that_is_no_number_is_told():
+    operators = [fg.DiagonalOperator(torch.full((P, Q), 1e308, dtype=torch.float64))] * 2
+    with pytest.warns(fg.ConvergenceWarning, match="'layer'"):
+        merged([One(0), One(1)], [operators[0], fg.DiagonalOperator(0.9 * operators[0].entries)])
+
+
 def test_conjugate_gradients_that_stop_early_say_so():
     models = [One(0), One(1)]
     operators = [fg.KroneckerOperator(psd(P, s), psd(Q, s + 1)) for s in (0, 3)]

@@ -101,6 +101,78 @@ def test_a_fisher_is_refreshed_and_the_handle_taken_away():
     optimizer.step()  # nothing to turn
 
 
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_gradients_that_a_closure_makes_are_turned(how, momentum):
+    """Steps along the gradient (1, 1) under F = diag(1, 4), against steps along (1, 1/4) without a Fisher."""
+    moves = []
+    for turned in (True, False):
+        model = torch.nn.Linear(2, 1, bias=False).double()
+        torch.nn.init.zeros_(model.weight)
+        chosen = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+        if turned:
+            fg.natural_gradient(model, {"": fg.DiagonalOperator(torch.tensor([[1.0, 4.0]]).double())}, chosen)
+        batch = torch.tensor([[1.0, 1.0 if turned else 0.25]]).double()
+
+        def closure(model=model, chosen=chosen, batch=batch):
+            chosen.zero_grad()
+            value = model(batch).sum()
+            value.backward()
+            return value
+
+        for _ in range(2):
+            value = chosen.step(closure) if how == "positional" else chosen.step(closure=closure)
+        assert isinstance(value, torch.Tensor)
+        moves.append(model.weight.detach())
+    assert torch.allclose(*moves, atol=1e-15)
+    assert moves[0].tolist() == [[-2.0 - momentum, -0.5 - momentum / 4]]
+
+
+def test_every_call_of_a_closure_is_turned_once():
+    class Twice(torch.optim.SGD):
+        """Adds the gradients of two calls, as steps that look ahead do."""
+
+        def step(self, closure=None):
+            parameter = self.param_groups[0]["params"][0]
+            with torch.enable_grad():
+                closure()
+                first = parameter.grad.clone()
+                closure()
+            parameter.grad.add_(first)
+            with torch.no_grad():
+                parameter -= parameter.grad
+
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = Twice(model.parameters(), lr=1.0)
+    natural = fg.natural_gradient(model, {"": fg.DiagonalOperator(torch.tensor([[1.0, 4.0]]))}, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+
+    optimizer.step(closure)
+    assert model.weight.tolist() == [[-2.0, -0.5]]
+    natural.remove()
+    optimizer.step(closure)
+    assert model.weight.tolist() == [[-4.0, -2.5]]
+
+
+def test_what_cannot_be_turned_is_refused():
+    model, data = classifier(), examples()
+    fisher = estimated(model, data, "kfac")
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(TypeError, match="LBFGS"):
+        fg.natural_gradient(model, fisher, optimizer, damping=1.0)
+    assert not optimizer._optimizer_step_pre_hooks
+    without_bias = torch.optim.SGD([model[0].weight, model[2].weight])
+    with pytest.raises(ValueError, match=r"the optimizer has no weight of layer '0\+bias'"):
+        fg.natural_gradient(model, fisher, without_bias, damping=1.0)
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"layer '0\+bias' joins a weight and a bias of which only one trains"):
+        fg.natural_gradient(model, fisher, sgd(model), damping=1.0)
+
+
 def test_what_is_refused_is_named():
     model, data = classifier(), examples()
     fisher = estimated(model, data, "kfac")

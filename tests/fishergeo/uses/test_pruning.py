@@ -158,10 +158,30 @@ def test_what_is_refused_is_named():
         fg.obs_step(model, fisher, {"2": torch.ones(3, 4)}, damping=1.0)
     with pytest.raises(ValueError, match="groups of 4"):
         fg.n_of_m_mask(torch.ones(2, 6))
+    with pytest.raises(ValueError, match="2 NaN of 4"):
+        fg.n_of_m_mask(torch.tensor([[torch.nan, 3.0, torch.nan, 4.0]]))
+    for method in ("obd", "obs"):
+        with pytest.raises(ValueError, match="damping must be"):
+            fg.saliency(model, fisher, method, damping=-5.0)
+    with pytest.raises(ValueError, match="tolerance must be"):
+        fg.obs_step(model, fisher, {}, tolerance=float("inf"))
+    turned = {"w": fg.DiagonalOperator(torch.ones(4, 3))}
+    for wrong in (torch.ones(3, 4), torch.ones(4, 1, 3), torch.ones(12)):
+        with pytest.raises(ValueError, match="layer 'w'"):
+            fg.saliency({"w": wrong}, turned)
     with pytest.raises(ValueError, match="n must be"):
         fg.n_of_m_mask(torch.ones(2, 4), n=5)
     with pytest.raises(ValueError, match="NaN"):
         fg.saliency({"w": torch.full((2, 2), torch.nan)}, {"w": fg.DiagonalOperator(torch.ones(2, 2))})
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_the_size_of_the_weights_does_not_matter(scale, monkeypatch):
+    monkeypatch.setattr(pruning, "DIRECT", 0)
+    w, mask = random(P, Q, seed=1).float(), random(P, Q, seed=2) > 0
+    fisher = {"w": fg.KroneckerOperator(psd(P).float(), psd(Q, 1).float())}
+    plain, scaled = (fg.obs_step({"w": s * w}, fisher, {"w": mask}).weights["w"] for s in (1.0, scale))
+    assert torch.allclose(scaled / scale, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_conjugate_gradients_that_stop_early_say_so(monkeypatch):

@@ -116,6 +116,24 @@ def test_peft_takes_the_pattern():
     assert again == pattern
 
 
+@pytest.mark.parametrize("updated", [False, True])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["diagonal", "kfac", "dense"])
+def test_a_fisher_with_nan_has_no_ranks(kind, number, updated):
+    hole = torch.zeros(3, 3).double()
+    hole[1, 1] = number
+    bad = {
+        "diagonal": lambda: fg.DiagonalOperator(random(3, 3).square() + hole),
+        "kfac": lambda: fg.KroneckerOperator(psd(3), psd(3, 1) + hole),
+        "dense": lambda: fg.DenseOperator(psd(3) + hole),
+    }[kind]()
+    if kind == "dense" and not updated:
+        return  # says nothing of the other side, which is refused first
+    update = updates(0) if updated else None
+    with pytest.raises(ValueError, match=r"layer 'a'.*NaN or infinite"):
+        fg.rank_pattern({"a": bad, "b": fishers(0)["b"]}, budget=20, update=update)
+
+
 def test_what_is_refused_is_named():
     with pytest.raises(ValueError, match="one of budget= and energy="):
         fg.rank_pattern(fishers(0))
@@ -127,5 +145,9 @@ def test_what_is_refused_is_named():
         fg.rank_pattern(fishers(0), budget=20, update={"a": random(3, 3)})
     with pytest.raises(ValueError, match="layer 'a' has shape"):
         fg.rank_pattern(fishers(0), budget=20, update={"a": random(2, 3), "b": random(3, 3)})
+    with pytest.raises(ValueError, match="layer 'a': one weight"):
+        fg.rank_pattern(fishers(0), budget=20, update={"a": random(3, 2, 3), "b": random(3, 3)})
+    with pytest.raises(ValueError, match="layer 'b': update has 9 entries"):
+        fg.rank_pattern(fishers(0), budget=20, update={"a": random(3, 3), "b": random(3, 3) * torch.nan})
     with pytest.raises(ValueError, match="says nothing of the side"):
         fg.rank_pattern({"a": fg.DenseOperator(psd(3))}, budget=20)

@@ -5,6 +5,7 @@ import small_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routed import EXPERTS, Routed, expert_gradients, routed_batch, summed
 from uses_cases import (
     LAYERS,
     STRUCTURES,
@@ -163,6 +164,18 @@ def test_blocks_on_disk_are_read_and_not_made_again(tmp_path, monkeypatch):
         ask(damping=0.1)
 
 
+def test_blocks_of_another_loss_or_fisher_are_not_taken_for_those_of_this_one(tmp_path):
+    model, x = torch.nn.Linear(2, 1, bias=False), torch.eye(2)
+    operator = lambda *entries: {"": fg.DiagonalOperator(torch.tensor([entries]))}
+    ask = lambda fisher, loss: fg.influence(model, fisher, [x], [2 * x], damping=0.0, loss=loss, path=tmp_path)
+    first = ask(operator(1.0, 1.0), lambda m, x: m(x)[:, 0])
+    with pytest.raises(ValueError, match="made with another data"):
+        ask(operator(1.0, 1.0), lambda m, x: 5 * m(x)[:, 0])
+    with pytest.raises(ValueError, match="made with another fisher"):
+        ask(operator(0.5, 1.5), lambda m, x: m(x)[:, 0])  # of the same trace
+    assert torch.equal(ask(operator(1.0, 1.0), lambda m, x: m(x)[:, 0]).values, first.values)
+
+
 def test_what_is_refused_is_named():
     model, data = classifier(), examples()
     fisher = estimated(model, data, "kfac")
@@ -195,3 +208,20 @@ def test_examples_without_a_supervised_token_and_means_of_tokens_are_refused():
     trained[1]["labels"][0] = -100
     with pytest.raises(ValueError, match="1 of 2 examples of a batch have no supervised token"):
         fg.influence(model, fisher, asked, trained, damping=0.1)
+
+
+@pytest.mark.parametrize("names", [EXPERTS[1:], EXPERTS])
+def test_examples_that_an_expert_does_not_see_score_zero_by_it_and_the_others_are_their_own(names):
+    model, x, asked = Routed(), routed_batch(7, 2), routed_batch(5, 2, seed=8)
+    trained, queries = expert_gradients(model, x), expert_gradients(model, asked)
+    fisher = {name: fg.DiagonalOperator(random(3, 4, seed=5).square() + 1) for name in names}
+    found = fg.influence(model, fisher, [asked], [x[:4], x[4:]], damping=0.0, loss=summed)
+    weighed = {name: queries[name] / fisher[name].entries for name in names}
+    assert found.examples.tolist() == [list(range(7))] * 5
+    assert close(found.values, sum(weighed[name].flatten(1) @ trained[name].flatten(1).T for name in names))
+    options = {"damping": 0.0, "loss": summed, "reduction": "sum"}
+    each = fg.influence(model, fisher, [asked], [x[:4], x[4:]], tokens=True, **options)
+    assert each.tokens[0].tolist() == [0, 1] * 7 and close(each.by_example(7), found.values)
+    one = lambda model, x: torch.sin(model(x)).sum(2).flatten()
+    apart = expert_gradients(model, x.reshape(14, 1, 4), one)
+    assert close(each.values, sum(weighed[name].flatten(1) @ apart[name].flatten(1).T for name in names))
