@@ -40,12 +40,13 @@ def random_fisher(guard, dtype, structure="gram"):
     return {m.layer: operator(*m.shape) for m in guard.updates.matrices.values()}
 
 
-def leading(outputs, energy):
-    """The fewest leading eigenvectors of a matrix (p, p) that hold a share of its trace, (p, m)."""
-    values, vectors = torch.linalg.eigh(outputs.double())
-    values = values.flip(0).clamp_min(0)
+def projector(outputs, energy, projection):
+    """On the fewest leading eigenvectors of a matrix (p, p) that hold a share of its trace, hard or soft, (p, p)."""
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(outputs.double()))
+    values = values.clamp_min(0)
     m = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
-    return vectors.flip(1)[:, :m].to(outputs.dtype)
+    weights = values / (values + values[m - 1]) if projection == "soft" else (torch.arange(len(values)) < m).double()
+    return ((vectors * weights) @ vectors.mT).to(outputs.dtype)
 
 
 def dense_penalty(guard, deltas, config):
@@ -55,8 +56,7 @@ def dense_penalty(guard, deltas, config):
         operator = guard.layers[name].operator
         kronecker = isinstance(operator, fg.KroneckerOperator)
         outputs = operator.output_factor if kronecker else operator.matrix
-        u = leading(outputs, config.energy)
-        part = u @ (u.mT @ delta)
+        part = projector(outputs, config.energy, config.projection) @ delta
         rest = delta - part
         charged = outputs @ part @ operator.input_factor if kronecker else outputs @ part
         total = total + config.lambda_alignment * (part * charged).sum()
