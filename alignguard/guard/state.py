@@ -18,7 +18,7 @@ COUNTERS = "alignguard_guard.json"
 
 TENSORS = "alignguard_guard.safetensors"
 
-FORMAT = 4
+FORMAT = 5
 
 TENSOR = "$tensor"  # key of a tensor's name in the plain values
 

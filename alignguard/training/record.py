@@ -221,7 +221,7 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
             lines.append(f"- KL to the base: {words}")
         drift = guard.measured_drift()
         measured = "not measurable" if drift is None else f"{drift:.4g}"
-        lines.append(f"- Drift from the base on alignment responses, nats a response: 0 before, {measured} after")
+        lines.append(f"- Drift from the start on alignment responses, nats a response: 0 before, {measured} after")
         covered = guard.coverage()
         lines.append(
             f"- Matrices guarded: {sum(x.guarded for x in covered)}; trained but not guarded: {sum(not x.guarded for x in covered)}"

@@ -163,7 +163,7 @@ class WeightUpdates:
         load it from the checkpoint before a guard is made.
 
         Args:
-            references: what :meth:`references` returned in the run, of the shapes that it names.
+            references: what :meth:`references` returned in the run, with the same names and the same shape each.
             base_is_reference: what the attribute of that name was.
 
         Raises:

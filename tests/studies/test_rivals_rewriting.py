@@ -152,7 +152,7 @@ def test_a_job_hands_its_system_prompt_on(monkeypatch):
     seen = []
     made = types.SimpleNamespace(model="model", step_time=0.1, examples_read=0)
     monkeypatch.setattr(bench_module, "train_rival", lambda *args, **options: made)
-    monkeypatch.setattr(bench_module, "load_model", lambda name: (None, "tokenizer"))
+    monkeypatch.setattr(bench_module, "load_tokenizer", lambda name: "tokenizer")
     monkeypatch.setattr(bench_module, "measure", lambda *args: seen.append(args[3]) or {})
     for name, settings in (("system-prompt", {"system": "Be kind."}), ("plain", {})):
         run_job(Bench("tiny", "a", "b", "c", "d"), make_job(name, name, settings, 0))

@@ -15,7 +15,7 @@ from alignguard.guard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.guard.distributed import pooled_fisher, world
 from alignguard.guard.legs.base import Leg
 from alignguard.guard.rows import AlignmentRows, Encoded
-from alignguard.guard.schedule import DriftBudget
+from alignguard.guard.schedule import DriftBudget, whole_number
 from alignguard.guard.terms import CurvatureTerms
 from alignguard.updates import Matrix, WeightUpdates
 from fishergeo.accumulators import ACCUMULATORS
@@ -176,7 +176,7 @@ class CurvatureLeg(Leg):
             name: fg.operator_from_tensors(state["layers"][name], parts) for name, parts in state["layer"].items()
         }
         if operators:
-            self.take(operators, state["samples"])
+            self.take(operators, None if state["samples"] is None else whole_number(state, "samples"))
         else:
             self.layers = {}
         self.running = None if state["running"] is None else _fisher_of(state["running"])

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from architectures import from_zero
 from hypothesis import given
 from hypothesis import strategies as st
-from architectures import from_zero
 from peft import LoraConfig, get_peft_model
 
 from alignguard.data import collate, encode_example

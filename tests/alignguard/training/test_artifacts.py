@@ -63,7 +63,7 @@ def test_the_model_card_tells_data_strengths_drift_and_versions(folder, task_row
         fit(folder / "model", task_rows, alignment_rows, config, folder / name, training=TRAINING, lora={"r": 2})
         card = (folder / name / "adapter" / "README.md").read_text()
         assert "base_model" in card, "peft's own card stays"
-        for part in (words, "8 rows (sha256", "4 rows (sha256", "Drift from the base", "fishergeo 0.1.0", "peft "):
+        for part in (words, "8 rows (sha256", "4 rows (sha256", "Drift from the start", "fishergeo 0.1.0", "peft "):
             assert part in card, part
     fit(folder / "model", task_rows, None, None, folder / "c", training=TRAINING, lora={"r": 2}, guarded=False)
     assert "without a guard" in (folder / "c" / "adapter" / "README.md").read_text()

@@ -53,7 +53,8 @@ def _penalties():
             if first == "shards":
                 shard(sharded)
             guards = [
-                from_zero(m, lambda m=m, method=method: Guard(m, rows(6), CONFIG, method=method)) for m in (plain, sharded)
+                from_zero(m, lambda m=m, method=method: Guard(m, rows(6), CONFIG, method=method))
+                for m in (plain, sharded)
             ]
             if first == "guard":
                 shard(sharded)
