@@ -9,7 +9,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +57,15 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-_REPLACEABLE: ContextVar[Path | None] = ContextVar("replaceable", default=None)
-
-
-@contextmanager
-def replaceable(path: str | Path) -> Iterator[None]:
-    """Let a :class:`ResumableLog` of another head at ``path`` begin anew: whoever allows overwriting does not know its head."""
-    token = _REPLACEABLE.set(Path(path).expanduser())
-    try:
-        yield
-    finally:
-        _REPLACEABLE.reset(token)
-
-
 class ResumableLog:
     """JSON lines that an interrupted run goes on from: a head that says what they depend on, then a line an entry.
 
     Args:
         path: the file; made where it is not there, with its folder.
-        head: JSON-able; a file of another head is refused, so that two runs never mix, but where it is
-            :func:`replaceable`.
+        head: JSON-able; a file of another head is refused, so that two runs never mix.
         fields: names that every entry has; the last line may be torn, and reading ends at the first that lacks one.
         what: contents and what they depend on, for the error.
+        overwrite: begin a file of another head anew in place of refusing it.
 
     Attributes:
         entries: the lines after the head.
@@ -88,7 +74,9 @@ class ResumableLog:
         ValueError: the file has another head.
     """
 
-    def __init__(self, path: str | Path, head: Mapping[str, Any], fields: Iterable[str], what: str) -> None:
+    def __init__(
+        self, path: str | Path, head: Mapping[str, Any], fields: Iterable[str], what: str, overwrite: bool = False
+    ) -> None:
         self.path = Path(path).expanduser()
         self.entries: list[dict[str, Any]] = []
         wanted = set(fields)
@@ -96,7 +84,7 @@ class ResumableLog:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
             if lines[0] and lines[0] != kept[0]:
-                if self.path != _REPLACEABLE.get():
+                if not overwrite:
                     raise ValueError(f"{self.path} holds {what}; give another place, or delete this file to start anew")
                 lines = []
             for line in lines[1:]:

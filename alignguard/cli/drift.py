@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 from alignguard.cli.yaml_config import place, unclaimed
@@ -121,7 +120,6 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     """
     from alignguard.data import DataSource, read_text
     from alignguard.drift import DriftReport, driftcheck, driftcheck_endpoint, load_prompts, make_judge
-    from alignguard.files import replaceable
     from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
 
@@ -154,26 +152,27 @@ def run_driftcheck(args: argparse.Namespace) -> None:
         "capability_tokens": args.capability_tokens,
         "progress": True,
         "resume": answers,
+        "overwrite": args.overwrite,
     }
-    with replaceable(answers) if answers is not None and args.overwrite else nullcontext():
-        if endpoint is not None:
-            report = driftcheck_endpoint(endpoint, rows, **asking)
-        else:
-            model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
-            if args.adapter is not None:
-                model = load_adapter(model, args.adapter)
-            base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
-            report = driftcheck(
-                model.eval(),
-                tokenizer,
-                rows,
-                base=base,
-                alignment=args.alignment_data,
-                task=args.task_data,
-                likelihoods=args.likelihoods,
-                batch_size=32 if args.batch_size is None else args.batch_size,
-                **asking,
-            )
+    if args.batch_size is not None:
+        asking["batch_size"] = args.batch_size
+    if endpoint is not None:
+        report = driftcheck_endpoint(endpoint, rows, **asking)
+    else:
+        model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
+        if args.adapter is not None:
+            model = load_adapter(model, args.adapter)
+        base = load_weights(args.base, args.trust_remote_code).eval() if args.base is not None else None
+        report = driftcheck(
+            model.eval(),
+            tokenizer,
+            rows,
+            base=base,
+            alignment=args.alignment_data,
+            task=args.task_data,
+            likelihoods=args.likelihoods,
+            **asking,
+        )
     print(report.table())
     start = before or (report if args.adapter is None else None)
     if start is not None and (caution := start.caution()):

@@ -16,7 +16,10 @@ from alignguard.data.rows import load_conversations, named, text_of
 from alignguard.data.sources import Source, read_rows
 from alignguard.objective import IGNORED, base_model, model_kind
 
-POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")  # tables of learned positions
+# Tables of learned positions, as they are or below an adapter of theirs.
+POSITIONS = re.compile(
+    r"(^|\.)(wpe|embed_positions|position_embeddings)((\.token_adapter)?\.base_layer|\.original_module)?$"
+)
 
 ENDS = 3  # tokens at the end of a response among which its end of sequence is looked for
 
@@ -186,7 +189,9 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
         ValueError: naming the first row.
     """
     inner = base_model(model)
-    words, kind = inner.get_input_embeddings().num_embeddings, model_kind(inner)
+    # Where an adapter stands in the table's place, the table is inside.
+    table = next(part for part in inner.get_input_embeddings().modules() if hasattr(part, "num_embeddings"))
+    words, kind = table.num_embeddings, model_kind(inner)
     places = [
         module.num_embeddings
         for path, module in inner.named_modules()

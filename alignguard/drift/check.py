@@ -86,6 +86,7 @@ def driftcheck(
     capability_tokens: int = 128,
     progress: bool = False,
     resume: str | Path | None = None,
+    overwrite: bool = False,
 ) -> DriftReport:
     """Ask a model every prompt greedily and judge its answers; the model is left as it was.
 
@@ -115,6 +116,7 @@ def driftcheck(
         progress: show a bar.
         resume: a JSONL file that takes every answer as it comes; a run that was interrupted goes on from it and ends
             with the same report.
+        overwrite: begin a resume file of another run anew in place of refusing it.
 
     Returns:
         DriftReport: a row for each prompt, and what was measured beside them.
@@ -153,7 +155,8 @@ def driftcheck(
         settings["system"] = system
     plan = plan_answers(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens, system)
     batches = [batch for _, batch in plan]
-    answers = Answers(resume, "" if resume is None else fingerprint(model, tokenizer, rows, batches, settings))
+    mark = "" if resume is None else fingerprint(model, tokenizer, rows, batches, settings)
+    answers = Answers(resume, mark, overwrite)
     texts = [row["prompt"] for row in rows]
     with tqdm(total=len(rows), desc="driftcheck", unit="prompt", disable=not progress) as bar:
         for tokens, batch in plan:

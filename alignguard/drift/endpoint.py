@@ -167,6 +167,7 @@ def driftcheck_endpoint(
     capability_tokens: int = 128,
     progress: bool = False,
     resume: str | Path | None = None,
+    overwrite: bool = False,
 ) -> DriftReport:
     """DriftCheck of a served model: what :func:`alignguard.driftcheck` finds, as far as answers alone tell it.
 
@@ -182,6 +183,7 @@ def driftcheck_endpoint(
         capability_tokens: longest answer in tokens to a capability prompt.
         progress: show a bar.
         resume: JSONL file that takes every answer as it comes; a run that broke off goes on from it.
+        overwrite: begin a resume file of another run anew in place of refusing it.
 
     Returns:
         DriftReport: a row for each prompt.
@@ -199,7 +201,7 @@ def driftcheck_endpoint(
         check_system(system)
         check_text(system, "system")
         settings["system"] = system
-    answers = Answers(resume, asked_digest(rows, settings).hexdigest() if resume is not None else "")
+    answers = Answers(resume, asked_digest(rows, settings).hexdigest() if resume is not None else "", overwrite)
     left = [row for row in rows if row["id"] not in answers.known]
 
     def ask(row: dict[str, Any]) -> str:

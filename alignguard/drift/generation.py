@@ -207,12 +207,13 @@ class Answers:
     Args:
         path: the file; None keeps nothing.
         fingerprint: what the answers depend on.
+        overwrite: begin a file of other answers anew in place of refusing it.
 
     Raises:
         ValueError: the file holds answers of another model, tokenizer, prompts or settings, or an earlier version's.
     """
 
-    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+    def __init__(self, path: str | Path | None, fingerprint: str, overwrite: bool = False) -> None:
         self.known: dict[str, str] = {}
         self._log: ResumableLog | None = None
         if path is not None:
@@ -220,7 +221,7 @@ class Answers:
                 "answers of another model, tokenizer or chat template, to other prompts or with other settings, or an "
                 "earlier version's"
             )
-            self._log = ResumableLog(path, {"driftcheck": fingerprint}, ("id", "text"), what)
+            self._log = ResumableLog(path, {"driftcheck": fingerprint}, ("id", "text"), what, overwrite)
             self.known = {entry["id"]: entry["text"] for entry in self._log.entries}
 
     def add(self, answers: dict[str, str]) -> None:

@@ -119,13 +119,10 @@ class DriftCallback(TrainerCallback):
         if self.tokenizer is None:
             raise ValueError("the trainer has no processing_class; give DriftCallback(tokenizer=...)")
         switched = _switched_off(model)
-        if state.global_step:  # what the adapter was at the start can no longer be seen
-            if not state.stateful_callbacks.get(STATE, {}).get("starts_at_base", False):
-                switched = None
-        else:
-            if switched is not None and not starts_at_base(model):
-                switched = None
-            state.stateful_callbacks[STATE] = {"starts_at_base": switched is not None}
+        if not state.global_step:  # later it can no longer be seen what the adapter was
+            state.stateful_callbacks[STATE] = {"starts_at_base": switched is not None and starts_at_base(model)}
+        if not state.stateful_callbacks.get(STATE, {}).get("starts_at_base", False):
+            switched = None
         if switched is None:
             if state.global_step:
                 logger.warning(

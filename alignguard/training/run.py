@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from alignguard.data import Source, collator, pad_id, shown_row
-from alignguard.files import OWN_ANSWERS, replaceable, save_adapter, write_text
+from alignguard.files import OWN_ANSWERS, save_adapter, write_text
 from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import settle
 from alignguard.training.checkpoint import latest_checkpoint
@@ -274,10 +273,9 @@ def fit(
     check_run(Path(output_dir), overwrite=overwrite, resume=resume, model=model, method=method)
     output = Path(output_dir).expanduser()
     going_on = resume and (output / RECORD).is_file()
-    with replaceable(output / OWN_ANSWERS) if overwrite and not going_on else nullcontext():
-        ready = prepare(
-            model, task_data, alignment_data, config, tokenizer=tokenizer, trust_remote_code=trust_remote_code, lora=lora, training=training, method=method,
-            offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
-            fisher=fisher, answers=output / OWN_ANSWERS,
-        )  # fmt: skip
+    ready = prepare(
+        model, task_data, alignment_data, config, tokenizer=tokenizer, trust_remote_code=trust_remote_code, lora=lora, training=training, method=method,
+        offload=offload, guarded=guarded, progress=progress, max_length=max_length, seed=seed, save_every=save_every,
+        fisher=fisher, answers=output / OWN_ANSWERS, overwrite=overwrite and not going_on,
+    )  # fmt: skip
     return train(ready, output_dir, overwrite=overwrite, resume=resume, progress=progress, verbose=verbose)

@@ -66,6 +66,7 @@ class Questions:
         max_new_tokens: longest answer in tokens.
         path: file that keeps the answers; None keeps none.
         mark: what answers in that file depend on; empty without one.
+        overwrite: whether other answers in that file give way, or are refused.
     """
 
     asked: list[tuple[str, str]]
@@ -73,6 +74,7 @@ class Questions:
     max_new_tokens: int
     path: Path | None
     mark: str
+    overwrite: bool
 
 
 def packaged_prompts() -> list[dict[str, str]]:
@@ -135,10 +137,11 @@ def questions(
     path: str | Path | None = None,
     batch_size: int = 32,
     max_new_tokens: int = TOKENS,
+    overwrite: bool = False,
 ) -> Questions:
     """Prompts read and rendered for :func:`answered`; the model is not asked yet, and nothing is written.
 
-    Arguments and errors are those of :func:`own_answers`. The file of answers belongs to the model as it is now, whatever
+    Arguments and errors are those of :func:`own_answers`, and with ``overwrite`` other answers in the file give way. The file of answers belongs to the model as it is now, whatever
     adapter is put on before it is asked.
     """
     if not rows:
@@ -150,7 +153,7 @@ def questions(
     if path is not None:
         named = [{"id": str(place), "prompt": prompt, "category": kind} for place, (prompt, kind) in enumerate(asked)]
         mark = answers_fingerprint(model, tokenizer, named, batches, {"max_new_tokens": max_new_tokens})
-    return Questions(asked, batches, max_new_tokens, None if path is None else Path(path), mark)
+    return Questions(asked, batches, max_new_tokens, None if path is None else Path(path), mark, overwrite)
 
 
 def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = False) -> OwnAnswers:
@@ -163,7 +166,7 @@ def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = Fals
             "answers of another model, to other prompts or categories, with another tokenizer or chat template, of another "
             "length, or an earlier version's"
         )
-        log = ResumableLog(path, {"own_answers": to.mark}, ("place", "response"), what)
+        log = ResumableLog(path, {"own_answers": to.mark}, ("place", "response"), what, to.overwrite)
         kept |= {int(entry["place"]): entry["response"] for entry in log.entries}
     with tqdm(total=len(asked), initial=len(kept), desc="own answers", unit="prompt", disable=not progress) as bar:
         for batch in to.batches:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from accelerate import PartialState
@@ -26,7 +25,6 @@ from alignguard.loading import (
     put_on,
     taken_off_again,
 )
-from alignguard.objective import base_model
 from alignguard.training.fisher_file import load_fisher
 from alignguard.training.preparation.answers import OwnAnswers, Questions, answered, packaged_prompts, questions
 from alignguard.training.preparation.rehearsal import PROBED, rehearse
@@ -88,6 +86,7 @@ def prepare(
     save_every: int | None = None,
     fisher: str | Path | None = None,
     answers: str | Path | None = None,
+    overwrite: bool = False,
     most_prompts: int | None = None,
     adapter: Callable[[Any, LoraConfig, Examples], PeftConfig] | None = None,
 ) -> Prepared:
@@ -113,6 +112,7 @@ def prepare(
         save_every: optimizer steps between checkpoints; None keeps none.
         fisher: file of ``alignguard fisher``.
         answers: file that keeps the model's own answers as they come, so that they are given once; None keeps none.
+        overwrite: let other answers in that file give way, in place of refusing them.
         most_prompts: prompts that are answered at most, for a look at a run; None answers all.
         adapter: what makes another adapter's configuration of the model, the LoRA's and the alignment examples, for a
             method that :func:`train` is given in the guard's place; None puts on the LoRA.
@@ -169,13 +169,12 @@ def prepare(
     check_fits(loaded, rows, "task_data")
     own = to_ask = None
     if asked is not None:
-        to_ask = _questions(loaded, tokenizer, asked[:most_prompts], answers, settings)
+        to_ask = _questions(loaded, tokenizer, asked[:most_prompts], answers, overwrite, settings)
         kept = stand_ins(asked[:most_prompts], tokenizer, kind, longest)
     check_fits(loaded, kept, "alignment_data")
     curvature = None
     if fisher is not None:
         curvature = load_fisher(fisher, loaded, config)
-    tables = _tables(loaded)
 
     def answer() -> tuple[OwnAnswers, Examples]:
         assert asked is not None and to_ask is not None
@@ -184,7 +183,7 @@ def prepare(
         rows.notes.append(own.summary())
         if own.asked < len(asked):
             rows.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
-        check_fits(tables, rows, "alignment_data")
+        check_fits(loaded, rows, "alignment_data")
         return own, rows
 
     if adapter is not None:
@@ -272,18 +271,12 @@ def stand_ins(prompts: Sequence[Mapping[str, str]], tokenizer: Any, kind: str, l
     return encode_source(rows, "alignment_data", tokenizer, kind, longest)
 
 
-def _tables(model: Any) -> Any:
-    """What :func:`check_fits` asks of a model, as it is before an adapter stands in its tables' places."""
-    inner = base_model(model)
-    embeddings, modules = inner.get_input_embeddings(), list(inner.named_modules())
-    return SimpleNamespace(config=inner.config, get_input_embeddings=lambda: embeddings, named_modules=lambda: modules)
-
-
 def _questions(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Mapping[str, str]],
     path: str | Path | None,
+    overwrite: bool,
     settings: Mapping[str, Any],
 ) -> Questions:
     """What the model is asked, and the model on the device that it answers and trains on."""
@@ -291,7 +284,7 @@ def _questions(
     if state.num_processes > 1 and path is None:
         raise ValueError("alignment_data: several processes share the model's own answers; give answers a path")
     model.to(state.device)
-    return questions(model, tokenizer, prompts, path)
+    return questions(model, tokenizer, prompts, path, overwrite=overwrite)
 
 
 def _answered(model: Any, tokenizer: Any, to_ask: Questions, settings: Mapping[str, Any], progress: bool) -> OwnAnswers:

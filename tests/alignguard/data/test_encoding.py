@@ -9,8 +9,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from alignguard.data import collate, collator, encode_example, encode_messages, load_conversations, read_jsonl
+from alignguard.data import (
+    check_fits,
+    collate,
+    collator,
+    encode_example,
+    encode_messages,
+    load_conversations,
+    read_jsonl,
+)
 from alignguard.objective import IGNORED
 
 PAIR = {"prompt": "how do I bake bread", "response": "Of course! Here it is."}
@@ -138,3 +148,23 @@ def test_bad_files_are_named(tmp_path):
         load_conversations(3)
     with pytest.raises(TypeError, match="row 1"):
         load_conversations(["text"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["wte"]},
+        {"target_modules": ["wpe"]},
+        {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [1]}},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte", "wpe"]},
+    ],
+    ids=["wte", "wpe", "tokens", "saved"],
+)
+def test_what_reaches_beyond_a_table_is_refused_whatever_adapter_stands_in_its_place(options):
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 16, "n_positions": 6}
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    check_fits(model, [{"input_ids": [15] * 6, "labels": [15] * 6}], "rows")
+    with pytest.raises(ValueError, match="token 16 is beyond the model's vocabulary of 16"):
+        check_fits(model, [{"input_ids": [16], "labels": [16]}], "rows")
+    with pytest.raises(ValueError, match="longer than the model's 6 positions"):
+        check_fits(model, [{"input_ids": [1] * 7, "labels": [1] * 7}], "rows")
