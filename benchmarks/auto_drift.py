@@ -21,9 +21,10 @@ from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.training import versions
-from studies.ablation import SLACK, kept_of_base
-from studies.bench import GUARD, Bench, make_job, measure_base, run_job
+from studies.bench import Bench, measure_base
+from studies.jobs import GUARD, make_job, run_job
 from studies.ledger import Ledger, run_jobs
+from studies.summaries import SLACK, kept_of_base
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 300.0)
 

@@ -20,14 +20,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rivals import FIXED, chosen
+from sweeps import FIXED, chosen
 from transformers import AutoModelForCausalLM
 
 from alignguard.embedded import TRAINING
 from alignguard.files import write_text
 from alignguard.training import versions
-from studies.bench import GUARD, Bench, make_job, measure_base, run_job
+from studies.bench import Bench, measure_base
 from studies.forgetting_law import fit_scaling_law
+from studies.jobs import GUARD, make_job, run_job
 from studies.ledger import Ledger, run_jobs
 
 AMOUNTS = (6, 12, 25, 50, 100, 200, 400)  # optimizer steps of 16 examples, each run with a schedule of its own

@@ -7,7 +7,7 @@
 ``tune`` asks validation prompts with a seed of its own. It sweeps plain fine-tuning's learning rate first, and takes the
 smallest one whose task accuracy lies within half a point of the best; then, at that rate, four strengths of KL and of
 L2. ``report`` runs of each the setting that keeps most within half a point of plain fine-tuning, and the default as it
-is, on DriftCheck's own prompts and the foreign ones of ``rivals.FOREIGN``. DATA is the folder of the prompt sets, and
+is, on DriftCheck's own prompts and the foreign ones of ``sweeps.FOREIGN``. DATA is the folder of the prompt sets, and
 ``benchmarks/tasks.py`` writes other tasks. Both go on where they stopped.
 """
 
@@ -20,11 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from learning_rate import SEED, bench
-from rivals import FIXED, arguments, asked, flat, sweep
+from sweeps import FIXED, SEED, arguments, asked, flat, sweep, validation_bench
 
-from studies.ablation import ANCHOR, SLACK, best
-from studies.bench import GUARD, Bench, make_job
+from studies.bench import Bench
+from studies.jobs import GUARD, make_job
+from studies.plans import ANCHOR
+from studies.summaries import SLACK, best
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 DEFAULT = "kl with memory"
@@ -52,7 +53,7 @@ def chosen(tuned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def tune(args: argparse.Namespace) -> None:
     command = "python benchmarks/full.py tune"
     with tempfile.TemporaryDirectory() as folder:
-        shared = bench(Path(folder), method="full")
+        shared = validation_bench(Path(folder), method="full")
         rates = [make_job("plain", "plain", {}, SEED, "plain", training={"learning_rate": rate}) for rate in RATES]
         sweep(shared, rates, args.out, args.processes, command)
         training = {"learning_rate": rate_of(json.loads(args.out.read_text()))}

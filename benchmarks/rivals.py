@@ -3,7 +3,7 @@
     python benchmarks/rivals.py tune   --out benchmarks/results/tuning.json
     python benchmarks/rivals.py report --out benchmarks/results/rivals.json
 
-``tune`` runs 12 settings of each method, or all of fewer (``studies.ablation.settings_of``), with a seed of its own,
+``tune`` runs 12 settings of each method, or all of fewer (``studies.plans.settings_of``), with a seed of its own,
 and asks validation prompts. ``report`` takes of each method the setting that :func:`best` names and runs it for every
 seed on DriftCheck's own prompts. All runs share data, batches, schedule and the same 256 alignment examples. Both go on
 where they stopped; with ``--methods`` some methods alone are run, and the rest of the file stays. ``report --task NAME``
@@ -15,7 +15,7 @@ learns a task of ``benchmarks/tasks.py`` in place of the packaged one, with the 
 So does ``--model FOLDER`` with another aligned model; of a mixture the experts are adapted, not the router. SafeLoRA and
 SafeMERGE want the model before its alignment: they are left out unless ``--unaligned FOLDER`` names one. Without
 ``--methods``, ``report`` runs what the tuning file holds, and says what it lacks. ``report --foreign DATA``, the folder of
-the prompt sets, asks unsafe prompts of ``FOREIGN`` too; ``report --own-answers`` keeps the model's own answers to the packaged
+the prompt sets, asks unsafe prompts of ``sweeps.FOREIGN`` too; ``report --own-answers`` keeps the model's own answers to the packaged
 prompts in place of the written ones.
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 import tempfile
@@ -31,23 +30,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from learning_rate import SEED, bench
+from sweeps import FIXED, SEED, arguments, asked, chosen, flat, sweep, validation_bench
 from transformers import AutoConfig
 
-from alignguard.embedded import TRAINING
-from alignguard.files import write_rows, write_text
-from alignguard.guard import GuardConfig
+from alignguard.files import write_rows
 from alignguard.loading import load_model
-from alignguard.training import own_answers, versions
+from alignguard.training import own_answers
 from alignguard.training.preparation import packaged_prompts
-from studies.ablation import ANCHOR, GUARDS, SLACK, best, rivals_plan
-from studies.bench import GUARD, Bench, make_job, measure_base, run_job
-from studies.ledger import Ledger, run_jobs
-from studies.real_model.measure import prompt_groups
+from studies.bench import Bench
+from studies.jobs import GUARD, make_job
+from studies.plans import GUARDS, rivals_plan
 from studies.rivals import RIVALS
 
-# Sources that neither the embedded model's alignment nor the packaged prompts have seen, and how many of each are asked.
-FOREIGN, ASKED = ("malicious_instruct", "donotanswer", "safetytuned_eval"), 80
 BEFORE = {name for name, rival in RIVALS.items() if rival.needs_unaligned}
 METHODS = [
     *GUARDS,
@@ -57,69 +51,10 @@ METHODS = [
     *("guard, leading part", "guard, leading part, soft"),
     *("plain, best rate", "guard, sketched, best rate"),
 ]
-# arXiv 2508.02079 as written: one-sided Gram, 80 % of its energy, both collision terms, estimated once in 1000 steps; its
-# strengths a tenth of what second-hand sources give, which cost the task 2 to 5 points here
-PAPER = {
-    "structure": "gram", "whole_update": False, "lambda_alignment": 0.3, "lambda_task": 0.001, "lambda_collision": 0.001,
-    "alpha": 0.5, "metric": "euclidean", "energy": 0.8, "lambda_kl": 0.0, "first_refresh": None,
-}  # fmt: skip
 EXPERTS = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
-SKETCHED = {"structure": "kfac-sketch", "lambda_alignment": 1.0, "refresh_every": 25, "refresh_examples": 8}
-DEFAULT = {
-    name: getattr(GuardConfig(), name)
-    for name in ("lambda_alignment", "lambda_kl", "kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
-}
-FIXED: dict[str, dict[str, Any]] = {
-    "paper": {**PAPER, "refresh_every": 1000, "refresh_examples": 128},
-    "paper, refreshed": {**PAPER, "refresh_every": 25, "refresh_examples": 32},
-    "kl, every step": {**ANCHOR, "lambda_kl": 1.0, "kl_every": 1},
-    # the default, chosen on the public model (studies/real_model), and what could be turned in it
-    "kl with memory": DEFAULT,
-    "kl with memory, every 2nd": {**DEFAULT, "kl_every": 2},
-    "kl with memory, climb 0.3": {**DEFAULT, "kl_climb": 0.3},
-    # the default before it: both factors sketched, half the alignment examples, at the strength and schedule of the sweep
-    "guard, sketched": SKETCHED,
-    # ΔW_A in place of the whole update, by a hard projector and a soft one
-    "guard, leading part": {**SKETCHED, "whole_update": False},
-    "guard, leading part, soft": {**SKETCHED, "whole_update": False, "projection": "soft"},
-    # a strength that makes up for an estimate gone stale, and costs the task; it was the default before the sweep
-    "guard, refreshed rarely": {
-        "structure": "kfac",
-        "lambda_alignment": 10.0,
-        "whole_update": True,
-        "refresh_every": 100,
-        "first_refresh": 10,
-        "refresh_examples": 16,
-    },
-}
-
-
-def sweep(shared: Bench, jobs: list[dict[str, Any]], out: Path, processes: int, command: str) -> None:
-    """Run what is missing; the file holds every run of its ledger, those of other calls too.
-
-    The ledger is not committed, ``out`` is: on a fresh checkout the ledger starts with the runs that ``out`` holds, if
-    they are of the same model, data and versions.
-    """
-    head = {"command": command, "versions": versions(), "training": TRAINING, "bench": shared.describe()}
-    ledger = Ledger(out.with_suffix(".runs.jsonl"), head)
-    before = json.loads(out.read_text()) if out.is_file() else {}
-    same = all(before.get(key) == value for key, value in head.items())
-    if same and not ledger.rows:
-        for run in before["runs"]:
-            ledger.add(run["job"], run["result"])
-    base = before["base"] if same else measure_base(shared)
-    run_jobs(jobs, functools.partial(run_job, shared), ledger, processes, progress=True)
-    write_text(out, json.dumps({**head, "base": base, "runs": ledger.rows}, indent=1) + "\n")
-
-
-def flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's result beside its method, seed and settings."""
-    job = run["job"]
-    settings = {**job["settings"], **job.get("training", {})}
-    return {"method": job["group"], "seed": job["seed"], "settings": settings, **run["result"]}
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -127,58 +62,14 @@ def tune(args: argparse.Namespace) -> None:
     jobs = [{**job, "group": job["name"].split(" (")[0]} for job in plan]
     jobs = [job for job in jobs if job["group"] in args.methods or job["name"] == "plain"]
     with tempfile.TemporaryDirectory() as folder:
-        shared = bench(Path(folder), adapters=str(args.out.with_suffix(".adapters")))
+        shared = validation_bench(Path(folder), adapters=str(args.out.with_suffix(".adapters")))
         sweep(shared, jobs, args.out, args.processes, "python benchmarks/rivals.py tune")
-
-
-def chosen(tuned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each method the best setting that learns as much, but for ``SLACK``, as plain LoRA on the schedule of all."""
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for run in map(flat, tuned["runs"]):
-        by_method.setdefault(run["method"], []).append(run)
-    least = next(run["task"] for run in by_method["plain"] if not run["settings"]) - SLACK
-    return {method: best(runs, tuned["base"], least)["settings"] for method, runs in by_method.items()}
 
 
 def best_rate(tuned: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule at which plain LoRA learns the task best, whatever it forgets."""
     plain = [run for run in map(flat, tuned["runs"]) if run["method"] == "plain" and "error" not in run]
     return max(plain, key=lambda run: run["task"])["settings"]
-
-
-def foreign_prompts(data: Path, out: Path) -> str:
-    """Write the foreign prompts, and give the file."""
-    groups = {f"foreign {name}" for name in FOREIGN}
-    asked = [row for row in prompt_groups(data, "test", ASKED) if row["id"].rpartition("/")[0] in groups]
-    write_rows(out, asked)
-    return str(out)
-
-
-def asked(shared: Bench, command: str, args: argparse.Namespace) -> tuple[Bench, str]:
-    """The bench and the command of a report with the task and the foreign prompts that its arguments name."""
-    if args.task is not None:
-        files = {f"task_{part}": str(args.tasks / f"{args.task}_{part}.jsonl") for part in ("train", "test")}
-        shared, command = dataclasses.replace(shared, **files), f"{command} --task {args.task}"
-    if args.foreign is not None:
-        path = foreign_prompts(args.foreign, args.out.with_suffix(".foreign.jsonl"))
-        shared, command = dataclasses.replace(shared, foreign=path), f"{command} --foreign DATA"
-    return shared, command
-
-
-def arguments(description: str | None, tuning: str) -> argparse.ArgumentParser:
-    """What a sweep that is tuned and then reported takes on the command line."""
-    cli = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("what", choices=["tune", "report"])
-    cli.add_argument("--out", type=Path, required=True)
-    cli.add_argument("--tuning", type=Path, default=Path("benchmarks/results") / tuning)
-    cli.add_argument("--task", help="a task of benchmarks/tasks.py (report alone)")
-    cli.add_argument("--tasks", type=Path, default=Path("runs/tasks"), help="folder that tasks.py wrote")
-    cli.add_argument(
-        "--foreign", type=Path, help="folder of the prompt sets, to ask foreign sources too (report alone)"
-    )
-    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    cli.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
-    return cli
 
 
 def own_rows(model: str, out: Path) -> str:

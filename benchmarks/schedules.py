@@ -2,7 +2,7 @@
 
     python benchmarks/schedules.py DATA --out benchmarks/results/schedules.json
 
-DATA is the folder of the prompt sets, of which ``rivals.FOREIGN`` are asked too. Goes on where it stopped.
+DATA is the folder of the prompt sets, of which ``sweeps.FOREIGN`` are asked too. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rivals import FIXED, foreign_prompts, sweep
+from sweeps import FIXED, foreign_prompts, sweep
 
-from studies.bench import GUARD, Bench, make_job
+from studies.bench import Bench
+from studies.jobs import GUARD, make_job
 
 SCHEDULES = {  # fields of TrainingArguments that replace the embedded model's own
     "120 steps": {"max_steps": 120},

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from learning_rate import SEED, bench
-from rivals import SKETCHED, sweep
+from sweeps import SEED, SKETCHED, sweep, validation_bench
 
-from studies.bench import GUARD, Bench, make_job
+from studies.bench import Bench
+from studies.jobs import GUARD, make_job
 
 STEPS = (25, 50, 100)
 PROMPTS = 100  # of each DriftCheck category
@@ -55,7 +55,7 @@ def main() -> None:
                 settings = {**SKETCHED, **guards(steps)[name]}
                 jobs.append(make_job(name, GUARD, settings, seed, str(steps), training=schedule))
     with tempfile.TemporaryDirectory() as folder:
-        shared = bench(Path(folder)) if tune else Bench.embedded(limit=PROMPTS)
+        shared = validation_bench(Path(folder)) if tune else Bench.embedded(limit=PROMPTS)
         sweep(shared, jobs, args.out, args.processes, f"python benchmarks/short_runs.py {args.what}")
 
 

@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from alignguard.files import write_text
+from alignguard.guard import GuardConfig
+from alignguard.training import versions
+from studies import plans, summaries
+from studies.bench import Bench, measure_base
+from studies.frontier import Point, dots, frontier_plot, standalone
+from studies.jobs import run_job
+from studies.ledger import Ledger, run_jobs
+from studies.parts import stability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +73,6 @@ def _field(text: str, option: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not sign or not value:
         raise ValueError(f"{option} {text!r}: expected FIELD=VALUE")
-    from alignguard.guard import GuardConfig
-
     known = [field.name for field in dataclasses.fields(GuardConfig)]
     if name not in known:
         raise ValueError(f"{option} {text!r}: GuardConfig has no field {name!r}; it has {', '.join(known)}")
@@ -86,9 +92,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def _bench(args: argparse.Namespace) -> Any:
-    from studies.bench import Bench
-
+def _bench(args: argparse.Namespace) -> Bench:
     names = {"task_train": "task_data", "task_test": "task_test", "alignment": "alignment_data", "drift": "drift_data"}
     given = {name: getattr(args, option) for name, option in names.items() if getattr(args, option)}
     if args.model and len(given) < len(names):
@@ -113,24 +117,22 @@ def _bench(args: argparse.Namespace) -> Any:
 
 
 def _jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from studies import ablation
-
     base = {name: _value(value) for name, value in (_field(text, "--set") for text in args.set)}
     seeds: Sequence[int] = list(dict.fromkeys(args.seeds))
     jobs: list[dict[str, Any]] = []
     if args.vary:
-        jobs += ablation.terms_plan(base, seeds)[: len(seeds)]  # plain LoRA, which all are compared with
+        jobs += plans.terms_plan(base, seeds)[: len(seeds)]  # plain LoRA, which all are compared with
         for text in args.vary:
             name, values = _field(text, "--vary")
-            jobs += ablation.knob_jobs(name, [_value(v) for v in values.split(",")], base, seeds)
+            jobs += plans.knob_jobs(name, [_value(v) for v in values.split(",")], base, seeds)
         return jobs
     for study in dict.fromkeys(args.study):
         if study == "terms":
-            jobs += ablation.terms_plan(base, seeds, args.stability, args.collision)
+            jobs += plans.terms_plan(base, seeds, args.stability, args.collision)
         elif study == "knobs":
-            jobs += ablation.terms_plan(base, seeds)[: len(seeds)] + ablation.knobs_plan(base, seeds)
+            jobs += plans.terms_plan(base, seeds)[: len(seeds)] + plans.knobs_plan(base, seeds)
         else:
-            jobs += ablation.rivals_plan(base, seeds, whole_grid=study == "sweep", unaligned=args.unaligned)
+            jobs += plans.rivals_plan(base, seeds, whole_grid=study == "sweep", unaligned=args.unaligned)
     return list({json.dumps(job, sort_keys=True): job for job in jobs}.values())  # studies share their plain runs
 
 
@@ -149,20 +151,14 @@ def run_ablate(args: argparse.Namespace) -> None:
             print(json.dumps(job))
         print(f"{len(jobs)} runs on {args.processes} processes, results in {args.output_dir}")
         return
-    from alignguard.training import versions
-    from studies import ablation
-    from studies.bench import measure_base, run_job
-    from studies.frontier import Point, dots, frontier_plot, standalone
-    from studies.ledger import Ledger, run_jobs
-
     start = Ledger(args.output_dir / "base.jsonl", head)
     base = run_jobs([{"name": "base"}], lambda job: measure_base(bench), start)[0]["result"]
     ledger = Ledger(args.output_dir / "runs.jsonl", head)
     rows = run_jobs(jobs, functools.partial(run_job, bench), ledger, args.processes, progress=True)
-    summaries = ablation.summarise(rows, base)
-    text = ablation.table(summaries, base)
+    gathered = summaries.summarise(rows, base)
+    text = summaries.table(gathered, base)
     write_text(args.output_dir / "table.md", text)
-    shown = {f"{s.group}: {s.name}" if len(args.study) > 1 else s.name: s.numbers for s in summaries}
+    shown = {f"{s.group}: {s.name}" if len(args.study) > 1 else s.name: s.numbers for s in gathered}
     titles = {"task": "task, %", "refusal": "unsafe refused, %", "compliance": "ordinary answered, %"}
     write_text(args.output_dir / "ablation.svg", standalone(dots(shown, titles, base)))
     methods: dict[str, list[Point]] = {}
@@ -175,7 +171,7 @@ def run_ablate(args: argparse.Namespace) -> None:
         write_text(args.output_dir / "frontier.svg", standalone(drawn))
     told: dict[str, Any] = {"versions": versions(), "bench": head, "base": base, "runs": rows}
     if bench.parts is not None:
-        told["stability"] = found = ablation.stability(rows, bench.parts)
+        told["stability"] = found = stability(rows, bench.parts)
         for name, layers in found.items():
             mean, least = sum(layers.values()) / len(layers), min(layers.values())
             print(f"cosine of ΔW_A between seeds, {name}: mean {mean:.3f}, least {least:.3f} of {len(layers)} layers")

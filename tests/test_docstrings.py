@@ -53,7 +53,7 @@ NO_FORMULA = {
         "fit",
         "make_guard",
     ],
-    "studies.ablation": ["summarise"],
+    "studies.summaries": ["summarise"],
     "alignguard.guard": ["load_guard", "save_guard"],
     "alignguard.pages": ["render_drift"],
     "alignguard.data": ["DataSource", "conversation", "encode_source", "pad_rows", "shown_row"],

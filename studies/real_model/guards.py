@@ -17,10 +17,11 @@ from alignguard.files import write_rows, write_text
 from alignguard.loading import load_model
 from alignguard.training import own_answers, versions
 from alignguard.training.preparation import packaged_prompts
-from studies.ablation import stability
-from studies.bench import Bench, measure_base, run_job
+from studies.bench import Bench, measure_base
 from studies.choices import with_others
+from studies.jobs import run_job
 from studies.ledger import Ledger, run_jobs
+from studies.parts import stability
 from studies.real_model import borderline, rows
 from studies.real_model.measure import prompt_groups
 from studies.real_model.methods import BASE, METHODS, default, job_of, needs_unaligned

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignguard.guard import GuardConfig
-from studies.bench import GUARD, make_job
+from studies.jobs import GUARD, make_job
 from studies.rivals import RIVALS
 
 _ANEW = {"lambda_alignment": 0.0, "kl_tokens": 8, "kl_memory": 0}  # KL as it is read, nothing remembered

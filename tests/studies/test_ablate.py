@@ -16,23 +16,13 @@ from alignguard.objective import response_loss
 from alignguard.training import fit
 from alignguard.updates import lora_updates
 from studies.__main__ import main
-from studies.ablation import (
-    GUARDS,
-    KNOBS,
-    NEVER,
-    best,
-    kept_of_base,
-    knob_jobs,
-    knobs_plan,
-    rivals_plan,
-    stability,
-    summarise,
-    table,
-    terms_plan,
-)
-from studies.bench import Bench, alignment_parts, make_job, measure_base, part_file, save_parts
+from studies.bench import Bench, measure_base
+from studies.jobs import make_job
 from studies.ledger import Ledger, run_jobs
+from studies.parts import alignment_parts, part_file, save_parts, stability
+from studies.plans import GUARDS, KNOBS, NEVER, knob_jobs, knobs_plan, rivals_plan, terms_plan
 from studies.rivals import RIVALS
+from studies.summaries import best, kept_of_base, summarise, table
 
 
 def double(job):
@@ -233,7 +223,7 @@ def test_a_tiny_ablation_writes_its_table_and_figure_and_is_not_run_twice(files,
     ]
     assert told["runs"][-1]["result"] == row and {"versions", "bench", "base", "stability"} <= set(told)
     before = (files / "out" / "runs.jsonl").read_bytes()
-    monkeypatch.setattr("studies.bench.run_job", lambda *given: pytest.fail("ran again"))
+    monkeypatch.setattr("studies.ablate.run_job", lambda *given: pytest.fail("ran again"))
     assert main(command(files, *study)) == 0
     assert (files / "out" / "runs.jsonl").read_bytes() == before
     assert main(command(files, *study, "--max-steps", "2")) == 2

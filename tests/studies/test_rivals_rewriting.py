@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from alignguard.data import encode_example, load_conversations
-from studies import bench as bench_module
-from studies.bench import Bench, make_job, measure, run_job
+from studies import jobs as jobs_module
+from studies.bench import Bench, measure
+from studies.jobs import make_job, run_job
 from studies.rivals import Rival, Run, SelfRewritten, SystemPrompt, make_rival, train_rival
 from studies.rivals import rows as module
 from studies.rivals.rows import REWRITE, answers_rightly
@@ -151,9 +152,9 @@ def test_a_run_is_measured_with_its_system_prompt(tiny_llama, tokenizer, task_ro
 def test_a_job_hands_its_system_prompt_on(monkeypatch):
     seen = []
     made = types.SimpleNamespace(model="model", step_time=0.1, examples_read=0)
-    monkeypatch.setattr(bench_module, "train_rival", lambda *args, **options: made)
-    monkeypatch.setattr(bench_module, "load_tokenizer", lambda name: "tokenizer")
-    monkeypatch.setattr(bench_module, "measure", lambda *args: seen.append(args[3]) or {})
+    monkeypatch.setattr(jobs_module, "train_rival", lambda *args, **options: made)
+    monkeypatch.setattr(jobs_module, "load_tokenizer", lambda name: "tokenizer")
+    monkeypatch.setattr(jobs_module, "measure", lambda *args: seen.append(args[3]) or {})
     for name, settings in (("system-prompt", {"system": "Be kind."}), ("plain", {})):
         run_job(Bench("tiny", "a", "b", "c", "d"), make_job(name, name, settings, 0))
     assert seen == ["Be kind.", None]
