@@ -1,8 +1,8 @@
 """The guard: curvature of the alignment data at the present weights, and the penalty that it puts on the update."""
 
 from alignguard.guard.config import METRICS, GuardConfig, is_number
-from alignguard.guard.curvature import LayerCurvature, curvatures
 from alignguard.guard.guard import TERMS, Guard
+from alignguard.guard.layer_curvature import LayerCurvature, curvatures
 from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg
 from alignguard.guard.reference import Reference
 from alignguard.guard.rows import AlignmentRows

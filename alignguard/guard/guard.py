@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from alignguard.guard.config import GuardConfig
-from alignguard.guard.curvature import LayerCurvature
 from alignguard.guard.distributed import agreed, pooled_mean
+from alignguard.guard.layer_curvature import LayerCurvature
 from alignguard.guard.legs import CurvatureLeg, KLLeg, Leg, measures, metric_of
 from alignguard.guard.reference import Reference
 from alignguard.guard.report import DriftGauge, Report

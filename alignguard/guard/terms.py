@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fishergeo as fg
 from alignguard.guard.config import GuardConfig
-from alignguard.guard.curvature import LayerCurvature
+from alignguard.guard.layer_curvature import LayerCurvature
 from alignguard.updates import Matrix, Update, WeightUpdates
 
 LARGEST = 1 << 22  # entries of a soft projector's stacked bases, which hold all p eigenvectors: a few tens of MB

@@ -11,8 +11,8 @@ from torch import Tensor
 import fishergeo as fg
 from alignguard.data import supervised_tokens
 from alignguard.guard.config import GuardConfig
-from alignguard.guard.curvature import LayerCurvature, check_widths, curvatures
 from alignguard.guard.distributed import pooled_fisher, world
+from alignguard.guard.layer_curvature import LayerCurvature, check_widths, curvatures
 from alignguard.guard.legs.base import Leg
 from alignguard.guard.rows import AlignmentRows, Encoded
 from alignguard.guard.schedule import DriftBudget, whole_number

@@ -9,7 +9,7 @@ from architectures import make, move
 
 import fishergeo as fg
 from alignguard.guard import Guard, GuardConfig
-from alignguard.guard.curvature import LayerCurvature
+from alignguard.guard.layer_curvature import LayerCurvature
 from alignguard.guard.terms import TermGroup
 
 

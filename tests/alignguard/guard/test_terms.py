@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fishergeo as fg
 from alignguard.guard import Guard, GuardConfig
-from alignguard.guard.curvature import LayerCurvature
+from alignguard.guard.layer_curvature import LayerCurvature
 from alignguard.guard.terms import TermGroup
 
 STRENGTHS = {"lambda_alignment": 0.7, "lambda_task": 0.3, "lambda_collision": 0.2, "alpha": 0.4}
