@@ -1,12 +1,15 @@
 """Would torch.compile help the tiled overlap on a CPU? Time of the sweep as it is and with its tile arithmetic compiled.
 
-    OMP_NUM_THREADS=1 python benchmarks/compiled_overlap.py      # needs a C++ compiler; a few minutes
+    python benchmarks/compiled_overlap.py --out benchmarks/results/compiled_overlap.json
+
+Needs a C++ compiler, and takes a few minutes.
 
 Both sweep value and all four gradients of float32 factors of rank 16 on one thread. The compiled one fuses the
 arithmetic of a tile, which may then be larger, since fewer intermediates compete for the cache; its best tile of three
-is reported. Times are minima. Writes benchmarks/results/compiled_overlap.json.
+is reported. Times are minima.
 """
 
+import argparse
 import json
 import platform
 import time
@@ -14,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from alignguard.files import write_text
 from fishergeo.updates import _tiles
 
 RANK, BETA, TAU = 16, 4.0, 0.01
-RESULT = Path(__file__).parent / "results" / "compiled_overlap.json"
 
 
 def term(a, t):
@@ -53,6 +56,9 @@ def milliseconds(function, repetitions):
 
 
 def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--out", type=Path, required=True)
+    args = cli.parse_args()
     torch.set_num_threads(1)
     function, rows_of_sizes, compile_seconds = torch.compile(term, dynamic=True), [], None
     with torch.no_grad():
@@ -74,7 +80,7 @@ def main():
             rows_of_sizes.append({"size": n, "tiled ms": tiled, "compiled ms": compiled})
             print(rows_of_sizes[-1], flush=True)
     report = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/compiled_overlap.py",
+        "command": "python benchmarks/compiled_overlap.py",
         "rank": RANK,
         "threads": 1,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -82,7 +88,7 @@ def main():
         "seconds to compile": compile_seconds,
         "rows": rows_of_sizes,
     }
-    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(args.out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
