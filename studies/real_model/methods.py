@@ -36,6 +36,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl with memory, 2 kept, every 4th": (GUARD, GuardConfig(kl_memory=2, kl_every=4).to_dict()),
     "kl with memory, 4 kept, every 2nd": (GUARD, GuardConfig(kl_memory=4, kl_every=2).to_dict()),
     "kl with memory, 1 kept, every step": (GUARD, GuardConfig(kl_memory=1, kl_every=1).to_dict()),
+    "kl with memory, 1 kept, every step, climb 0.3": (
+        GUARD,
+        GuardConfig(kl_memory=1, kl_every=1, kl_climb=0.3).to_dict(),
+    ),
     "kl with memory, 2 kept, every step": (GUARD, GuardConfig(kl_memory=2, kl_every=1).to_dict()),
     "kl with memory, 2 kept, every 2nd, climb 0.03": (
         GUARD,
