@@ -206,13 +206,17 @@ def orthonormalise(block: Tensor, basis: Tensor, floor: float) -> Tensor:
 
 
 def tiled_squares(entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Σ_ij F_ij (L R)²_ij, a scalar, differentiable once in L and R; of the product one tile of rows is held at a time.
+    """Σ_ij F_ij (L R)²_ij, a scalar, differentiable; of the product one tile of rows is held at a time.
+
+    The product is formed whole for a gradient in F, and for second derivatives.
 
     Args:
-        entries: F, (p, q), constant.
+        entries: F, (p, q).
         left: L, (p, r), the same dtype.
         right: R, (r, q), the same dtype.
     """
+    if entries.requires_grad:
+        return (entries * (left @ right).square()).sum()
     return _TiledSquares.apply(entries, left, right)  # type: ignore[no-untyped-call]
 
 
@@ -229,9 +233,11 @@ class _TiledSquares(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
         entries, left, right = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted: these must depend on their inputs
+            whole = 2 * upstream * entries * (left @ right)
+            return None, whole @ right.T, left.T @ whole
         grad_left, grad_right = torch.empty_like(left), torch.zeros_like(right)
         for start in range(0, len(left), _TILE):
             rows = slice(start, start + _TILE)

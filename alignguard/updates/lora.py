@@ -50,20 +50,6 @@ def lora_factors(layer: Any, adapter: str) -> fg.LowRank:
     return fg.LowRank(b * scale, a)
 
 
-def product_change(now: fg.LowRank, start: fg.LowRank) -> fg.LowRank:
-    """LR − L0R0 = (L − L0)R + L0(R − R0): exactly zero where nothing has moved, with no large terms that cancel.
-
-    Args:
-        now: L and R, shapes (..., p, r) and (..., r, q).
-        start: L0 and R0, of the same shapes.
-
-    Returns:
-        ``LowRank`` of rank 2r, attached to ``now``.
-    """
-    left = torch.cat([now.left - start.left, start.left], dim=-1)
-    return fg.LowRank(left, torch.cat([now.right, now.right - start.right], dim=-2))
-
-
 def lora_updates(model: PeftModel) -> dict[str, fg.LowRank]:
     """ΔW = scaling·B·A of every adapted layer, summed over the active adapters, never formed.
 

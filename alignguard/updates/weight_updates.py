@@ -23,7 +23,6 @@ from alignguard.updates.lora import (
     layer_key,
     lora_factors,
     lora_layers,
-    product_change,
     starts_at_base,
 )
 from alignguard.updates.matrices import (
@@ -206,7 +205,7 @@ class WeightUpdates:
         sides = [f"{name}|{adapter[0]}|{side}" for side in ("left", "right")]
         ours = fg.LowRank(*(self._references[side] for side in sides))
         theirs = fg.LowRank(*(references[side].to(self._references[side]) for side in sides))
-        return bool((product_change(theirs, ours).norm() <= DECOMPOSED * ours.norm()).all())
+        return bool((theirs.change_from(ours).norm() <= DECOMPOSED * ours.norm()).all())
 
     # LoRA
 
@@ -258,7 +257,7 @@ class WeightUpdates:
 
         def part(adapter: str) -> fg.LowRank:
             now = lora_factors(layer, adapter)
-            return product_change(now, self._start(key, adapter, now.left)) if adapter in moved else now
+            return now.change_from(self._start(key, adapter, now.left)) if adapter in moved else now
 
         def read() -> fg.LowRank:
             parts = [part(adapter) for adapter in adapters]

@@ -15,17 +15,20 @@ class ExactAccumulator(Accumulator):
 
     An example keeps at most min(p, q) rows: a longer one is replaced by G·I or I·G. Padding is not kept, and examples that
     are no data have no place. One that does not reach the layer has, with no row, so that in all layers the places are
-    those of the same examples (of positions, where a token is a datum).
+    those of the same examples (of positions, where a token is a datum). Gradients carry the roots of the examples' weights,
+    which are kept beside them.
     """
 
     def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
+        # Files from before weights were kept hold none.
+        sums.setdefault("weights", torch.ones(len(sums.get("lengths", ())), dtype=torch.float64))
         super().__init__(layout, sums)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @classmethod
     def expected(cls, layout: Layout) -> dict[str, tuple[int | None, ...]]:
         """Rows of all examples."""
-        return {"gradients": (None, layout.p), "inputs": (None, layout.q), "lengths": (None,)}
+        return {"gradients": (None, layout.p), "inputs": (None, layout.q), "lengths": (None,), "weights": (None,)}
 
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Accumulator:
@@ -34,7 +37,8 @@ class ExactAccumulator(Accumulator):
             key: torch.zeros(0, width, dtype=dtype, device=device)
             for key, width in (("gradients", layout.p), ("inputs", layout.q))
         }
-        return cls(layout, sums | {"lengths": torch.zeros(0, dtype=torch.long)})
+        places = {"lengths": torch.zeros(0, dtype=torch.long), "weights": torch.zeros(0, dtype=torch.float64)}
+        return cls(layout, sums | places)
 
     def add(self, record: Record, shared: Shared) -> None:
         """Keeps one batch of one layer.
@@ -59,7 +63,22 @@ class ExactAccumulator(Accumulator):
         else:
             lengths = self._lengths(record, mask)
             rows = d[mask], a[mask]
-        self._waiting.append((*rows, lengths.cpu()))
+        self._waiting.append((*rows, lengths.cpu(), self._weights(record, shared, len(lengths))))
+
+    def _weights(self, record: Record, shared: Shared, data: int) -> Tensor:
+        """Weight of each datum, as the batch weighs its example."""
+        if shared.weights is None:
+            return torch.ones(data, dtype=torch.float64)
+        weights = shared.weights.double().cpu()
+        if self.layout.unit != "token":
+            return weights if record.counted is None else weights[record.counted.cpu()]
+        if record.visits is not None:
+            positions = (record.visits >= 0).sum(1)
+        elif record.mask is not None:
+            positions = record.mask.flatten(1).sum(1)
+        else:
+            positions = torch.tensor([record.inputs.shape[1]])
+        return weights.repeat_interleave(positions.cpu())
 
     def _lengths(self, record: Record, mask: Tensor) -> Tensor:
         """Rows of each datum of a record with padding."""
@@ -82,7 +101,10 @@ class ExactAccumulator(Accumulator):
         # How many positions it would have had here cannot be told: a mark, beside which no row may stand.
         unknown = torch.full((1,), -1)
         places = unknown if self.layout.unit == "token" else torch.zeros(int(counted.sum()), dtype=torch.long)
-        self._waiting.append((gradients, inputs, places))
+        weights = torch.ones(len(places), dtype=torch.float64)
+        if shared.weights is not None and self.layout.unit != "token":
+            weights = shared.weights[counted.to(shared.weights.device)].double().cpu()
+        self._waiting.append((gradients, inputs, places, weights))
 
     def finish(self) -> None:
         """Joins what the batches left.
@@ -92,13 +114,14 @@ class ExactAccumulator(Accumulator):
         """
         if not self._waiting:
             return
-        d, a, lengths = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        d, a, lengths, weights = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting = []
         sums = self.sums
         self.sums = {
             "gradients": torch.cat([sums["gradients"], d]),
             "inputs": torch.cat([sums["inputs"], a]),
             "lengths": torch.cat([sums["lengths"], lengths.to(sums["lengths"])]),
+            "weights": torch.cat([sums["weights"], weights.to(sums["weights"])]),
         }
         if len(self.sums["inputs"]) and not bool((self.sums["lengths"] >= 0).all()):
             raise ValueError(
@@ -115,10 +138,14 @@ class ExactAccumulator(Accumulator):
         """Gradients by the root of the factor."""
         self.finish()
         self.sums["gradients"].mul_(factor**0.5)
+        self.sums["weights"].mul_(factor)
 
     def operator(self, count: float, made: Made | None = None) -> SymmetricOperator:
         """(pq, pq), matrix-free."""
-        return ExactOperator(self.sums["gradients"], self.sums["inputs"], self.sums["lengths"], count)
+        weights = self.sums["weights"]
+        plain = bool((weights == 1).all())
+        rows = self.sums["gradients"], self.sums["inputs"]
+        return ExactOperator(*rows, self.sums["lengths"], count, weights=None if plain else weights)
 
     def merged(self, other: Accumulator, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """The examples of both."""
@@ -126,7 +153,8 @@ class ExactAccumulator(Accumulator):
 
     def weighted(self, weight: float, done: dict[Owned, Tensor]) -> dict[str, Tensor]:
         """The same examples, gradients times the root of the weight."""
-        return self.sums | {"gradients": self.sums["gradients"] * weight**0.5}
+        gradients, weights = self.sums["gradients"] * weight**0.5, self.sums["weights"] * weight
+        return self.sums | {"gradients": gradients, "weights": weights}
 
 
 def _identity(like: Tensor, size: int) -> Tensor:

@@ -159,13 +159,15 @@ class Fisher(Mapping[str, SymmetricOperator]):
 
         Raises:
             ValueError: if the two are not of the same structure, kind, unit, side, rank, dtype and layers, if they
-                are EKFAC moments in different eigenbases, or sketches whose probes have different seeds.
+                are EKFAC moments in different eigenbases, sketches whose probes have different seeds, or hold an input factor
+                or basis once for other groups of layers.
         """
         free = {"examples", "tokens", "fingerprint", "seed"}
         ours, theirs = asdict(self.header), asdict(other.header)
         for key in ours:
             if key not in free and ours[key] != theirs[key]:
                 raise ValueError(f"other differs in {key}: {ours[key]!r} here, {theirs[key]!r} there")
+        self._check_groups(other)
         header = replace(
             self.header,
             examples=self.header.examples + other.header.examples,
@@ -174,6 +176,16 @@ class Fisher(Mapping[str, SymmetricOperator]):
         done: dict[Owned, Tensor] = {}
         sums = {name: mine.merged(other.accumulators[name], done) for name, mine in self.accumulators.items()}
         return from_sums(header, sums, self.input_groups)
+
+    def _check_groups(self, other: Fisher) -> None:
+        """Refuse to add sums that one of the two holds once for several layers, and the other apart or for others."""
+        for name, mine in self.accumulators.items():
+            ours, theirs = (_group(one.input_groups, name) for one in (self, other))
+            if mine.shared and ours != theirs:
+                raise ValueError(
+                    f"layer {name!r} shares its input with {', '.join(sorted(ours - {name})) or 'no other'} here, with "
+                    f"{', '.join(sorted(theirs - {name})) or 'no other'} there; estimate both with share_inputs=False"
+                )
 
     def scaled(self, weight: float) -> Fisher:
         """The same estimate counting ``weight`` times as much in a later :meth:`merge`: exponential forgetting.
@@ -276,6 +288,11 @@ class Fisher(Mapping[str, SymmetricOperator]):
                 raise ValueError(f"{path}: tensors do not fit the header ({error})") from error
         accumulators = _storage.LazyMapping(chosen, lambda name: build(name, lambda key: file.tensor(key, device)))
         return cls(header, accumulators if lazy else dict(accumulators), groups)
+
+
+def _group(groups: Mapping[str, str], name: str) -> set[str]:
+    """Layers that share the input of this one."""
+    return {other for other, group in groups.items() if group == groups[name]}
 
 
 def from_sums(header: FisherHeader, sums: Mapping[str, dict[str, Tensor]], groups: Mapping[str, str]) -> Fisher:

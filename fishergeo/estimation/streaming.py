@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishergeo._checks import check_choice
 from fishergeo.accumulators import Accumulator, DiagonalAccumulator, Layout, ProductAccumulator
-from fishergeo.capture import LayerFilter, select_layers
+from fishergeo.capture import LayerFilter, fingerprint, select_layers
 from fishergeo.estimation.options import DataKeywords, DataOptions, check_sums_dtype, chosen_options
 from fishergeo.estimation.sweep import Sweep
 from fishergeo.operators import DENSE_LIMIT, SymmetricOperator, check_layer_shape, checked_rank
@@ -106,6 +106,7 @@ class StreamingFisher:
         self._layouts = {name: Layout(name, *layer.shape, self.data.unit, side) for name, layer in self.layers.items()}
         self.sizes: dict[str, int] = {name: layout.size for name, layout in self._layouts.items()}
         self._proven: set[str] = set()
+        self._mark: str | None = None
         self._operators = {name: StreamingOperator(self, name) for name in self.layers}
 
     def __getitem__(self, name: str) -> StreamingOperator:
@@ -134,7 +135,8 @@ class StreamingFisher:
         Raises:
             KeyError: for a layer that is not there.
             ValueError: for a block of the wrong shape, or batches without a supervised token.
-            RuntimeError: if the data are not those of the first pass, by their counts; if ``verify`` finds gradients
+            RuntimeError: if the data are not those of the first pass, by their counts, or the model is not, by its
+                fingerprint; if ``verify`` finds gradients
                 that are not autograd's, or layers that are read without being called.
             FloatingPointError: naming the batch and the layer.
         """
@@ -161,10 +163,25 @@ class StreamingFisher:
         self._pass(empty)
         return {name: accumulator.sums["squares"] / self.count for name, accumulator in empty.items()}
 
+    def check_unmoved(self) -> None:
+        """Refuse a model whose weights have changed since the first pass: what is known would be of two Fishers.
+
+        Raises:
+            RuntimeError: if they have.
+        """
+        mark = fingerprint(self.model)
+        if self._mark is None:
+            self._mark = mark
+        elif mark != self._mark:
+            raise RuntimeError(
+                "the model's weights have changed since the first pass; make a new StreamingFisher of it as it is now"
+            )
+
     def _pass(self, accumulators: Mapping[str, Accumulator]) -> None:
         """Feeds the accumulators once; only their layers get hooks, so back-propagation stops at the first of them."""
         named = accumulators.keys() - self._unreached
         layers = {name: layer for name, layer in self.layers.items() if name in named}
+        self.check_unmoved()
         if not layers:
             return
         verify = self.verify and not self._proven.issuperset(layers)
@@ -217,6 +234,7 @@ class StreamingOperator(SymmetricOperator):
         return self._squares().sum()
 
     def _squares(self) -> Tensor:
+        self.fisher.check_unmoved()
         if self._diagonal is None:
             for name, squares in self.fisher.diagonals().items():
                 self.fisher[name]._diagonal = squares

@@ -31,8 +31,8 @@ SIDES = ("output", "input")
 class SymmetricOperator(abc.ABC):
     """A real symmetric operator, known by its action.
 
-    Powers, inverses and the like are by definition those of its eigenvalues; they are computed in float64 and come back
-    in the operator's dtype. F is the operator, ΔW an update of the layer's weight.
+    Powers, inverses and the like are by definition those of its eigenvalues; they are computed in float64, and operators
+    come back in this one's dtype. F is the operator, ΔW an update of the layer's weight.
 
     Args:
         size: the number of rows and of columns.
@@ -205,18 +205,31 @@ class SymmetricOperator(abc.ABC):
                 then no (p, q) tensor is formed, unless the operator is two-sided and knows nothing better.
 
         Returns:
-            Scalar tensor.
+            Scalar tensor, float32 or wider where the operator is made of tensors, else of its dtype.
 
         Raises:
             ValueError: if the shape does not fit, or there are several updates.
         """
         check_single(delta)
+        form = self._widened()
         if isinstance(delta, Tensor):
-            self._check_delta(*delta.shape)
-            return self._quadratic_dense(delta.to(self.dtype))
+            form._check_delta(*delta.shape)
+            return form._quadratic_dense(delta.to(form.dtype))
         left, right = delta.left, delta.right
-        self._check_delta(left.shape[0], right.shape[1])
-        return self._quadratic_factored(left.to(self.dtype), right.to(self.dtype))
+        form._check_delta(left.shape[0], right.shape[1])
+        return form._quadratic_factored(left.to(form.dtype), right.to(form.dtype))
+
+    def _widened(self) -> SymmetricOperator:
+        """The same operator in float32 where it is in half precision, whose range squares of small updates leave."""
+        if torch.promote_types(self.dtype, torch.float32) == self.dtype:
+            return self
+        try:
+            tensors = self.tensors()
+        except TypeError:
+            return self
+        half = (torch.float16, torch.bfloat16)
+        wide = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()}
+        return self.from_tensors(wide, self.side)
 
     def apply(self, delta: Tensor) -> Tensor:
         """F as it acts on weights: the update whose inner product with ΔW is :meth:`quadratic`, differentiable.
@@ -300,10 +313,28 @@ class SymmetricOperator(abc.ABC):
         """Eigenvalues of F + damping·I; zero where those of F, all of them, leave them within rounding of it.
 
         Rounding makes zero eigenvalues as often positive as negative: their sign says nothing of the rank.
+
+        Raises:
+            ValueError: for NaN, or where the damping leaves an eigenvalue negative.
+        """
+        shifted = self._shifted(values, damping)
+        return torch.where(shifted > self._rounding(values), shifted, 0)
+
+    def _shifted(self, values: Tensor, damping: float) -> Tensor:
+        """Eigenvalues of F + damping·I, none negative; those of F that rounding has put below zero count as zero.
+
+        Raises:
+            ValueError: for NaN, or where the damping leaves an eigenvalue negative.
         """
         check_finite(f"the eigenvalues of this {type(self).__name__}", values)
-        shifted = values.clamp_min(0) + damping
-        return torch.where(shifted > self._rounding(values), shifted, 0)
+        rounding = self._rounding(values)
+        shifted = torch.where(values < -rounding, values, values.clamp_min(0)) + damping
+        if bool((shifted < -rounding).any()):
+            raise ValueError(
+                f"this {type(self).__name__} is not positive semi-definite: its least eigenvalue is {float(values.min()):.3g}, "
+                f"its largest {float(values.max()):.3g}, and damping={damping:g} leaves it negative; pass more"
+            )
+        return shifted.clamp_min(0)
 
     def power(self, exponent: float, damping: float = 0.0) -> SymmetricOperator:
         """(F + damping·I) to a real power, of a positive semi-definite F; rounding below zero is taken as zero.
@@ -313,8 +344,8 @@ class SymmetricOperator(abc.ABC):
             damping: not negative, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: for a negative exponent of a matrix that is singular to the precision of its dtype, a negative
-                damping, or NaN.
+            ValueError: for a negative exponent of a matrix that is singular to the precision of its dtype, an eigenvalue
+                that is negative beyond rounding and damping, a negative damping, or NaN.
             TypeError: if one of the two is no real number.
         """
         check_number("exponent", exponent)
@@ -322,8 +353,7 @@ class SymmetricOperator(abc.ABC):
 
         def function(values: Tensor) -> Tensor:
             if exponent >= 0:
-                check_finite(f"the eigenvalues of this {type(self).__name__}", values)
-                return (values.clamp_min(0) + damping) ** exponent
+                return self._shifted(values, damping) ** exponent
             shifted = self._damped(values, damping)
             if not bool(torch.isfinite((shifted.min() ** exponent).to(self.dtype))):
                 raise ValueError(
@@ -336,7 +366,11 @@ class SymmetricOperator(abc.ABC):
         return self._map(function)
 
     def sqrt(self) -> SymmetricOperator:
-        """The positive semi-definite square root."""
+        """The positive semi-definite square root.
+
+        Raises:
+            ValueError: for an eigenvalue that is negative beyond rounding, or NaN.
+        """
         return self.power(0.5)
 
     def inverse(self, damping: float = 0.0) -> SymmetricOperator:
@@ -346,7 +380,8 @@ class SymmetricOperator(abc.ABC):
             damping: not negative, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: if that is singular to the precision of its dtype, for a negative damping, or NaN.
+            ValueError: if that is singular to the precision of its dtype, or has a negative eigenvalue, for a negative
+                damping, or NaN.
             TypeError: if damping is no real number.
         """
         return self.power(-1.0, damping)
@@ -368,17 +403,17 @@ class SymmetricOperator(abc.ABC):
         return self.inverse(damping) @ rhs
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """The logarithm of det(F + damping·I), scalar; −inf if that is singular to the precision of its dtype.
+        """The logarithm of det(F + damping·I), scalar, float64; −inf if that is singular to the precision of its dtype.
 
         Args:
             damping: not negative, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: for a negative damping, or NaN.
+            ValueError: if it has a negative eigenvalue, for a negative damping, or NaN.
             TypeError: if damping is no real number.
         """
         check_number("damping", damping, low=0.0)
-        return self._damped(self.eigenvalues(), damping).log().sum().to(self.dtype)
+        return self._damped(self.eigenvalues(), damping).log().sum()
 
     def __mul__(self, factor: float) -> SymmetricOperator:
         if isinstance(factor, SymmetricOperator) or not isinstance(factor, int | float):
@@ -506,7 +541,9 @@ class SumOperator(SymmetricOperator):
 
     def quadratic(self, delta: Any) -> Tensor:
         """The same sum of the terms' quadratic forms of ``delta``, a scalar; see :meth:`SymmetricOperator.quadratic`."""
-        return self._total(lambda term: term.quadratic(delta))
+        values = [weight * term.quadratic(delta) for weight, term in zip(self.weights, self.terms, strict=True)]
+        work = torch.promote_types(self.dtype, torch.float32)
+        return torch.stack([value.to(work) for value in values]).sum()
 
     def _check_delta(self, rows: int, columns: int) -> None:
         for term in self.terms:

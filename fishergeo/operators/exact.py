@@ -33,9 +33,10 @@ class ExactOperator(SymmetricOperator):
         lengths: (N,) long, rows of each example, none for one that does not reach the layer; their sum is ``rows``.
         count: divisor of the sum; N if nothing is weighted.
         budget: entries of the weight gradients formed at a time.
+        weights: (N,), of each example: D_i carries the root of its own. Ones if None.
 
     Raises:
-        ValueError: if the three do not belong together.
+        ValueError: if the three do not belong together, or the weights are of other examples.
         TypeError: if their dtype is not a floating one.
 
     Examples:
@@ -45,7 +46,15 @@ class ExactOperator(SymmetricOperator):
         ((4, 4), [2.0, 0.5])
     """
 
-    def __init__(self, gradients: Tensor, inputs: Tensor, lengths: Tensor, count: float, budget: int = 2**24) -> None:
+    def __init__(
+        self,
+        gradients: Tensor,
+        inputs: Tensor,
+        lengths: Tensor,
+        count: float,
+        budget: int = 2**24,
+        weights: Tensor | None = None,
+    ) -> None:
         if (
             gradients.ndim != 2
             or inputs.ndim != 2
@@ -56,6 +65,8 @@ class ExactOperator(SymmetricOperator):
                 f"gradients {tuple(gradients.shape)}, inputs {tuple(inputs.shape)} and lengths that sum to "
                 f"{int(lengths.sum())} do not belong together"
             )
+        if weights is not None and weights.shape != lengths.shape:
+            raise ValueError(f"weights {tuple(weights.shape)} are not one for each of {len(lengths)} examples")
         lengths = lengths.cpu()
         order = torch.arange(len(lengths))
         if bool((lengths[1:] < lengths[:-1]).any()):  # examples of one length side by side; their order means nothing
@@ -74,6 +85,7 @@ class ExactOperator(SymmetricOperator):
         self._places = places.to(gradients.device)  # of the examples as given, among those held
         self.count = count
         self.budget = budget
+        self.weights = weights
         self._dual: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -82,11 +94,12 @@ class ExactOperator(SymmetricOperator):
         return self.gradients.shape[1], self.inputs.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """``gradients`` (rows, p), ``inputs`` (rows, q), ``lengths`` (M,), ``places`` (N,), and the scalar ``count``,
-        float64. ``places`` says where each example as it was given stands among the M held, of which one without a row
-        stands for all such.
+        """``gradients`` (rows, p), ``inputs`` (rows, q), ``lengths`` (M,), ``places`` (N,), the scalar ``count``, float64,
+        and ``weights`` (N,) where examples are weighted. ``places`` says where each example as it was given stands among
+        the M held, of which one without a row stands for all such.
         """
-        return {
+        weights = {} if self.weights is None else {"weights": self.weights}
+        return weights | {
             "gradients": self.gradients,
             "inputs": self.inputs,
             "lengths": self.lengths,
@@ -98,7 +111,7 @@ class ExactOperator(SymmetricOperator):
     def from_tensors(cls, tensors: Mapping[str, Tensor], side: str = "both") -> Self:
         """The operator whose :meth:`tensors` these were, whatever ``side``: it acts on both."""
         made = cls(tensors["gradients"], tensors["inputs"], tensors["lengths"], float(tensors["count"]))
-        made._places = tensors["places"]
+        made._places, made.weights = tensors["places"], tensors.get("weights")
         return made
 
     def _factors(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -159,12 +172,28 @@ class ExactOperator(SymmetricOperator):
         return len(self._places)
 
     def weight_gradients(self) -> Tensor:
-        """G_i = D_iᵀA_i of every example, dense, (N, p, q), in the order in which the examples were given."""
-        every = torch.cat([g for _, g in self._weight_gradients()])
-        return every[self._places].reshape(-1, *self.layer_shape)
+        """G_i of every example, dense, (N, p, q), in the order in which the examples were given, whatever their weights.
+
+        Raises:
+            ValueError: for an example of weight zero, whose gradient is not here.
+        """
+        every = torch.cat([g for _, g in self._weight_gradients()])[self._places]
+        return self._unweighted(every.T).T.reshape(-1, *self.layer_shape)
+
+    def _unweighted(self, values: Tensor) -> Tensor:
+        """Values linear in each example's gradient, (..., N), without the roots of the weights."""
+        if self.weights is None:
+            return values
+        if not bool((self.weights > 0).all()):
+            none = int((self.weights <= 0).sum())
+            raise ValueError(
+                f"{none} of {len(self.weights)} examples have the weight zero, so that nothing is known of them here; leave "
+                "them out of the estimate"
+            )
+        return values / self.weights.sqrt().to(values)
 
     def inner(self, delta: Any) -> Tensor:
-        """The first-order change of each example's objective, ⟨G_i, ΔW⟩, differentiable in the update.
+        """The first-order change of each example's objective, ⟨G_i, ΔW⟩, whatever its weight; differentiable in the update.
 
         Several updates at once meet every example in the cheaper of two ways: through its factors, or through its
         weight gradient, which is formed for a few examples at a time.
@@ -176,8 +205,12 @@ class ExactOperator(SymmetricOperator):
             (N,), or (Q, N) for several, of the operator's dtype, in the order in which the examples were given.
 
         Raises:
-            ValueError: if the shape does not fit.
+            ValueError: if the shape does not fit, or for an example of weight zero.
         """
+        return self._unweighted(self._weighted_inner(delta))
+
+    def _weighted_inner(self, delta: Any) -> Tensor:
+        """√w_i ⟨G_i, ΔW⟩, whose squares the Fisher sums: see :meth:`inner`."""
         p, q = self.layer_shape
         several = isinstance(delta, Tensor) and delta.ndim == 3
         if not several:
@@ -189,7 +222,7 @@ class ExactOperator(SymmetricOperator):
                 columns = dense.flatten(1).T
                 return torch.cat([g @ columns for _, g in self._weight_gradients()])[self._places].T
             if several:
-                return torch.stack([self.inner(one) for one in dense])
+                return torch.stack([self._weighted_inner(one) for one in dense])
             parts = [((a @ dense.T) * d).sum((1, 2)) for _, d, a in self._factors(p + q)]
         else:
             left, right = delta.left.to(self.dtype), delta.right.to(self.dtype)
@@ -198,9 +231,9 @@ class ExactOperator(SymmetricOperator):
         return torch.cat(parts)[self._places]
 
     def dual(self) -> Tensor:
-        """⟨G_i, G_j⟩/N, (N, N), in the order in which the examples were given: the same eigenvalues but for zeros.
+        """√(w_i w_j) ⟨G_i, G_j⟩/N, (N, N), in the order in which the examples were given: the same eigenvalues but for zeros.
 
-        ⟨G_i, G_j⟩ = Σ (A_iA_jᵀ)∘(D_iD_jᵀ).
+        ⟨G_i, G_j⟩ = Σ (A_iA_jᵀ)∘(D_iD_jᵀ); weights are ones where none were given.
         """
         return self._held_dual()[self._places][:, self._places]
 

@@ -63,7 +63,7 @@ class JointFisher:
         return next(iter(self.operators.values())).examples
 
     def inner(self, updates: Mapping[str, Any]) -> Tensor:
-        """The first-order change of each example's objective, Σ_l ⟨G_il, ΔW_l⟩, differentiable in the updates.
+        """The first-order change of each example's objective, Σ_l ⟨G_il, ΔW_l⟩, whatever its weight; differentiable.
 
         Args:
             updates: layer name -> ΔW: a (p, q) tensor, or factors with ``.left`` (p, r) and ``.right`` (r, q); or Q
@@ -73,16 +73,20 @@ class JointFisher:
             (N,), or (Q, N), of the operators' dtype, in the order of the examples.
 
         Raises:
-            ValueError: no update, a layer that this Fisher does not have, or an update of another shape.
+            ValueError: no update, a layer that this Fisher does not have, an update of another shape, or an example of weight
+                zero.
         """
+        self._check_layers(updates)
+        return torch.stack([self.operators[name].inner(delta) for name, delta in updates.items()]).sum(0)
+
+    def _check_layers(self, updates: Mapping[str, Any]) -> None:
         if unknown := sorted(set(updates) - set(self.operators)):
             raise ValueError(f"updates names layers that this Fisher does not have: {', '.join(map(repr, unknown))}")
         if not updates:
             raise ValueError("updates is empty; pass at least one layer's update")
-        return torch.stack([self.operators[name].inner(delta) for name, delta in updates.items()]).sum(0)
 
     def quadratic(self, updates: Mapping[str, Any]) -> Tensor:
-        """1/N Σ_i (Σ_l ⟨G_il, ΔW_l⟩)², a scalar, differentiable in the updates.
+        """1/N Σ_i w_i (Σ_l ⟨G_il, ΔW_l⟩)², a scalar, differentiable in the updates; w_i is 1 where nothing is weighted.
 
         For a Fisher of whole responses (``reduction="sum"``) half of it is, to second order, a drift in nats a response.
 
@@ -93,14 +97,16 @@ class JointFisher:
             Scalar tensor of the operators' dtype.
 
         Raises:
-            ValueError: as for :meth:`inner`, or several updates of a layer.
+            ValueError: no update, a layer that this Fisher does not have, or several updates of a layer or one of another shape.
         """
+        self._check_layers(updates)
         for update in updates.values():
             check_single(update)
-        return self.inner(updates).square().sum() / next(iter(self.operators.values())).count
+        moved = [self.operators[name]._weighted_inner(delta) for name, delta in updates.items()]
+        return torch.stack(moved).sum(0).square().sum() / next(iter(self.operators.values())).count
 
     def dual(self) -> Tensor:
-        """Σ_l ⟨G_il, G_jl⟩/N, (N, N): its eigenvalues are those of the joint Fisher but for zeros."""
+        """Σ_l √(w_i w_j) ⟨G_il, G_jl⟩/N, (N, N): its eigenvalues are those of the joint Fisher but for zeros."""
         return torch.stack([operator.dual() for operator in self.operators.values()]).sum(0)
 
     def trace(self) -> Tensor:

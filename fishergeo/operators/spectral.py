@@ -81,19 +81,22 @@ class SpectralOperator(SymmetricOperator):
         return self.values.sum() + self.rest * (self.shape[0] - len(self.values))
 
     def eigh(self, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest eigenpairs, (values (k,), vectors (size, k)); by default all that are known.
+        """The k largest eigenpairs, (values (k,), vectors (size, k)); by default all that are known, or all where a known
+        one is less than ``rest``.
 
         Raises:
             ValueError: if k exceeds the known rank.
         """
-        if self.rest:
-            return super().eigh(k)
-        k = checked_rank(k, len(self.values))
-        return self.values[:k], self.vectors[:, :k]
+        if self.rest or (len(self.values) < self.shape[0] and bool((self.values < 0).any())):
+            return super().eigh(k)  # what is orthogonal to the known vectors may come before some of them
+        values, vectors = self.known_eigenpairs()
+        k = checked_rank(k, len(values))
+        return values[:k], vectors[:, :k]
 
     def known_eigenpairs(self) -> tuple[Tensor, Tensor]:
         """The eigenpairs that it is made of: values (k,), descending, and vectors (size, k)."""
-        return self.values, self.vectors
+        order = self.values.argsort(descending=True, stable=True)
+        return self.values[order], self.vectors[:, order]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         values, known = self.values.double(), len(self.values)

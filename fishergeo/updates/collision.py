@@ -250,14 +250,14 @@ def _normalised(part: Any, rest: Any) -> tuple[Any, Any]:
     """Each update over a constant of its own size: angles do not change, nor do gradients, and nothing underflows."""
 
     def unit(matrix: torch.Tensor) -> torch.Tensor:
-        return matrix / magnitude(matrix, (-2, -1))
+        return matrix / magnitude(matrix, dim=(-2, -1))
 
     if not isinstance(part, LowRank):
         return unit(part), unit(rest)
-    right = unit(part.right)
-    return LowRank(unit(part.left), right), LowRank(
-        unit(rest.left), right if rest.right is part.right else unit(rest.right)
-    )
+    rows = magnitude(part.right, dim=-1), magnitude(rest.right, dim=-1)
+    right = part.right / rows[0]
+    other = right if rest.right is part.right else rest.right / rows[1]
+    return LowRank(unit(part.left * rows[0].mT), right), LowRank(unit(rest.left * rows[1].mT), other)
 
 
 def _gram_inners(first: Any, second: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -280,6 +280,16 @@ def _gram_inners(first: Any, second: Any) -> tuple[torch.Tensor, torch.Tensor, t
 def _trace(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """tr(XY)."""
     return (x * y.mT).sum(dim=(-2, -1))
+
+
+def _images(metric: object, parts: Sequence[Any]) -> list[Any]:
+    """M @ each part, both over one constant of their size, which the ratio does not see."""
+    images = [_apply_metric(metric, part) for part in parts]
+    thin = [image.left if isinstance(image, LowRank) else image for image in images]
+    for matrix in thin:
+        check_finite("metric @ part", matrix)
+    size = magnitude(*thin, dim=(-2, -1))
+    return [LowRank(x.left / size, x.right) if isinstance(x, LowRank) else x / size for x in images]
 
 
 def _metric_squares(parts: Sequence[Any], images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,7 +324,8 @@ def geodesic_separation(
 
     Factors cost O((p+q)·r²) and one product of M with p×r; dense parts form a p×p product under "input-gram" and a
     q×q product under "output-gram". Scaling a part does not change the value. Where a part is zero, the value and
-    its gradient are zero.
+    its gradient are zero. What a split leaves of nothing is not zero but rounding, some eps of the other part, and has an
+    angle like any other: whether a part is one, its norm tells.
 
     Args:
         part: LowRank or dense tensor (..., p, q), any floating dtype; half precision is computed in float32.
@@ -349,7 +360,7 @@ def geodesic_separation(
     else:
         if isinstance(metric, torch.Tensor):
             metric = metric.to(work)
-        image_a, image_t = (a, t) if isinstance(metric, str) else (_apply_metric(metric, a), _apply_metric(metric, t))
+        image_a, image_t = (a, t) if isinstance(metric, str) else _images(metric, (a, t))
         numerator = _inner(a, image_t) ** 2
         squares = list(_metric_squares((a, t), (image_a, image_t)))
         power = 1.0

@@ -27,11 +27,12 @@ def _check_factor(name: str, factor: object) -> torch.Tensor:
     return factor
 
 
-def magnitude(matrix: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
-    """Largest magnitude over `dim`, which is kept, as a constant to divide by: 1 where all is zero."""
-    if matrix.numel() == 0:
-        return matrix.new_ones(()).expand(*matrix.shape[:-2], 1, 1)
-    size = matrix.detach().abs().amax(dim=dim, keepdim=True)
+def magnitude(*matrices: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """Largest magnitude of all over `dim`, which is kept, as a constant to divide by: 1 where all is zero."""
+    size = matrices[0].new_zeros(()).expand(*matrices[0].shape[:-2], 1, 1)
+    for matrix in matrices:
+        if matrix.numel():
+            size = torch.maximum(size, matrix.detach().abs().amax(dim=dim, keepdim=True))
     return torch.where(size > 0, size, 1)
 
 
@@ -40,12 +41,13 @@ class LowRank:
     """The matrix `left @ right`, kept as its factors; for a LoRA update these are s·B and A (Hu et al. 2021).
 
     Sums concatenate factors (so ranks add), products multiply into the thinner side, and norms and inner products
-    go through r×r Gram matrices, tr(LᵀL·RRᵀ): nothing of size p×q is ever formed but by `to_dense`. Leading
+    go through r×r matrices, tr(LᵀL·RRᵀ): nothing of size p×q is ever formed but by `to_dense`. Leading
     dimensions are a batch, for example of experts. Everything stays in the factors' dtype and is differentiable; what
     is summed to a number is summed in float32 or wider.
 
-    Gram matrices square the condition number: where a difference of nearly equal matrices is normed, the result is
-    good to about eps·‖left‖·‖right‖ in absolute terms, not to eps of the small difference.
+    A difference of nearly equal matrices has large factors that cancel: its norm is good to about eps·‖left‖·‖right‖ in
+    absolute terms, its inner products and quadratic forms to no more than eps·‖left‖²·‖right‖². Where both have factors of
+    one shape, as a weight before and after a step, `change_from` gives the difference in factors that are small themselves.
 
     Args:
         left: shape (..., p, r), any real floating dtype.
@@ -128,10 +130,19 @@ class LowRank:
         """
         if self.ndim == 2:
             raise IndexError("this LowRank has no batch dimension to index; use to_dense() for entries")
-        left, right = self.left[index], self.right[index]  # type: ignore[index]
-        if left.shape[-2:] != self.left.shape[-2:] or right.shape[-2:] != self.right.shape[-2:]:
-            raise IndexError(f"index {index!r} reaches into the matrix dimensions of a LowRank of shape {self.shape}")
-        return LowRank(left, right)
+        places = torch.arange(self.shape[:-2].numel(), device=self.device).reshape(self.shape[:-2])
+        parts = index if isinstance(index, tuple) else (index,)
+        parts = parts[:-1] if parts and parts[-1] is Ellipsis else parts  # what follows is the matrix, whole
+        try:
+            if any(part is Ellipsis for part in parts):
+                raise IndexError("... before another index counts from the end, where the matrix is")
+            places = places[parts]
+        except IndexError as error:
+            raise IndexError(
+                f"index {index!r} of a LowRank of shape {tuple(self.shape)} reaches into the matrix dimensions, or does not "
+                f"fit the batch: {error}; use to_dense() for entries"
+            ) from error
+        return LowRank(self.left.flatten(0, -3)[places], self.right.flatten(0, -3)[places])
 
     def to(self, *args: Any, **kwargs: Any) -> "LowRank":
         """Factors moved or cast as by `torch.Tensor.to`."""
@@ -168,6 +179,30 @@ class LowRank:
         if not isinstance(other, LowRank):
             return NotImplemented
         return self + (-other)
+
+    def change_from(self, start: "LowRank") -> "LowRank":
+        """LR − L0R0 as (L − L0)R + L0(R − R0): exactly zero where nothing has moved, with no large terms that cancel.
+
+        Args:
+            start: L0 and R0, of the same shapes, dtype and device.
+
+        Returns:
+            LowRank of rank 2r.
+
+        Raises:
+            TypeError: `start` is no LowRank, or has another dtype.
+            ValueError: factors of other shapes or on another device.
+        """
+        if not isinstance(start, LowRank):
+            raise TypeError(f"start must be a LowRank, got {type(start).__name__}")
+        check_same_kind("this LowRank", self, "start", start)
+        if (start.left.shape, start.right.shape) != (self.left.shape, self.right.shape):
+            raise ValueError(
+                f"start has factors of shapes {tuple(start.left.shape)} and {tuple(start.right.shape)}, this LowRank "
+                f"{tuple(self.left.shape)} and {tuple(self.right.shape)}; use - where they differ"
+            )
+        left = torch.cat([self.left - start.left, start.left], dim=-1)
+        return LowRank(left, torch.cat([self.right, self.right - start.right], dim=-2))
 
     def __neg__(self) -> "LowRank":
         return LowRank(-self.left, self.right)
@@ -252,21 +287,37 @@ class LowRank:
         """
         work = torch.promote_types(self.dtype, torch.float32)
         left, right = self.left.to(work), self.right.to(work)
-        rows = magnitude(right, -1)
+        rows = magnitude(right, dim=-1)
         left = left * rows.mT
-        whole = magnitude(left, (-2, -1))
+        whole = magnitude(left, dim=(-2, -1))
         return LowRank(left / whole, right / rows), whole
 
     def squared_norm(self) -> torch.Tensor:
         """Squared Frobenius norm tr(LᵀL·RRᵀ), never negative, of the batch shape; its gradient at zero is zero."""
+        balanced, size = self._balanced()
+        return (balanced._squares() * size[..., 0, 0].square()).to(self.dtype)
+
+    def _squares(self) -> torch.Tensor:
+        """Squared norm of balanced factors, differentiable through their Gram matrices."""
         value = self.inner(self)
-        # Rounding may leave a cancelled norm a little below zero. The value is lifted, the gradient stays the true one.
-        return value + (value.clamp(min=0) - value).detach()
+        with torch.no_grad():
+            exact = self._uncancelled()
+        # Of factors that cancel the Gram matrices leave noise, perhaps below zero; their gradient, linear in the matrix,
+        # is good to rounding.
+        return value + (exact - value).detach()
+
+    def _uncancelled(self) -> torch.Tensor:
+        """Squared norm of which cancellation between the factors takes eps·‖left‖·‖right‖ and not the root of that."""
+        if self.dtype != torch.float64 and self.device.type != "mps":  # where products of float64 are exact enough
+            wide = self.to(torch.float64)
+            return wide.inner(wide).clamp(min=0).to(self.dtype)
+        left, right = (torch.linalg.qr(factor, mode="r").R for factor in (self.left, self.right.mT))
+        return (left @ right.mT).square().sum(dim=(-2, -1))
 
     def norm(self) -> torch.Tensor:
         """Frobenius norm, of the batch shape; at zero its gradient is taken to be zero (the least subgradient)."""
         balanced, size = self._balanced()
-        squared = balanced.squared_norm()
+        squared = balanced._squares()
         positive = squared > 0
         root = torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
         return (root * size[..., 0, 0]).to(self.dtype)
@@ -428,7 +479,7 @@ def _cosines(updates: list[Any], name: str) -> torch.Tensor:
     work = torch.promote_types(checked[0].dtype, torch.float32)
     checked = [x.detach().to(work) for x in checked]
     # A cosine does not see scale, but squares of very small or large entries would leave the dtype's range.
-    checked = [x._balanced()[0] if isinstance(x, LowRank) else x / magnitude(x, (-2, -1)) for x in checked]
+    checked = [x._balanced()[0] if isinstance(x, LowRank) else x / magnitude(x, dim=(-2, -1)) for x in checked]
     norms = torch.stack([x.norm() for x in checked])
     gram = torch.stack([torch.stack([_inner(x, y) for y in checked]) for x in checked])
     scale = norms[:, None] * norms

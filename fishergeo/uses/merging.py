@@ -113,7 +113,7 @@ def merge_weights(
     for name in layers[0]:
         operators = [fisher[name] for fisher in fishers]
         weights = [
-            effective(model, own[name]).to(operators[0].dtype) for model, own in zip(models, layers, strict=True)
+            _wide(effective(model, own[name]), operators[0].dtype) for model, own in zip(models, layers, strict=True)
         ]
         for place, weight in enumerate(weights):
             check_finite(f"the weight of layer {name!r} in models[{place}]", weight)
@@ -122,7 +122,8 @@ def merge_weights(
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         # The residual of the recursion, by which it stops, and the true one part by some roundings.
-        allowed = 10 * max(tolerance, 8 * torch.finfo(merged.dtype).eps)
+        precision = torch.finfo(torch.promote_types(operators[0].dtype, torch.float32)).eps
+        allowed = 10 * max(tolerance, 8 * precision)
         if not residual <= allowed:
             warnings.warn(
                 f"layer {name!r}: the residual is {residual:.2g} of its start after {steps} steps; raise damping or "
@@ -190,6 +191,11 @@ def _averages(models: Sequence[nn.Module], shares: Sequence[float]) -> tuple[dic
     return means, differing
 
 
+def _wide(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the wider of its own dtype and another, float32 at least: a Fisher's may not tell two weights apart."""
+    return weight.to(torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32))
+
+
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     # From the first on, so that equal tensors average to themselves, to the bit.
@@ -216,6 +222,8 @@ def _merged(
         operators = [DiagonalOperator(op.diagonal().double().reshape(mean.shape)) for op in operators]
     elif one_sided:
         operators = [DenseOperator(op.to_dense().double(), op.side) for op in operators]
+    else:
+        operators = [op._widened() for op in operators]
     dtype = operators[0].dtype
     away = [(weight - mean).to(dtype) for weight in weights]
     # Weights of the size of one: their product with a small Fisher is then no smaller than that is.

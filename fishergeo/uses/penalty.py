@@ -101,18 +101,26 @@ class QuadraticPenalty:
         terms = []
         for task in self._tasks:
             for name, operator in task.operators.items():
-                value = operator.quadratic(self._moved(name, task.anchors[name], operator.dtype))
+                value = operator.quadratic(self._moved(name, task.anchors[name]))
                 terms.append((0.5 * task.strength) * value)
         device = terms[0].device
         return torch.stack([term.to(device) for term in terms]).sum()
 
-    def _moved(self, name: str, anchor: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | LowRank:
+    def _moved(self, name: str, anchor: Mapping[str, Tensor]) -> Tensor | LowRank:
+        """How far a layer is from where the task left it, in float32 or wider: an operator's dtype may not tell the two apart."""
         layer = self._layers[name]
         if "weight" in anchor:
-            return effective(self.model, layer).to(dtype) - anchor["weight"].to(dtype)
-        now = adapter_update(self.model, layer)
-        before = LowRank(-anchor["left"].to(dtype), anchor["right"].to(dtype))
-        return before if now is None else now.to(dtype) + before
+            weight = effective(self.model, layer)
+            work = torch.promote_types(torch.promote_types(weight.dtype, anchor["weight"].dtype), torch.float32)
+            return weight.to(work) - anchor["weight"].to(work)
+        now, before = adapter_update(self.model, layer), LowRank(anchor["left"], anchor["right"])
+        if now is None:
+            return -before
+        work = torch.promote_types(torch.promote_types(now.dtype, before.dtype), torch.float32)
+        now, before = now.to(work), before.to(work)
+        # Of other factors, as of another rank, the difference is one of large terms.
+        alike = (now.left.shape, now.right.shape) == (before.left.shape, before.right.shape)
+        return now.change_from(before) if alike else now - before
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes every task's strength, weights and operators as one safetensors file, atomically.

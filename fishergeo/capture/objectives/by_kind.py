@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo.capture.model_adapters import problem_type, unwrapped
-from fishergeo.capture.objectives.labels import Alignment, Rows, logits_and_labels
+from fishergeo.capture.objectives.labels import Alignment, Rows, logits_and_labels, on_labels
 
 Kind = Literal["empirical", "mc", "type2", "ggn", "margin"]
 
@@ -112,7 +112,7 @@ def example_objectives(
         if token_weights is not None:
             raise ValueError(f"token_weights need the labels of a classifier, got {labels.dtype} ones to regress on")
         return _regression(logits, labels, kind, draw, max_draws)
-    weights = None if token_weights is None else token_weights(batch)
+    weights = None if token_weights is None else on_labels(token_weights(batch), batch, labels)
     if problem == "multi_label_classification" or floating:
         if weights is not None:
             raise ValueError(f"token_weights need integer labels of one token each, got {labels.dtype} {problem}")

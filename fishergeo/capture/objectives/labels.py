@@ -202,7 +202,6 @@ class Rows:
         count = len(labels)
         valid = labels != -100
         if weights is not None:
-            weights = _aligned(weights, labels)
             chosen = weights[valid]
             if not bool(((chosen >= 0) & torch.isfinite(chosen)).all()):
                 raise ValueError("token_weights must be finite and non-negative")
@@ -290,10 +289,20 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _aligned(weights: Tensor, labels: Tensor) -> Tensor:
-    """Token weights on the positions of (possibly shifted) labels."""
-    if weights.shape == labels.shape:
-        return weights
-    if weights.ndim == 2 and weights.shape == (len(labels), labels.shape[1] + 1):
-        return weights[:, 1:]
-    raise ValueError(f"token_weights returned {tuple(weights.shape)}; it must have the shape of the batch's labels")
+def on_labels(weights: Tensor, batch: Any, labels: Tensor) -> Tensor:
+    """Token weights on the positions of labels that stand against logits, which a causal model's first do not.
+
+    Args:
+        weights: of the shape of the batch's labels.
+        batch: a mapping with ``labels``.
+        labels: those that :func:`logits_and_labels` gave.
+
+    Raises:
+        ValueError: for weights of another shape.
+    """
+    whole = _labels(batch)
+    if weights.shape != whole.shape:
+        raise ValueError(
+            f"token_weights returned {tuple(weights.shape)}; it must have the shape of the batch's labels, {tuple(whole.shape)}"
+        )
+    return weights[:, whole.shape[1] - labels.shape[1] :] if labels.shape != whole.shape else weights

@@ -342,3 +342,11 @@ def test_squares_past_the_range_of_float32_are_refused_by_layer(structure, large
     with pytest.raises(FloatingPointError, match="layer '': a sum is not finite; pass dtype"):
         fg.estimate_fisher(model, [x], structure, rank=2, loss=loss)
     assert fg.estimate_fisher(model, [x], structure, rank=2, loss=loss, dtype=torch.float64)[""].trace() > 0
+
+
+@pytest.mark.parametrize("wider", [-1, 1])
+def test_token_weights_of_another_length_are_refused(wider):
+    batch = collate(EXAMPLES)
+    length = batch["labels"].shape[1]
+    with pytest.raises(ValueError, match=rf"token_weights returned \(6, {length + wider}\).*labels, \(6, {length}\)"):
+        estimate([batch], "gram", token_weights=lambda batch: torch.ones(6, length + wider))

@@ -210,3 +210,28 @@ def test_a_guard_holds_one_factor_before_and_after_its_checkpoint(tmp_path):
     for guard in guards:
         matrices = guard.updates.matrices.items()
         assert_one_factor_a_group({matrix.plain: guard.layers[name].operator for name, matrix in matrices})
+
+
+class Pair(torch.nn.Module):
+    """Two layers that read one tensor, or each its own."""
+
+    def __init__(self, together):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (torch.nn.Linear(3, 2).double() for _ in range(2))
+        self.together = together
+
+    def forward(self, x):
+        return self.a(x) + self.b(x if self.together else x.flip(1))
+
+
+def test_estimates_that_share_inputs_otherwise_are_not_added():
+    data = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = lambda model, batch: model(batch).sin().sum(1)
+    one, other = (fg.estimate_fisher(Pair(t), [data], "kfac", loss=loss) for t in (True, False))
+    for first, second in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match=r"layer 'a' shares its input with .* share_inputs=False"):
+            first.merge(second)
+    apart = [fg.estimate_fisher(Pair(t), [data], "kfac", loss=loss, share_inputs=False) for t in (True, False)]
+    moments = data.T @ data, data.flip(1).T @ data.flip(1)
+    assert_close(apart[0].merge(apart[1])["b"].input_factor, (moments[0] + moments[1]) / 8)

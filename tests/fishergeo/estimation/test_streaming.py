@@ -237,6 +237,19 @@ def test_data_that_change_between_passes_are_noticed():
         stream.multi_matmul(block)
 
 
+def test_a_model_that_has_moved_since_the_first_pass_is_noticed():
+    model = Tagger()
+    stream = fg.StreamingFisher(model, make_batches(), layers=["first"], loss=loss)
+    trace = stream["first"].trace()
+    with torch.no_grad():
+        model.first.weight.mul_(10)
+    for call in (stream["first"].trace, stream["first"].diagonal, lambda: stream["first"] @ torch.eye(7).double()):
+        with pytest.raises(RuntimeError, match="weights have changed since the first pass"):
+            call()
+    fresh = fg.StreamingFisher(model, make_batches(), layers=["first"], loss=loss)
+    assert float(fresh["first"].trace()) != float(trace)
+
+
 def bad_batches():
     batches = make_batches()
     batches[1]["inputs"][0, 0, 0] = torch.nan

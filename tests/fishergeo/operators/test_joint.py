@@ -170,3 +170,31 @@ def test_an_example_without_a_supervised_token_is_a_datum_of_no_layer():
     moved = updates(fg.JointFisher(exact), 0)
     expected = sum(torch.einsum("ipq,pq->i", gradients[name], moved[name].left @ moved[name].right) for name in NAMES)
     assert_close(fg.JointFisher(exact).inner(moved), expected)
+
+
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_what_an_update_does_to_an_example_is_the_same_whatever_its_weight(unit):
+    examples, weights = make_examples([5, 8, 4, 7]), torch.tensor([0.5, 2.0, 1.0, 3.0]).double()
+    model, plain = estimated(examples, unit=unit)
+    edges = [slice(0, 3), slice(3, 4)]
+    batches = [collate(examples[part]) | {"w": weights[part]} for part in edges]
+    estimate = lambda part=batches, **options: fg.estimate_fisher(
+        model, part, structure="exact", layers=list(NAMES), unit=unit, **options
+    )
+    moved = updates(plain, 3)
+    wanted, dense = plain.inner(moved), {name: one.weight_gradients() for name, one in plain.operators.items()}
+    weighted = estimate(example_weights="w")
+    merged = estimate(batches[:1], example_weights="w").merge(estimate(batches[1:], example_weights="w"))
+    for fisher in (weighted, merged, estimate(decay=0.5), estimate().scaled(0.3)):
+        joint = fg.JointFisher(dict(fisher))
+        assert_close(joint.inner(moved), wanted, 1e-6)  # its norms compute in float32
+        for name in NAMES:
+            assert_close(fisher[name].weight_gradients(), dense[name], 1e-6)
+            again = fg.operator_from_tensors("ExactOperator", fisher[name].tensors())
+            assert_close(again.inner(moved[name]), fisher[name].inner(moved[name]))
+    if unit == "sequence":  # the form itself is of the weighted examples
+        quadratic = fg.JointFisher(dict(weighted)).quadratic(moved)
+        assert_close(quadratic, (weights * wanted.square()).sum() / weights.sum(), 1e-6)
+    nothing = estimate([batches[0] | {"w": torch.tensor([1.0, 0.0, 1.0])}], example_weights="w")
+    with pytest.raises(ValueError, match="have the weight zero"):
+        fg.JointFisher(dict(nothing)).inner(moved)

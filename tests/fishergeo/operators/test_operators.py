@@ -411,3 +411,63 @@ def test_the_factors_of_an_operator_are_those_of_its_kronecker_product(operator)
     ]
     delta = random(P, Q, seed=9)
     assert_close(operator.quadratic(delta), ((dense[0] @ delta) * (delta @ dense[1])).sum())
+
+
+@pytest.mark.parametrize("name", ["diagonal", "eigen-kronecker", "kronecker"])
+def test_second_derivatives_in_factors_are_those_of_the_dense_form(name):
+    operator, left, right = CASES[name](), random(P, 2), random(2, Q, seed=1)
+    hessians = [
+        torch.autograd.functional.hessian(lambda x, form=form: operator.quadratic(form(x)), left)
+        for form in (lambda x: fg.LowRank(x, right), lambda x: x @ right)
+    ]
+    assert_close(*hessians)
+    assert torch.autograd.gradgradcheck(
+        lambda l, r: operator.quadratic(fg.LowRank(l, r)), (left.requires_grad_(), right.requires_grad_())
+    )
+
+
+def test_entries_that_ask_for_a_gradient_get_it_from_factors_too():
+    entries, update = random(P, Q).square().requires_grad_(), fg.LowRank(random(P, 2), random(2, Q, seed=1))
+    (found,) = torch.autograd.grad(fg.DiagonalOperator(entries).quadratic(update), entries)
+    assert_close(found, update.to_dense().square())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quadratic_forms_of_half_precision_do_not_leave_its_range(dtype):
+    update = fg.LowRank(torch.full((100, 1), 1e-4), torch.ones(1, 100))
+    for operator, wanted in (
+        (fg.DiagonalOperator(torch.full((100, 100), 50.0, dtype=dtype)), 50 * 1e-4),
+        (fg.KroneckerOperator(torch.eye(100, dtype=dtype), 50 * torch.eye(100, dtype=dtype)), 50 * 1e-4),
+        (fg.DenseOperator(torch.eye(100, dtype=dtype)) * 3.0, 3 * 1e-4),
+    ):
+        for form in (update, update.to_dense()):
+            value = operator.quadratic(form)
+            assert value.dtype == torch.float32 and float(value) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_functions_of_an_indefinite_operator_are_its_own_or_refused():
+    matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()  # 3 and -1
+    operator, eye = fg.DenseOperator(matrix), torch.eye(2).double()
+    assert_close(operator.inverse(2.0).to_dense(), torch.linalg.inv(matrix + 2 * eye))
+    assert_close(operator.solve(torch.tensor([1.0, -1.0]).double(), 2.0), torch.tensor([1.0, -1.0]).double())
+    assert_close(operator.logdet(2.0), torch.logdet(matrix + 2 * eye))
+    for call in (operator.sqrt, lambda: operator.inverse(0.5), operator.logdet):
+        with pytest.raises(ValueError, match="not positive semi-definite: its least eigenvalue is -1"):
+            call()
+    entries = fg.DiagonalOperator(torch.tensor([[3.0, -1e-9]]).double())
+    with pytest.raises(ValueError, match="least eigenvalue is -1e-09"):
+        entries.power(0.5)
+
+
+def test_known_pairs_come_in_order_and_zeros_count_among_them():
+    vectors = orthogonal(P, 2)
+    unsorted = fg.SpectralOperator(torch.tensor([1.0, 5.0]).double(), vectors)
+    assert float(unsorted.eigh(1)[0]) == 5
+    assert_close(unsorted.eigh(1)[1].abs(), vectors[:, 1:].abs())
+    below = fg.SpectralOperator(torch.tensor([-1.0, -2.0]).double(), vectors)
+    assert_close(below.eigh(3)[0], torch.linalg.eigvalsh(below.to_dense()).flip(0)[:3], 1e-10)
+
+
+def test_a_log_determinant_is_not_rounded_to_the_dtype_of_the_operator():
+    operator = fg.DiagonalOperator(torch.full((1000, 1000), 3.0))
+    assert float(operator.logdet(1.0)) == pytest.approx(1e6 * torch.tensor(4.0).double().log().item(), rel=1e-13)

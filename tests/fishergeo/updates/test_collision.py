@@ -512,6 +512,28 @@ def test_float32_angles_neither_underflow_nor_overflow(scale):
         assert torch.allclose(fg.geodesic_separation(scale * a, t, metric), plain, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20])
+def test_angles_do_not_see_the_scale_of_a_metric_nor_how_factors_share_theirs(scale):
+    pair = [fg.LowRank(gaussian(i, 6, 3).float(), gaussian(i + 5, 3, 5).float()) for i in range(2)]
+    metric = semidefinite(7, 6).float()
+    for one in (metric, fg.DenseOperator(metric)):
+        plain = fg.geodesic_separation(*pair, one)
+        assert torch.allclose(fg.geodesic_separation(*pair, scale * one), plain, rtol=1e-4)
+    rows = torch.tensor([scale, 1.0, 1 / scale])
+    shared = [fg.LowRank(x.left * rows, x.right / rows[:, None]) for x in pair]
+    for name in ("euclidean", "input-gram", "output-gram"):
+        plain = fg.geodesic_separation(*pair, name)
+        assert torch.allclose(fg.geodesic_separation(*shared, name), plain, rtol=1e-4)
+
+
+def test_an_operator_metric_with_nan_is_refused():
+    broken = torch.eye(4).double()
+    broken[0, 0] = torch.nan
+    a, t = gaussian(0, 4, 3), gaussian(1, 4, 3)
+    with pytest.raises(ValueError, match="metric @ part has 3 entries that are NaN"):
+        fg.geodesic_separation(a, t, fg.DenseOperator(broken))
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

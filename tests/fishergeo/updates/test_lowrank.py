@@ -324,3 +324,48 @@ def test_sums_of_half_precision_factors_neither_underflow_nor_overflow_on_the_wa
     assert float(large.inner(torch.full((4096, 4), 0.1).half())) == pytest.approx(4096 * 4 * 0.1 * 10, rel=1e-3)
     square = fg.LowRank(torch.full((4096, 4), 1e-4).half(), torch.full((4, 4096), 1e-4).half())
     assert float(square.trace()) == pytest.approx(4096 * 4 * 1e-8, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("away", [1e-2, 1e-4, 1e-6])
+def test_the_norm_of_a_small_difference_is_good_to_rounding_of_its_factors(dtype, away):
+    left, right, turn = gaussian(0, 2, 40, 5), gaussian(1, 2, 5, 30), torch.linalg.qr(gaussian(2, 5, 5))[0]
+    after = fg.LowRank((left + away * gaussian(3, 2, 40, 5)) @ turn, turn.mT @ right)
+    found = after.to(dtype) - fg.LowRank(left, right).to(dtype)
+    true = torch.linalg.matrix_norm(found.left.double() @ found.right.double())
+    allowed = 4 * torch.finfo(dtype).eps * float(found.left.norm() * found.right.norm())
+    assert float((found.norm().double() - true).abs().max()) < allowed
+    assert float((found.squared_norm().double().sqrt() - true).abs().max()) < allowed
+    assert bool((found.squared_norm() >= 0).all())
+
+
+def test_a_squared_norm_does_not_depend_on_how_the_scale_is_shared_out():
+    tiny = fg.LowRank(torch.full((3, 1), 1e-24), torch.full((1, 3), 1e14))
+    assert float(tiny.squared_norm()) == pytest.approx(9e-20, rel=1e-5)
+
+
+def test_a_change_of_factors_is_the_difference_and_zero_where_nothing_moved():
+    start = fg.LowRank(gaussian(0, 6, 2).float(), gaussian(1, 2, 5).float())
+    now = fg.LowRank(start.left + 1e-6 * gaussian(2, 6, 2).float(), start.right + 1e-6 * gaussian(3, 2, 5).float())
+    exact = now.left.double() @ now.right.double() - start.left.double() @ start.right.double()
+    gram = (0.1 + torch.eye(6)).double()
+    wanted = float((exact * (gram @ exact)).sum())
+    change = now.change_from(start)
+    assert torch.allclose(change.to_dense().double(), exact, rtol=0, atol=1e-11)
+    assert float(fg.DenseOperator(gram.float()).quadratic(change)) == pytest.approx(wanted, rel=1e-4)
+    assert float(start.change_from(start).to_dense().abs().max()) == 0
+    with pytest.raises(ValueError, match="start has factors of shapes"):
+        now.change_from(start + start)
+    with pytest.raises(TypeError, match="start must be a LowRank"):
+        now.change_from(torch.zeros(6, 5))
+
+
+def test_a_permutation_of_rows_or_columns_is_not_taken_for_one_of_factors():
+    order = torch.tensor([2, 0, 1])
+    for p, q in ((3, 5), (5, 3)):
+        one = fg.LowRank(gaussian(0, 2, p, 3), gaussian(1, 2, 3, q))
+        for index in ((slice(None), order), (..., order)):
+            with pytest.raises(IndexError, match="matrix dimensions"):
+                one[index]
+    assert_close(one[1, ...].to_dense(), one.to_dense()[1])
+    assert_close(one[None, [1, 0]].to_dense(), one.to_dense()[None, [1, 0]])

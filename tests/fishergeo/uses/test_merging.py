@@ -355,3 +355,16 @@ def test_what_is_refused_is_named():
         fg.merge_weights([one, wider], [grams, grams])
     with pytest.raises(ValueError, match=r"lacks layer '3\.weight'"):
         fg.merge_weights([one, torch.nn.Sequential(*wider, torch.nn.Linear(5, 1).double())], [grams, grams])
+
+
+def test_weights_that_a_fisher_could_not_tell_apart_are_merged_as_they_are():
+    cases = [(torch.bfloat16, torch.float32, 1.001, 1.002), (torch.float32, torch.float64, 1 + 2e-9, 1 + 4e-9)]
+    for fisher_dtype, dtype, first, second in cases:
+        models = [torch.nn.Linear(2, 1, bias=False, dtype=dtype) for _ in range(2)]
+        for model, value in zip(models, (first, second), strict=True):
+            torch.nn.init.constant_(model.weight, value)
+        halves = torch.eye(1, dtype=fisher_dtype), torch.eye(2, dtype=fisher_dtype)
+        for operator in (fg.DiagonalOperator(torch.ones(1, 2, dtype=fisher_dtype)), fg.KroneckerOperator(*halves)):
+            merged = fg.merge_weights(models, [{"": operator}] * 2).state["weight"]
+            assert merged.dtype == dtype
+            assert float((merged - (first + second) / 2).abs().max()) < 0.02 * (second - first)

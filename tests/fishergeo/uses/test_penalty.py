@@ -166,3 +166,34 @@ def test_what_is_refused_is_named(tmp_path):
     _storage.write(tmp_path / "else", {}, {"fisher": {}})
     with pytest.raises(ValueError, match="not one of a penalty"):
         fg.QuadraticPenalty.load(tmp_path / "else", model)
+
+
+def test_an_operator_of_half_precision_charges_what_it_could_not_tell_apart():
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    penalty = fg.QuadraticPenalty(model, {"": fg.DiagonalOperator(torch.ones(1, 2, dtype=torch.bfloat16))}, 2.0)
+    torch.nn.init.constant_(model.weight, 1.001)
+    value = penalty()
+    value.backward()
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(2e-6, rel=1e-3)
+    assert model.weight.grad.tolist()[0] == pytest.approx([2e-3, 2e-3], rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1e-5])
+def test_a_small_step_of_an_adapter_is_charged_for_what_it_is(step):
+    adapted = make(dtype=torch.float32)
+    move(adapted)
+    name = next(n for n, _ in adapted.named_modules() if n.endswith("q_proj.base_layer"))
+    wrapper = adapted.get_submodule(name.removesuffix(".base_layer"))
+    halves = wrapper.lora_B["default"].weight, wrapper.lora_A["default"].weight
+
+    def update():
+        return 3.0 * halves[0].detach().double() @ halves[1].detach().double()  # alpha 6 over rank 2
+
+    p, q = wrapper.base_layer.weight.shape
+    operator, before = fg.KroneckerOperator(psd(p), psd(q, 1)), update()
+    penalty = fg.QuadraticPenalty(adapted, {name: fg.KroneckerOperator(*(f.float() for f in operator.factors()))})
+    with torch.no_grad():
+        for place, half in enumerate(halves):
+            half.add_(step * half.abs().mean() * random(*half.shape, seed=place))
+    assert penalty().item() == pytest.approx(0.5 * operator.quadratic(update() - before).item(), rel=1e-2)
