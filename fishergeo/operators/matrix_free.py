@@ -85,7 +85,7 @@ def black_box(
         op: an operator, a square tensor (dense or sparse), a SciPy LinearOperator of real numbers, or a function of a
             (size, c) block. Blocks are copied before and products after, so that neither an operator that works in place
             nor one that returns the same memory every time is seen to.
-        size: size of a function.
+        size: size of a function; of anything else, its own or None.
         dtype: dtype of a function's blocks, float64 if left out.
         device: device of a function's blocks, the CPU if left out.
 
@@ -94,22 +94,14 @@ def black_box(
 
     Raises:
         TypeError: for anything else, or a tensor that is not floating.
-        ValueError: for a matrix that is not square or not symmetric, or a function without ``size``.
+        ValueError: for a matrix that is not square, not symmetric, not finite or of another ``size``, or a function
+            without ``size``.
     """
-    if isinstance(op, SymmetricOperator):
-        return _guarded(op.__matmul__), op.shape[0], op.dtype, op.device
-    if isinstance(op, LinearOperator):
-        return _of_scipy(op)
-    if isinstance(op, Tensor):
-        if op.ndim != 2 or op.shape[0] != op.shape[1]:
-            raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
-        op = op.detach()
-        if op.layout == torch.strided:
-            check_finite("op", check_tensor("op", op))
-            skew = float((op - op.T).abs().max())
-            if skew > torch.finfo(op.dtype).eps ** 0.5 * float(op.abs().max()):
-                raise ValueError(f"op is not symmetric: entries differ from their mirror image by up to {skew:.3g}")
-        return op.__matmul__, op.shape[0], op.dtype, op.device
+    if isinstance(op, SymmetricOperator | LinearOperator | Tensor):
+        found = _of_matrix(op)
+        if size is not None and size != found[1]:
+            raise ValueError(f"size={size}, but op has size {found[1]}; size is for functions, leave it out")
+        return found
     if not callable(op):
         raise TypeError(
             "op must be a SymmetricOperator, a square tensor, a SciPy LinearOperator or a function, got "
@@ -119,6 +111,28 @@ def black_box(
         raise ValueError("op is a function: pass size=, the number of rows of the blocks it takes")
     rows = check_integer("size", size, low=1)
     return _guarded(op), rows, dtype or torch.float64, torch.device(device or "cpu")
+
+
+def _of_matrix(op: SymmetricOperator | LinearOperator | Tensor) -> tuple[Product, int, torch.dtype, torch.device]:
+    if isinstance(op, SymmetricOperator):
+        return _guarded(op.__matmul__), op.shape[0], op.dtype, op.device
+    if isinstance(op, LinearOperator):
+        return _of_scipy(op)
+    if op.ndim != 2 or op.shape[0] != op.shape[1]:
+        raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
+    op = check_tensor("op", op.detach())
+    if op.layout == torch.strided:
+        entries, skew = op, op - op.T
+    else:
+        # In float64, since half precision has no sums of sparse tensors.
+        whole = op.to_sparse_coo().double()
+        entries, skew = whole.coalesce().values(), (whole - whole.T).coalesce().values()
+    check_finite("op", entries)
+    if len(skew) and bool(skew.abs().max() > torch.finfo(op.dtype).eps ** 0.5 * entries.abs().max()):
+        raise ValueError(
+            f"op is not symmetric: entries differ from their mirror image by up to {float(skew.abs().max()):.3g}"
+        )
+    return op.__matmul__, op.shape[0], op.dtype, op.device
 
 
 def _guarded(op: Product) -> Product:

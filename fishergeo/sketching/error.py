@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -42,6 +43,27 @@ class ErrorEstimate:
     trace_bound: float
     energy: float
     level: float
+
+
+def check_trace(trace: float, held: float, eps: float, columns: int = 0, name: str = "") -> None:
+    """Refuse a trace of F that is less than that of some F̂ ≤ F, from which every bound would come out as zero.
+
+    Args:
+        trace: tr(F), as the caller has it.
+        held: tr(F̂).
+        eps: rounding unit of the products that F̂ was made of; the two traces may differ by a rounding.
+        columns: columns of a sketch, each of which may add the shift that keeps its factorisation positive.
+        name: name of the layer.
+
+    Raises:
+        ValueError: for such a trace, NaN or infinity.
+    """
+    if not held * (1 - max(1e-5, eps**0.5, 10 * columns * eps)) <= trace < math.inf:
+        where = f"layer {name!r}: " if name else ""
+        raise ValueError(
+            f"{where}trace must be finite and at least {held:.6g}, the sum of the eigenvalues that were found, got "
+            f"{trace:.6g}; pass the trace of the whole operator, or none"
+        )
 
 
 def probe_error(
@@ -85,28 +107,39 @@ def probe_error(
 
 
 def factor_error(
-    values: Tensor, vectors: Tensor, probes: Tensor, images: Tensor, trace: float | None = None, level: float = 0.95
+    values: Tensor,
+    vectors: Tensor,
+    probes: Tensor,
+    images: Tensor,
+    trace: float | None = None,
+    level: float = 0.95,
+    k: int | None = None,
+    eps: float = 0.0,
 ) -> ErrorEstimate:
-    """The error of F̂ = U diag(λ) Uᵀ, known by its eigenpairs, from F·Z.
+    """The error of F̂ = U diag(λ) Uᵀ, known by its eigenpairs and cut to k of them, from F·Z.
 
     Args:
-        values: λ, (k,).
-        vectors: U, (size, k).
+        values: λ, (m,), descending.
+        vectors: U, (size, m).
         probes: Z, (size, s), standard Gaussian and independent of F̂.
         images: F·Z, (size, s).
         trace: tr(F), where it is known exactly.
         level: probability of the bounds, in [0.5, 1).
+        k: pairs of F̂, all if left out.
+        eps: rounding unit of the products, where they were made in a lower precision than that of ``images``.
 
     Returns:
         ErrorEstimate.
 
     Raises:
-        ValueError: if there are no probes, or level is out of range.
+        ValueError: if there are no probes, level is out of range, or the trace is less than the sum of all values.
     """
     check_number("level", level, low=0.5, high=1 - 1e-9)
     if not probes.shape[1]:
         raise ValueError("probes=0: no columns were held back to measure the error with")
-    u, z, known = vectors.double(), probes.double(), values.double()
+    if trace is not None:
+        check_trace(trace, float(values.double().sum()), max(eps, torch.finfo(images.dtype).eps), len(values))
+    u, z, known = vectors[:, :k].double(), probes.double(), values[:k].double()
     return probe_error(images.double() - u @ (known[:, None] * (u.T @ z)), z, float(known.sum()), trace, level)
 
 
@@ -184,10 +217,11 @@ class SketchOperator(SpectralOperator):
             ErrorEstimate; its trace is exact.
 
         Raises:
-            ValueError: if the estimate was made without ``probes``, or for arguments out of range.
+            ValueError: if the estimate was made without ``probes``, for arguments out of range, or a ``full_trace`` that
+                is less than the sum of the values.
         """
         k = checked_rank(k, len(self.values))
         if not self._probes.shape[1]:
             raise ValueError("this sketch held no columns back to measure its error with; estimate it with probes=8")
         trace = float(self.full_trace)
-        return factor_error(self.values[:k], self.vectors[:, :k], self._probes, self._images, trace, level)
+        return factor_error(self.values, self.vectors, self._probes, self._images, trace, level, k)

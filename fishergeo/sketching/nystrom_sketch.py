@@ -7,8 +7,6 @@ columns of Ω are held back from the approximation F̂ and measure it.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
@@ -18,6 +16,8 @@ from fishergeo._linalg import directions
 from fishergeo.operators import BlackBox, SpectralOperator, SymmetricOperator, black_box
 from fishergeo.sketching.error import ErrorEstimate, factor_error
 from fishergeo.sketching.psd_sketch import factor_eigh, nystrom_factor
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class NystromSketch:
@@ -72,6 +72,7 @@ class NystromSketch:
         self.product = torch.zeros_like(self.test_matrix)
         self.trace: float | None = 0.0
         self._eps = torch.finfo(dtype).eps  # of the coarsest product that was added
+        self._half: torch.dtype | None = None  # of a product whose rounding the bounds of the error do not cover
 
     def add(self, product: Tensor, trace: float | Tensor | None = None) -> None:
         """Adds F_i :attr:`test_matrix`.
@@ -90,11 +91,12 @@ class NystromSketch:
         check_finite("product", product)
         # Rounding of half precision is found by the factorisation itself: a shift of its size would cost more than it saves.
         self._eps = max(self._eps, torch.finfo(torch.promote_types(product.dtype, torch.float32)).eps)
+        self._half = product.dtype if product.dtype in HALF else self._half
         self.product = self.product + product.to(self.product)
         self.trace = None if trace is None or self.trace is None else self.trace + float(trace)
 
     def add_operator(self, term: SymmetricOperator | Tensor | LinearOperator, weight: float = 1.0) -> None:
-        """Adds weight·term; of an operator or dense matrix the trace is taken along.
+        """Adds weight·term; of an operator or dense matrix the trace is taken along, and half precision is widened first.
 
         Args:
             term: an operator, a symmetric tensor (size, size), dense or sparse, or a SciPy LinearOperator.
@@ -105,12 +107,13 @@ class NystromSketch:
             ValueError: for a term of another size or not symmetric, or a negative weight.
         """
         check_number("weight", weight, low=0.0)
-        matmul, size, dtype, device = black_box(term)
+        wide = _widened(term)
+        matmul, size, dtype, device = black_box(wide)
         if size != self.size:
             raise ValueError(f"term has size {size}, the sketch {self.size}")
         product = weight * matmul(self.test_matrix.to(device, dtype))
-        known = isinstance(term, SymmetricOperator) or (isinstance(term, Tensor) and term.layout == torch.strided)
-        self.add(product, weight * float(term.trace()) if known else None)
+        trace = _trace(wide)
+        self.add(product, None if trace is None else weight * trace)
 
     def merge(self, other: NystromSketch) -> NystromSketch:
         """The sketch of both sums; neither is changed.
@@ -128,7 +131,7 @@ class NystromSketch:
             raise ValueError(f"sketches differ in (size, columns, probes, seed, name, dtype): {mine} and {theirs}")
         merged = self.scaled(1.0)
         merged.add(other.product, other.trace)
-        merged._eps = max(self._eps, other._eps)
+        merged._eps, merged._half = max(self._eps, other._eps), self._half or other._half
         return merged
 
     def scaled(self, weight: float) -> NystromSketch:
@@ -144,7 +147,7 @@ class NystromSketch:
             dtype=self.product.dtype, device=self.product.device,
         )  # fmt: skip
         result.product = self.product * weight
-        result._eps = self._eps
+        result._eps, result._half = self._eps, self._half
         result.trace = None if self.trace is None else self.trace * weight
         return result
 
@@ -190,13 +193,36 @@ class NystromSketch:
 
         Raises:
             TypeError: for arguments of the wrong type.
-            ValueError: if no probes were held back, or for arguments out of range.
+            ValueError: if no probes were held back, for arguments out of range, a trace that is less than that of F̂, or
+                products in half precision, whose rounding no bound covers.
         """
-        if self.probes and self.columns == self.size and k is None:
+        k = self.columns if k is None else check_integer("k", k, low=1, high=self.columns)
+        if self._half is not None:
+            raise ValueError(
+                f"products of {self._half} were added, whose rounding the bounds on the error do not cover; make them "
+                "in float32"
+            )
+        if self.probes and self.columns == self.size == k:
             check_number("level", level, low=0.5, high=1 - 1e-9)
             return ErrorEstimate(0.0, 0.0, 0.0, 0.0, 1.0, level)
         probes, images = (x[:, self.columns :] for x in (self.test_matrix, self.product))
-        return factor_error(*self.eigh(k), probes, images, self.trace, level)
+        return factor_error(*self.eigh(), probes, images, self.trace, level, k, self._eps)
+
+
+def _widened(op: BlackBox) -> BlackBox:
+    """The same numbers in float32 where they are in half precision, since products are rounded to what they are in."""
+    if isinstance(op, SymmetricOperator):
+        return op._widened()
+    return op.float() if isinstance(op, Tensor) and op.dtype in HALF else op
+
+
+def _trace(op: BlackBox) -> float | None:
+    """tr(op) of what knows its own."""
+    if isinstance(op, SymmetricOperator):
+        return float(op.trace())
+    if isinstance(op, Tensor) and op.layout == torch.strided:
+        return float(op.detach().diagonal().double().sum())
+    return None
 
 
 def nystrom(
@@ -209,12 +235,13 @@ def nystrom(
 
     Args:
         op: an operator, a symmetric tensor (size, size), a SciPy LinearOperator, or a function of a (size, c) block; any
-            floating dtype, sums are in float32 or float64.
+            floating dtype, products and sums are in float32 or float64.
         columns: columns of the sketch.
         size: size of a function's blocks.
         seed: seed of the test matrix.
         probes: columns held back to measure the error with.
-        trace: tr(op), a number or scalar tensor, where it is known exactly; taken from an operator or a dense tensor if left out.
+        trace: tr(op), a number or scalar tensor, where it is known exactly; taken from an operator or a dense tensor if
+            left out. :meth:`~NystromSketch.error` refuses one that is less than what was found.
 
     Returns:
         NystromSketch: read :meth:`~NystromSketch.eigh`, :meth:`~NystromSketch.operator`, :meth:`~NystromSketch.error`.
@@ -229,12 +256,10 @@ def nystrom(
         >>> [round(v, 6) for v in fg.nystrom(A, 2, probes=0).eigh(2)[0].tolist()]
         [3.0, 2.0]
     """
+    op = _widened(op)
     product, n, dtype, device = black_box(op, size)
-    if trace is None and (isinstance(op, SymmetricOperator) or (isinstance(op, Tensor) and op.layout == torch.strided)):
-        trace = op.trace()
+    trace = _trace(op) if trace is None else check_number("trace", float(trace), low=0.0)
     work = torch.promote_types(dtype, torch.float32)
     sketch = NystromSketch(n, columns, seed=seed, probes=probes, dtype=work, device=device)
     sketch.add(product(sketch.test_matrix.to(dtype)), trace)
-    if trace is not None and not math.isfinite(float(trace)):
-        raise ValueError(f"trace must be finite, got {float(trace)}")
     return sketch

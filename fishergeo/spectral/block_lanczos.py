@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ def lanczos(
         dtype: dtype of a function's blocks, float64 if left out.
         device: device of a function's blocks, the CPU if left out.
         which: ``"largest"``, ``"smallest"`` (ascending) or ``"magnitude"`` (by |λ|, descending).
-        tol: a pair has converged when ‖A v − θ v‖ ≤ tol·|θ|, or is at rounding level, 4·ε·√size·‖A‖. √ε if left out.
+        tol: a pair has converged when ‖A v − θ v‖ ≤ tol·|θ|, or is at rounding level: 4·ε·√size·‖A‖, or 4·ε·‖A‖ for an ε
+            of half precision, whose sums are made in float32. √ε if left out.
         energy: stop as soon as the leading values hold this share of the trace, converged or not, and return just
             those pairs: the captured energy of an orthonormal V is Σ θ exactly.
         trace: trace of the operator, a number or scalar tensor, for ``energy``; taken from a SymmetricOperator if left
-            out.
+            out. One that is less than the sum of what was found is refused.
         max_passes: block products allowed, each a pass over the data of a streamed operator; the final check counts.
         block: columns of a product, k if left out.
         basis: most columns kept; memory is 2·size·basis numbers. 4k + 4·block if left out, at least 60.
@@ -124,7 +126,8 @@ def lanczos_layers(
 
     Args:
         ops: what multiplies the blocks of all layers together, such as :class:`fishergeo.StreamingFisher`; or a
-            mapping of operators, such as a :class:`fishergeo.Fisher`, symmetric tensors or SciPy LinearOperators.
+            mapping of operators, such as a :class:`fishergeo.Fisher`, symmetric tensors or SciPy LinearOperators. Each
+            is multiplied in its own dtype; vectors are of the widest of all.
         k: pairs; of a layer smaller than that, all.
         which: end of the spectrum that is wanted; here and in all that is not named, as in :func:`lanczos`.
         tol: tol of every layer.
@@ -162,25 +165,28 @@ def lanczos_layers(
         if which != "largest":
             raise ValueError(f"energy is held by the largest values, but which={which!r}")
     source: Any = ops
+    kinds: dict[str, torch.dtype] = {}  # of single operators
     if isinstance(ops, Mapping):
         if not ops:
             raise ValueError("ops is empty: at least one operator is needed")
         if energy is not None and traces is None and all(hasattr(op, "trace") for op in ops.values()):
             traces = {name: float(op.trace()) for name, op in ops.items()}
         boxes = {name: black_box(op) for name, op in ops.items()}
-        _, _, kind, place = next(iter(boxes.values()))
+        kinds = {name: kind for name, (_, _, kind, _) in boxes.items()}
         ops = EachOperator(
-            {name: _on_device(product, device) for name, (product, _, _, device) in boxes.items()},
+            {name: _as_its_own(product, kind, device) for name, (product, _, kind, device) in boxes.items()},
             {name: size for name, (_, size, _, _) in boxes.items()},
-            kind,
-            place,
+            reduce(torch.promote_types, kinds.values()),
+            next(iter(boxes.values()))[3],
         )
     # A streaming operator learns its traces in the first pass, so they are looked up when they are needed.
     lookup: Any = traces if traces is not None else getattr(source, "traces", None)
     if energy is not None and lookup is None:
         raise ValueError("energy needs the trace of every layer: pass traces=")
+    unknown = sorted(set(start or {}) - set(ops.sizes))
+    if unknown:
+        raise ValueError(f"start has layers that ops lacks: {unknown}; it has {sorted(ops.sizes)}")
     dtype = torch.promote_types(ops.dtype, torch.float32)
-    eps = torch.finfo(ops.dtype).eps
     tol = torch.finfo(dtype).eps ** 0.5 if tol is None else check_number("tol", tol, low=0.0, high=1.0)
     runs: dict[str, KrylovRun] = {}
     for name, size in ops.sizes.items():
@@ -190,14 +196,15 @@ def lanczos_layers(
             if guess.ndim != 2 or len(guess) != size:
                 raise ValueError(f"start must be ({size}, c), got shape {tuple(guess.shape)}")
         plan = _plan(size, k, block, basis, tol, which, energy, _reader(lookup, name), max_passes, recheck, seed)
+        eps = torch.finfo(kinds.get(name, ops.dtype)).eps
         runs[name] = KrylovRun(size, plan, dtype, eps, ops.device, name, guess)
     with torch.no_grad():
         _drive(ops, runs, None if checkpoint is None else Path(checkpoint))
     return {name: enforce(run.spectrum(), name, strict) for name, run in runs.items()}
 
 
-def _on_device(product: Product, device: torch.device) -> Product:
-    return lambda block: product(block.to(device))
+def _as_its_own(product: Product, dtype: torch.dtype, device: torch.device) -> Product:
+    return lambda block: product(block.to(device, dtype))
 
 
 def _reader(lookup: Any, name: str) -> Callable[[], float] | None:

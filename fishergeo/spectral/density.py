@@ -7,6 +7,7 @@ from a random vector z is a Gauss quadrature of the measure Σ_j (u_jᵀz)² δ(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,12 +46,14 @@ class SpectralDensity:
         """Tr f(A), with its standard error over probes.
 
         Args:
-            function: f, applied elementwise to a tensor of eigenvalues, (probes, steps).
+            function: f, applied elementwise to a tensor of eigenvalues, (probes, steps). Its values at nodes of weight
+                zero, past the end of an exhausted chain, are ignored, NaN and infinity too.
 
         Returns:
             Estimate with scalar tensors.
         """
-        samples = self.size * (self.weights * function(self.nodes)).sum(1)
+        terms = self.weights * function(self.nodes)
+        samples = self.size * torch.where(self.weights > 0, terms, 0.0).sum(1)
         error = samples.std() / len(samples) ** 0.5 if len(samples) > 1 else samples.new_full((), torch.nan)
         return Estimate(samples.mean(), error, self.passes * len(samples))
 
@@ -125,11 +128,17 @@ def spectral_density(
     basis = torch.zeros(probes, n, steps, dtype=dtype, device=device)
     alphas, betas = torch.zeros(steps, probes, dtype=torch.float64), torch.zeros(steps, probes, dtype=torch.float64)
     scale = torch.zeros(probes, dtype=torch.float64)
+    exponent = 0
     for j in range(steps):
         basis[:, :, j] = q.T
         image = matmul(q.to(kind)).to(dtype)
         if not bool(torch.isfinite(image).all()):
             raise FloatingPointError("the operator's product holds NaN or infinity")
+        if j == 0:
+            # A power of two, so exact: the squares of a small operator's products would be zero, and all chains end.
+            most = 1000 if dtype == torch.float64 else 120
+            exponent = max(-most, min(most, math.frexp(float(image.abs().max()))[1]))
+        image = image * math.ldexp(1.0, -exponent)
         alphas[j] = (q * image).sum(0).cpu().double()
         rest = image.T[:, :, None]
         for _ in range(2):
@@ -148,7 +157,7 @@ def spectral_density(
         coupling = torch.diag_embed(betas[:-1].T, offset=1)
         tridiagonal = tridiagonal + coupling + coupling.mT
     nodes, rotation = torch.linalg.eigh(tridiagonal)
-    return SpectralDensity(nodes, rotation[:, 0, :].square(), n, steps)
+    return SpectralDensity(nodes * math.ldexp(1.0, exponent), rotation[:, 0, :].square(), n, steps)
 
 
 def effective_dimension(
@@ -160,7 +169,8 @@ def effective_dimension(
 
     Args:
         spectrum: an operator, of SciPy's too, whose eigenvalues are computed; an estimated density; or all eigenvalues,
-            (size,), any floating dtype, of which zeros may be left out. Rounding below zero counts as zero.
+            (size,), any floating dtype, of which zeros may be left out. Rounding below zero counts as zero, and so does
+            what an estimated density has there.
         damping: positive, in the unit of the eigenvalues.
 
     Returns:
@@ -168,8 +178,8 @@ def effective_dimension(
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: unless damping > 0, or for values that are not finite or not one sequence, or a SciPy operator that is
-            too large to be made dense: estimate its :func:`spectral_density`.
+        ValueError: unless damping > 0, or for values that are not finite, negative beyond rounding or not one sequence, or a
+            SciPy operator that is too large to be made dense: estimate its :func:`spectral_density`.
 
     Examples:
         >>> fg.effective_dimension(torch.tensor([1.0, 1.0, 0.0]), damping=1.0)  # Σ λ/(λ + 1)
@@ -189,6 +199,10 @@ def effective_dimension(
         raise ValueError(
             f"spectrum must be one sequence of eigenvalues, got shape {tuple(values.shape)}; hand a matrix over as "
             "DenseOperator(matrix)"
+        )
+    if bool((values < -len(values) * torch.finfo(values.dtype).eps ** 0.75 * values.abs().max()).any()):
+        raise ValueError(
+            f"spectrum is not that of a positive semi-definite operator: its least eigenvalue is {float(values.min()):.3g}"
         )
     return float(share(values.double()).sum())
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fishergeo import _storage
 from fishergeo._linalg import directions, orthonormalise
 from fishergeo.operators import fix_signs
+from fishergeo.sketching.error import check_trace
 from fishergeo.spectral.spectrum import Spectrum
 
 WHICH = ("largest", "smallest", "magnitude")
@@ -109,6 +110,8 @@ class KrylovRun:
     ) -> None:
         self.size, self.plan, self.name = size, plan, name
         self.eps = max(eps, torch.finfo(dtype).eps)
+        # Sums over the size are made in float32 or wider, so half precision rounds what goes in and what comes out, once.
+        self.rounding = 4 * max(self.eps, min(self.eps, torch.finfo(torch.float32).eps) * size**0.5)
         empty = torch.zeros(size, 0, dtype=dtype, device=device)
         self.tensors: dict[str, Tensor] = {
             "basis": empty, "image": empty, "pending": empty, "partial": empty,
@@ -195,7 +198,7 @@ class KrylovRun:
         )  # fmt: skip
 
     def _rounding(self, norm: float) -> float:
-        return 4 * self.eps * self.size**0.5 * norm
+        return self.rounding * norm
 
     def _limits(self, values: Tensor) -> Tensor:
         return (self.plan.tol * values.abs()).clamp_min(self._rounding(self.numbers["norm"]))
@@ -255,7 +258,10 @@ class KrylovRun:
         count = len(values)
         if self.plan.energy is not None and self.plan.trace is not None:
             exponent = self.numbers["exponent"] or 0
-            goal = math.ldexp(self.plan.energy * self.plan.trace(), -exponent)
+            trace = self.plan.trace()
+            held = math.ldexp(float(self.tensors["values"].clamp_min(0).sum()), exponent)
+            check_trace(trace, held, self.eps, name=self.name)
+            goal = math.ldexp(self.plan.energy * trace, -exponent)
             # Ritz values of a positive semi-definite operator: their sum is the energy captured, converged or not.
             reached = values.clamp_min(0).cumsum(0) >= goal * (1 - 1e-12)
             if bool(reached.any()):

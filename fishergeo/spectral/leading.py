@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,9 +74,15 @@ def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Te
     block = torch.linalg.qr(start.to(matrix)).Q
     basis, images = matrix.new_empty(size, 0), matrix.new_empty(size, 0)
     projected = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
-    looked = 0
+    looked = exponent = 0
     while 3 * (basis.shape[1] + width) <= size:
         image = matrix @ block
+        if not len(projected):
+            # A power of two, so exact: the squares of a small matrix's residuals would be zero, and any pair settled.
+            widest = 1000 if matrix.dtype == torch.float64 else 120
+            exponent = max(-widest, min(widest, math.frexp(float(image.abs().max()))[1]))
+            total = total * math.ldexp(1.0, -exponent)
+        image = image * math.ldexp(1.0, -exponent)
         basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
         cross = (basis.mT @ image).double()
         top = torch.cat([projected, cross[: len(projected)]], 1)
@@ -92,7 +100,7 @@ def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Te
                 residuals = (images @ rotation[:, :m] - vectors * theta).norm(dim=0)
                 settled = float(residuals.max()) <= limit * float(values[0])
                 if settled and not _crowded(values[:m], residuals.double(), width):
-                    return theta.clamp_min(0), vectors
+                    return theta.clamp_min(0) * math.ldexp(1.0, exponent), vectors
         for _ in range(2):  # once is not enough where the image lies almost within the space
             image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q
         block = image

@@ -171,7 +171,8 @@ def rank_by_gavish_donoho(values: Tensor, samples: int, size: int, variance: flo
     singular = (checked * samples).sqrt()
     ratio = min(samples, size) / max(samples, size)
     if variance is None:
-        threshold = gavish_donoho_factor(ratio) * math.sqrt(_median(positive, samples, size) * samples)
+        # The median of the roots: of an even number it is not the root of the median.
+        threshold = gavish_donoho_factor(ratio) * _median(positive.sqrt(), samples, size) * math.sqrt(samples)
     else:
         noise = math.sqrt(check_number("variance", variance, low=0.0))
         threshold = gavish_donoho_factor(ratio, known_noise=True) * math.sqrt(max(samples, size)) * noise
@@ -216,6 +217,8 @@ def rank_by_sign_flips(
     check_integer("draws", draws, low=1)
     check_number("level", level, low=1e-6, high=1 - 1e-6)
     rest = samples.detach().double()
+    # A power of two, so exact: the squares of small or large samples would leave the range of float64.
+    rest = rest * math.ldexp(1.0, -max(-1000, min(1000, math.frexp(float(rest.abs().max()))[1])))
     if dual:
         if rest.ndim != 2 or rest.shape[0] != rest.shape[1]:
             raise ValueError(f"the Gram matrix must be square, got shape {tuple(samples.shape)}")

@@ -11,6 +11,7 @@ from fishergeo._checks import check_integer
 from fishergeo._linalg import orthonormalise
 from fishergeo.operators import LayerProducts, SymmetricOperator
 from fishergeo.sketching import SketchOperator, factor_eigh, nystrom_factor
+from fishergeo.sketching.error import check_trace
 from fishergeo.spectral.spectrum import Spectrum
 
 
@@ -46,7 +47,7 @@ def second_pass(
 
     Raises:
         TypeError: if k is not an int.
-        ValueError: for a layer without a trace, or k < 1.
+        ValueError: for a layer without a trace or with one that is less than the sum of the values found, or k < 1.
         KeyError: for a layer of ``sketch`` that ``stream`` lacks.
 
     Examples:
@@ -72,7 +73,7 @@ def second_pass(
             if full is None:
                 raise ValueError(f"layer {name!r}: its trace is not known; pass traces=")
             total = float(full)
-        found[name] = _refined(basis, products[name].to(basis.device), min(k, basis.shape[1]), total, tol)
+        found[name] = _refined(name, basis, products[name].to(basis.device), min(k, basis.shape[1]), total, tol)
     return found
 
 
@@ -88,9 +89,10 @@ def _basis(sketch: Mapping[str, SymmetricOperator], name: str) -> Tensor:
     return orthonormalise(kept, kept[:, :0], 0.0).to(columns.dtype)
 
 
-def _refined(basis: Tensor, product: Tensor, k: int, trace: float, tol: float) -> Spectrum:
+def _refined(name: str, basis: Tensor, product: Tensor, k: int, trace: float, tol: float) -> Spectrum:
     eps = torch.finfo(product.dtype).eps
     values, vectors = factor_eigh(nystrom_factor(product, basis), basis.shape[1])
+    check_trace(trace, float(values.sum()), eps, len(values), name)
     missing = max(0.0, trace - float(values.sum()))
     values, vectors, wide = values[:k], vectors[:, :k], basis.double()
     outside = torch.linalg.vector_norm(vectors - wide @ (wide.T @ vectors), dim=0)

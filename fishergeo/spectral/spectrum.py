@@ -64,19 +64,23 @@ class Spectrum:
         The gap of a pair is its distance to the nearest other returned value, less that one's residual. Kato and Temple
         ask that no other eigenvalue lies in it. That is taken for granted where the pair and its neighbours have
         converged, and holds unless an eigenvalue of a cluster was missed, as a narrow block may; elsewhere, and for
-        the last pair, of which nothing is known that follows, the bound is r, which is certain.
+        the last pair, of which nothing is known that follows, the bound is r, which is certain. Values of both signs
+        that fall by magnitude may be those of ``which="magnitude"``: what was not returned then lies anywhere up to the
+        last one's magnitude, so the gap ends there too, and all pairs must have converged.
 
         Returns:
             (k,), at most ``residuals``.
         """
         bounds = self.residuals.clone()
+        sizes = self.values.abs()
+        signs = bool((self.values > 0).any()) and bool((self.values < 0).any())
+        mixed = signs and bool((sizes[1:] <= sizes[:-1]).all())
         for i in range(len(self.values) - 1):
-            if not bool(self.pairs_converged[max(i - 1, 0) : i + 2].all()):
+            if not bool(self.pairs_converged[slice(None) if mixed else slice(max(i - 1, 0), i + 2)].all()):
                 continue
-            gap = torch.inf
-            for j in (i - 1, i + 1):
-                if j >= 0:
-                    gap = min(gap, float((self.values[i] - self.values[j]).abs() - self.residuals[j]))
+            gaps = (self.values[i] - self.values).abs() - self.residuals
+            gaps[i] = sizes[i] - sizes[-1] - self.residuals[-1] if mixed else torch.inf
+            gap = float(gaps.min())
             if gap > float(self.residuals[i]):
                 bounds[i] = torch.minimum(bounds[i], self.residuals[i].square() / gap)
         return bounds

@@ -41,7 +41,7 @@ def rank_pattern(
         fisher: Fisher of the layers to adapt, any structure, or a mapping from layers to operators.
         budget: number of parameters of all adapters together, Σ r(p + q); this or ``energy``.
         update: layer -> ΔW, (p, q), any floating dtype, dense or in factors, of the layers of the Fisher.
-        energy: share of the sum of gains to keep, in (0, 1].
+        energy: share of the sum of gains to keep, in (0, 1]; where ``maximum`` puts it out of reach, ranks go as far as that.
         minimum: least rank, at least 1; peft adapts no layer with rank 0.
         maximum: largest rank; None for no bound but min(p, q).
 
@@ -71,7 +71,7 @@ def rank_pattern(
         layer_shapes(fisher) if update is None else {n: tuple(d.shape) for n, d in update.items()}
     )
     check_same_layers("fisher", dict.fromkeys(fisher), "update", shapes)
-    gains, ranks = {}, {}
+    gains, ranks, whole = {}, {}, 0.0
     for name, shape in shapes.items():
         check_fits(name, fisher[name], shape)
         p, q = shape
@@ -79,14 +79,16 @@ def rank_pattern(
             found = _gradient_gains(fisher[name]) if update is None else _update_gains(fisher[name], update[name])
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        gains[name] = found.clamp_min(0)[: min(p, q, maximum or p)].tolist()
+        found = found.clamp_min(0)[: min(p, q)]
+        whole += float(found.sum())  # of what no rank may reach too
+        gains[name] = found[:maximum].tolist()
         ranks[name] = min(minimum, len(gains[name]))
     costs = {name: sum(shape) - name.endswith(JOINT) for name, shape in shapes.items()}
     spent = sum(costs[name] * rank for name, rank in ranks.items())
     if budget is not None and spent > check_integer("budget", budget, low=1):
         raise ValueError(f"budget={budget} is less than the {spent} parameters of rank {minimum} in every layer")
     kept = sum(sum(gains[name][:rank]) for name, rank in ranks.items())
-    wanted = float("inf") if energy is None else energy * sum(map(sum, gains.values()))
+    wanted = float("inf") if energy is None else energy * whole
     queue = [(-gains[n][r] / costs[n], n) for n, r in ranks.items() if r < len(gains[n])]
     heapq.heapify(queue)
     while queue and kept < wanted * (1 - 1e-12):

@@ -179,3 +179,28 @@ def test_the_effective_dimension_of_scipys_operator_is_that_of_its_eigenvalues()
     huge = scipy.sparse.linalg.aslinearoperator(scipy.sparse.eye(9000))
     with pytest.raises(ValueError, match="spectral_density"):
         fg.effective_dimension(huge, damping=1.0)
+
+
+LAYOUTS = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr, "csc": torch.Tensor.to_sparse_csc}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sparse_matrix_is_looked_at_like_a_dense_one(layout):
+    sparsely, lopsided = LAYOUTS[layout], torch.diag(torch.arange(1.0, 9.0))
+    assert float(fg.trace(sparsely(lopsided), 16).value) == 36
+    assert float(fg.trace(sparsely(torch.zeros(8, 8)), 16).value) == 0
+    lopsided[0, 5] = 1.0
+    with pytest.raises(ValueError, match="op is not symmetric: entries differ from their mirror image by up to 1"):
+        fg.lanczos(sparsely(lopsided), 1)
+    with pytest.raises(ValueError, match="not symmetric"):
+        fg.NystromSketch(8, 2).add_operator(sparsely(lopsided))
+    with pytest.raises(ValueError, match="op has 1 entries that are NaN or infinite"):
+        fg.trace(sparsely(torch.diag(torch.tensor([1.0, torch.inf]))), 4)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match="op must be a real floating tensor"):
+            fg.lanczos(sparsely(torch.eye(8, dtype=dtype)), 1)
+
+
+def test_entries_of_a_sparse_matrix_that_are_listed_twice_count_once_summed():
+    twice = torch.sparse_coo_tensor(torch.tensor([[0, 0, 1], [1, 1, 0]]), torch.tensor([1.0, 2.0, 3.0]), (2, 2))
+    assert fg.lanczos(twice, 1).values.tolist() == pytest.approx([3.0])

@@ -231,7 +231,8 @@ def test_gradients_and_half_precision_products_are_no_obstacle():
     assert half.values.dtype == torch.float32
     assert bool((true_residuals(matrix.bfloat16(), half) <= half.residuals.double()).all())
     assert bool(((half.values - plain.values).abs() <= half.residuals).all())
-    wide = fg.lanczos(torch.diag(torch.linspace(0, 1, 2000)).bfloat16(), 2, max_passes=3)
+    with pytest.warns(fg.ConvergenceWarning):
+        wide = fg.lanczos(torch.diag(torch.linspace(0, 1, 2000)).bfloat16(), 2, max_passes=3)
     assert float((wide.vectors.T @ wide.vectors - torch.eye(2)).abs().max()) < 1e-5
     # A function that computes in single precision inside is symmetric only to that.
     inner = matrix.float()
@@ -502,7 +503,100 @@ def test_the_operator_of_a_spectrum_has_its_largest_pair_first(which):
     matrix = with_spectrum(torch.linspace(-3, 2, 30, dtype=torch.float64))
     found = fg.lanczos(matrix, 4, which=which)
     operator = found.operator()
-    value, vector = operator.eigh(1)
-    assert float(value[0]) == float(found.values.max())
-    close(operator.to_dense() @ vector, value * vector, 1e-9)
+    values, vectors = operator.known_eigenpairs()
+    assert values.tolist() == sorted(found.values.tolist(), reverse=True)
+    close(operator.to_dense() @ vectors, values * vectors, 1e-9)
+    # What the operator has beside them is zero, which is more than a negative one.
+    assert float(operator.eigh(1)[0]) == pytest.approx(max(float(found.values.max()), 0.0), abs=1e-12)
     close(operator.to_dense(), (found.vectors * found.values) @ found.vectors.T, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pairs_are_right_to_a_rounding_however_large_the_operator(dtype):
+    """The limit of convergence once grew with √size and reached the norm itself."""
+    matrix = with_spectrum(torch.logspace(0, -4, 1024, dtype=torch.float64)).to(dtype)
+    found = fg.lanczos(matrix, 4)
+    eps = torch.finfo(dtype).eps
+    assert found.converged and float((found.values.double() - ordered(matrix)[:4]).abs().max()) < 4 * eps
+    residuals = true_residuals(matrix, found)
+    assert bool((residuals <= found.residuals).all()) and float(found.residuals.max()) <= 8 * eps
+
+
+def test_layers_of_several_dtypes_are_each_multiplied_in_their_own():
+    single, double = (with_spectrum(spectrum("slow", 60, seed), seed) for seed in (1, 2))
+    layers = {"half": torch.eye(60).bfloat16(), "single": single.float(), "double": double}
+    for names in (("half", "single", "double"), ("double", "single", "half")):
+        found = fg.lanczos_layers({name: layers[name] for name in names}, 3, tol=1e-10)
+        for name, rounding in (("half", 1e-2), ("single", 1e-5), ("double", 1e-12)):
+            assert found[name].values.dtype == torch.float64 and found[name].converged
+            close(found[name].values, ordered(layers[name])[:3], rounding)
+            assert bool((true_residuals(layers[name], found[name]) <= found[name].residuals).all())
+            assert float(found[name].residuals.max()) <= max(1e-10, 10 * rounding)
+
+
+@settings(**SLOW)
+@given(st.integers(4, 30), st.integers(1, 12), st.integers(0, 999), st.booleans())
+def test_bounds_on_values_of_both_signs_hold_by_magnitude(size, k, seed, paired):
+    """The nearest eigenvalues are not the neighbours in the list, and others lie between them that were not returned."""
+    values = gaussian(seed, size)
+    if paired:  # ±λ, nearly
+        values = torch.cat([values, -values * (1 + 1e-3 * gaussian(seed + 1, size))])
+    values, k = values[values.abs().argsort(descending=True)], min(k, size)
+    for noise in (1e-1, 1e-2, 1e-3):
+        # Rayleigh-Ritz pairs of a space near the leading one, of a diagonal matrix.
+        wanted = torch.eye(len(values), k, dtype=torch.float64)
+        space = torch.linalg.qr(wanted + noise * gaussian(seed + 2, len(values), k)).Q
+        theta, rotation = torch.linalg.eigh(space.T @ (values[:, None] * space))
+        order = theta.abs().argsort(descending=True)
+        theta, vectors = theta[order], space @ rotation[:, order]
+        residuals = (values[:, None] * vectors - vectors * theta).norm(dim=0)
+        # Where each value stands for an eigenvalue of its own, as of pairs that have converged.
+        near = (theta[:, None] - values[:k]).abs().argmin(1)
+        if len(set(near.tolist())) < k or bool(((theta - values[near]).abs() > residuals).any()):
+            continue
+        found = fg.Spectrum(theta, vectors, residuals, torch.ones(k).bool(), 1, k, "tolerance")
+        assert bool(((theta - values[near]).abs() <= found.value_bounds() + 1e-13).all())
+
+
+def test_a_value_of_the_other_sign_does_not_widen_the_gap():
+    values, residuals = torch.tensor([5.0, -4.9, 4.8, -1.0]), torch.full((4,), 0.01)
+    bounds = fg.Spectrum(values, torch.eye(4), residuals, torch.ones(4).bool(), 1, 4, "tolerance").value_bounds()
+    close(bounds, torch.tensor([1e-4 / 0.19, 1e-4 / 3.89, 1e-4 / 0.19, 0.01]), 1e-5)
+    # 3.0 may come next: only to a distance of |θ| − |θ_last| is nothing else known to lie.
+    bounds = fg.Spectrum(
+        torch.tensor([3.1, -3.0]), torch.eye(2), torch.tensor([0.2, 0.0]), torch.ones(2).bool(), 1, 2, "tolerance"
+    ).value_bounds()
+    close(bounds, torch.tensor([0.2, 0.0]), 1e-6)
+
+
+@pytest.mark.parametrize("trace", [10.0, -1.0, 0.0, float("nan"), float("inf")])
+def test_a_trace_that_cannot_be_is_refused_rather_than_called_reached(trace):
+    matrix = torch.diag(torch.arange(100.0, 0.0, -1.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^trace must be finite and at least"):
+        fg.lanczos(matrix, 5, energy=0.9, trace=trace)
+    with pytest.raises(ValueError, match=r"^layer 'a': trace must be finite and at least"):
+        fg.lanczos_layers({"a": fg.DenseOperator(matrix)}, 5, energy=0.9, traces={"a": trace})
+    assert fg.lanczos(matrix, 5, energy=0.05, trace=float(matrix.trace()) * (1 - 1e-7)).stopped == "energy"
+
+
+def test_a_start_of_an_unknown_layer_is_refused():
+    ops = {"a": fg.DenseOperator(torch.eye(5))}
+    with pytest.raises(ValueError, match=r"start has layers that ops lacks: \['unknown'\]; it has \['a'\]"):
+        fg.lanczos_layers(ops, 1, start={"a": torch.ones(5, 1), "unknown": torch.ones(5, 1)})
+
+
+@pytest.mark.parametrize("trace", [1e-3, -1.0])
+def test_a_second_pass_refuses_a_trace_below_what_it_finds(trace):
+    matrix = torch.diag(torch.arange(10.0, 0.0, -1.0, dtype=torch.float64))
+
+    class Stream:
+        sizes, dtype, device = {"a": 10}, torch.float64, torch.device("cpu")
+
+        def multi_matmul(self, blocks):
+            return {name: matrix @ block for name, block in blocks.items()}
+
+    sketch = {"a": fg.nystrom(matrix, 6).operator()}
+    with pytest.raises(ValueError, match=r"^layer 'a': trace must be finite and at least"):
+        fg.second_pass(sketch, Stream(), 4, traces={"a": trace})
+    found = fg.second_pass(sketch, Stream(), 4, traces={"a": 55.0})["a"]
+    assert bool((true_residuals(matrix, found) <= found.residuals).all())

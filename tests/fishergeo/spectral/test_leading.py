@@ -115,3 +115,14 @@ def test_zeros_at_the_end_of_the_list_are_no_copies_that_are_missing(monkeypatch
     found, _ = fg.leading_eigenpairs(matrix, 0.9, total=100.0, most=40)
     torch.testing.assert_close(found[:2], torch.tensor([5.0, 1.0], dtype=torch.float64), rtol=1e-9, atol=0)
     assert len(found) == 40 and float(found[2:].abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-26), (torch.float32, 1e26), (torch.float64, 1e-200)])
+def test_the_pairs_do_not_depend_on_the_unit(dtype, scale):
+    """Squares of small residuals are zero, and vectors at random once counted as settled."""
+    matrix = curvature(600, 0.8 ** torch.arange(200))
+    values, vectors = reference(matrix, 0.8)
+    found, basis = fg.leading_eigenpairs((matrix * scale).to(dtype), 0.8)
+    assert len(found) == len(values)
+    torch.testing.assert_close(found.double() / scale, values, rtol=1e-5, atol=0)
+    assert float((basis.double() @ basis.double().mT - vectors @ vectors.mT).norm()) < 2e-3

@@ -290,3 +290,50 @@ def test_traces_and_diagonals_of_half_precision_operators_come_in_float32(method
 def test_effective_dimension_takes_a_matrix_for_no_eigenvalues(spectrum_):
     with pytest.raises(ValueError, match="spectrum must be one sequence of eigenvalues"):
         fg.effective_dimension(spectrum_, 1.0)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-25), (torch.float32, 1e25), (torch.float64, 1e-200)])
+def test_a_density_does_not_depend_on_the_unit(dtype, scale):
+    matrix = torch.diag(torch.arange(1.0, 11.0)).to(dtype)
+    one, other = (fg.spectral_density(matrix * unit, 6, 10) for unit in (1.0, scale))
+    assert_close(other.nodes / scale, torch.arange(1.0, 11.0, dtype=torch.float64).expand(6, 10), 1e-5)
+    assert_close(other.weights, one.weights, 1e-4)
+    assert float(other.moment(1)) == pytest.approx(float(one.moment(1)) * scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_functions_are_not_asked_past_the_end_of_an_exhausted_chain(rank):
+    factor = gaussian(3, 20, rank)
+    matrix = factor @ factor.T + (1 if rank else 2) * torch.eye(20, dtype=torch.float64)
+    density = fg.spectral_density(matrix, 40, 16)
+    found, truth = density.integrate(torch.log), float(torch.linalg.eigvalsh(matrix).log().sum())
+    assert abs(float(found) - truth) <= 4 * float(found.error) + 1e-9
+    reciprocal = density.integrate(lambda x: 1 / x)
+    assert abs(float(reciprocal) - float(torch.linalg.inv(matrix).trace())) <= 4 * float(reciprocal.error) + 1e-9
+
+
+def test_the_median_singular_value_is_not_the_root_of_the_median_eigenvalue():
+    assert fg.rank_by_gavish_donoho(torch.tensor([12.0, 4.0, 0.0, 0.0]), 4, 4) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e170])
+def test_sign_flips_do_not_see_the_scale(scale):
+    noise = gaussian(0, 20, 10)
+    signal = noise + 5 * gaussian(1, 20, 1) * gaussian(2, 1, 10)
+    for samples, expected in ((noise, 0), (signal, 1), (torch.zeros(4, 3, dtype=torch.float64), 0)):
+        assert fg.rank_by_sign_flips(samples * scale, torch.Generator().manual_seed(0)) == expected
+
+
+@pytest.mark.parametrize("use", [fg.trace, fg.diagonal, fg.spectral_density])
+def test_a_size_that_is_not_the_operators_is_refused(use):
+    with pytest.raises(ValueError, match="size=7, but op has size 5; size is for functions, leave it out"):
+        use(torch.eye(5), 20, size=7)
+    use(torch.eye(5), 20, size=5)
+
+
+def test_an_indefinite_spectrum_has_no_effective_dimension():
+    values = torch.tensor([-5.0, 1.0])
+    for one in (values, fg.DenseOperator(torch.diag(values))):
+        with pytest.raises(ValueError, match="its least eigenvalue is -5"):
+            fg.effective_dimension(one, 1.0)
+    assert fg.effective_dimension(torch.tensor([1.0, -1e-9]), 1.0) == 0.5

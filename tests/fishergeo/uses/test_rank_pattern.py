@@ -151,3 +151,9 @@ def test_what_is_refused_is_named():
         fg.rank_pattern(fishers(0), budget=20, update={"a": random(3, 3), "b": random(3, 3) * torch.nan})
     with pytest.raises(ValueError, match="says nothing of the side"):
         fg.rank_pattern({"a": fg.DenseOperator(psd(3))}, budget=20)
+
+
+def test_a_share_is_of_all_gains_also_of_those_that_no_rank_may_reach():
+    flat = {name: fg.DenseOperator(gain * torch.eye(10).double()) for name, gain in (("a", 10.0), ("b", 1.0))}
+    update = {name: torch.eye(10).double() for name in flat}
+    assert fg.rank_pattern(flat, energy=0.9, maximum=2, update=update) == {"a": 2, "b": 2}
