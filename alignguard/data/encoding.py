@@ -59,8 +59,8 @@ def _encode_pair(tokenizer: Any, row: Mapping[str, Any], max_length: int) -> Cut
         raise ValueError(
             "an encoder-decoder learns the text of the last message, without tool calls and with a weight of 1"
         )
-    if row.get("tools") and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template, which tools need")
+    if (row.get("tools") or row.get("chat_template_kwargs")) and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template, which tools and chat_template_kwargs need")
     more = {"tools": row.get("tools"), "template": row.get("chat_template_kwargs")}
     prompt = render_prompt(tokenizer, before, encoder=True, **more)
     answer = tokenizer(last["content"], add_special_tokens=False)["input_ids"]
@@ -68,6 +68,12 @@ def _encode_pair(tokenizer: Any, row: Mapping[str, Any], max_length: int) -> Cut
     room = max_length - len(end)
     lost = {part for part, gone in (("prompt", len(prompt) > max_length), ("response", len(answer) > room)) if gone}
     return {"input_ids": prompt[-max_length:], "labels": answer[:room] + end}, lost
+
+
+def _check_length(max_length: int) -> None:
+    """A row needs a token to read and one to learn."""
+    if max_length < 2:
+        raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
 
 
 def encode_messages(tokenizer: Any, messages: Messages, max_length: int = 512, **more: Any) -> dict[str, Any]:
@@ -83,8 +89,9 @@ def encode_messages(tokenizer: Any, messages: Messages, max_length: int = 512, *
         ``{"input_ids": list[int], "labels": list[int]}`` of equal length, labels −100 where nothing is learned.
 
     Raises:
-        ValueError: as :func:`alignguard.data.rendering.render_row`.
+        ValueError: as :func:`alignguard.data.rendering.render_row`, or a ``max_length`` below 2.
     """
+    _check_length(max_length)
     return _encode_causal(tokenizer, {"messages": messages, **more}, max_length)[0]
 
 
@@ -103,15 +110,16 @@ def encode_source(source: Source, name: str, tokenizer: Any, kind: str, max_leng
         name: what an error calls the source.
         tokenizer: a Hugging Face tokenizer.
         kind: see :func:`alignguard.objective.model_kind`.
-        max_length: longest row in tokens; an encoder-decoder's prompt and response each.
+        max_length: longest row in tokens, at least 2; an encoder-decoder's prompt and response each.
 
     Returns:
         ``input_ids`` and ``labels`` of each row: token lists with labels −100 where nothing is asked, or a class number;
         and ``notes`` on what was cut.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: bad rows, named.
+        FileNotFoundError, TypeError, ValueError: bad rows, named, or a ``max_length`` below 2.
     """
+    _check_length(max_length)
     if kind == "classification":
         return _encode_labelled(source, name, tokenizer, max_length)
     encode = _encode_pair if kind == "seq2seq" else _encode_causal
@@ -162,31 +170,37 @@ def _encode_labelled(source: Source, name: str, tokenizer: Any, max_length: int)
     rows, losses = [], []
     with named(name):
         for where, row in read_rows(source):
-            ids = tokenizer(text_of(row, "prompt", where))["input_ids"]
+            text = text_of(row, "prompt", where)
+            ids = tokenizer(text)["input_ids"]
             label = row.get("label")
             if isinstance(label, str) and label.isdigit():  # from a CSV file
                 label = int(label)
             if isinstance(label, bool) or not isinstance(label, int) or label < 0:
                 raise ValueError(f"{where}: 'label' must be a class number from 0 on, found {label!r}")
-            rows.append({"input_ids": ids[:max_length], "labels": label})
-            losses.append({"text"} if len(ids) > max_length else set())
+            losses.append(len(ids) > max_length)
+            if losses[-1]:  # by the tokenizer, which keeps the special tokens that it puts at the ends
+                ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            rows.append({"input_ids": ids, "labels": label})
     if not rows:
         raise ValueError(f"{name} is empty; it needs at least one row with a prompt and a label")
-    cut = sum(map(bool, losses))
-    notes = [f"{name}: {cut} of {len(rows)} rows are longer than {max_length} tokens and lose their end"] if cut else []
-    return Examples(rows, notes)
+    side = "start" if tokenizer.truncation_side == "left" else "end"
+    words = f"{name}: {sum(losses)} of {len(rows)} rows are longer than {max_length} tokens and lose their {side}"
+    return Examples(rows, [words] if any(losses) else [])
 
 
-def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
+def check_fits(model: Any, rows: Sequence[Encoded], name: str, pad: int | None = None) -> None:
     """Refuse rows that would reach beyond a model's tables: its vocabulary, its classes, its learned positions.
+
+    Positions that are computed reach further than the model was trained for; :class:`Examples` note that.
 
     Args:
         model: a Hugging Face model, wrapped by peft or not.
         rows: encoded for it.
         name: what an error calls them.
+        pad: what they are padded with (:func:`pad_id`); None checks none.
 
     Raises:
-        ValueError: naming the first row.
+        ValueError: naming the first row, or the pad token.
     """
     inner = base_model(model)
     # Where an adapter stands in the table's place, the table is inside.
@@ -197,7 +211,14 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
         for path, module in inner.named_modules()
         if isinstance(module, torch.nn.Embedding) and POSITIONS.search(path)
     ]
-    room = min([*places, getattr(inner.config, "max_position_embeddings", None) or math.inf]) if places else math.inf
+    told = getattr(inner.config, "max_position_embeddings", None) or math.inf
+    room = min([*places, told]) if places else math.inf
+    if pad is not None and pad >= words:
+        raise ValueError(
+            f"{name}: the pad token {pad} is beyond the model's vocabulary of {words}; set tokenizer.pad_token to a token "
+            "that the model has, its eos_token say, or call model.resize_token_embeddings(len(tokenizer))"
+        )
+    long = 0
     for number, row in enumerate(rows, 1):
         ids = [*row["input_ids"], *(row["labels"] if kind != "classification" else ())]
         if max(ids, default=0) >= words:
@@ -210,7 +231,14 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str) -> None:
                 f"{name}, row {number}: label {row['labels']} is beyond the model's {inner.config.num_labels} classes, "
                 "numbered from 0; load the model with num_labels=, or mend the row"
             )
-        if max(len(row["input_ids"]), len(ids) - len(row["input_ids"]) if kind == "seq2seq" else 0) > room:
+        length = max(len(row["input_ids"]), len(ids) - len(row["input_ids"]) if kind == "seq2seq" else 0)
+        long += length > told
+        if length > room:
             raise ValueError(
                 f"{name}, row {number}: longer than the model's {room} positions; give a max_length of at most {room}"
             )
+    if long and isinstance(rows, Examples):
+        rows.notes.append(
+            f"{name}: {long} of {len(rows)} rows are longer than the {told} positions of the model's configuration, "
+            f"which it may not understand; give a max_length of at most {told}"
+        )

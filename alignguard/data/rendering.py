@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -15,6 +15,7 @@ from alignguard.data.rows import THOUGHTS, learned_turns
 THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 Messages = Sequence[Mapping[str, Any]]
+Made = TypeVar("Made")
 
 
 def render_prompt(
@@ -27,19 +28,50 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of a conversation up to and including the cue for the assistant.
 
+    As :func:`render_row` does, it finds every text again in what the template makes of it, and gives content in parts to
+    templates that read it so.
+
     Args:
         tokenizer: a Hugging Face tokenizer; without a chat template the contents stand one a line.
         messages: ``{"role", "content"}`` each.
         encoder: whether an encoder reads them, which wants the end of sequence that its tokenizer puts there.
         tools: passed to the template.
         template: further arguments of the template.
+
+    Raises:
+        ValueError: a template that leaves something out; the message names it.
     """
     if getattr(tokenizer, "chat_template", None):
-        text = _template(tokenizer, messages, tools, template)(len(messages), True)
+        text = _prompt_text(tokenizer, messages, tools, template)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = list(tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"])
     # some tokenizers end whatever they read, and a decoder must not read an end before its answer
     return ids if encoder or not ids or ids[-1] != tokenizer.eos_token_id else ids[:-1]
+
+
+def _prompt_text(
+    tokenizer: Any, messages: Messages, tools: Any = None, options: Mapping[str, Any] | None = None
+) -> str:
+    """What the chat template makes of a conversation, the cue for the assistant at its end."""
+
+    def rendered(shown: Messages) -> str:
+        text = _template(tokenizer, shown, tools, options)(len(shown), True)
+        _check_rendered(text, {}, messages, tools)
+        return text
+
+    return _as_read(messages, rendered)
+
+
+def _as_read(messages: Messages, make: Callable[[Messages], Made]) -> Made:
+    """What is made of messages, their contents as text or, where the template does not take that, in parts."""
+    try:
+        return make(messages)
+    except (ValueError, TypeError, AttributeError, TemplateError) as error:
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}] if m["content"] else []} for m in messages]
+        try:
+            return make(parts)
+        except Exception:  # a template that takes no parts fails in its own way
+            raise error from None
 
 
 def check_system(system: Any) -> None:
@@ -84,18 +116,22 @@ def _knows_system(tokenizer: Any, system: str) -> bool:
 
     def shown(role: str) -> str | None:
         try:
-            return _template(
-                tokenizer, [{"role": role, "content": system}, {"role": "user", "content": "?"}], None, None
-            )(2, True)
-        except (TemplateError, ValueError, TypeError, AttributeError):
+            return _prompt_text(tokenizer, [{"role": role, "content": system}, {"role": "user", "content": "?"}])
+        except (TemplateError, ValueError, TypeError, AttributeError):  # refused, or left out
             return None
 
     told = shown("system")
-    return told is not None and _squeezed(system) in _squeezed(told) and told not in (shown("user"), shown("assistant"))
+    return told is not None and told not in (shown("user"), shown("assistant"))
 
 
 def _template(tokenizer: Any, messages: Messages, tools: Any, options: Mapping[str, Any] | None) -> Any:
-    """(how many messages, with the cue for the assistant) -> text."""
+    """(how many messages, with the cue for the assistant) -> text.
+
+    Raises:
+        ValueError: options that the template does not know.
+    """
+    if unknown := [name for name in options or () if name not in str(tokenizer.chat_template)]:
+        raise ValueError(f"the chat template knows no {unknown[0]!r} of chat_template_kwargs")
     shown = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
 
     def render(count: int, cue: bool = False) -> str:
@@ -124,15 +160,7 @@ def render_row(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[
     """
     if not getattr(tokenizer, "chat_template", None):
         return _without_template(tokenizer, row)
-    messages = row["messages"]
-    try:
-        text, spans = _spans(tokenizer, row, messages)
-    except (ValueError, TypeError, AttributeError, TemplateError) as error:
-        parts = [{**m, "content": [{"type": "text", "text": m["content"]}] if m["content"] else []} for m in messages]
-        try:
-            text, spans = _spans(tokenizer, row, parts)
-        except Exception:  # a template that takes no parts fails in its own way
-            raise error from None
+    text, spans = _as_read(row["messages"], lambda shown: _spans(tokenizer, row, shown))
     return tokens_of(tokenizer, text, spans)
 
 
@@ -152,12 +180,10 @@ def _without_template(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int]
 
 def _spans(tokenizer: Any, row: Mapping[str, Any], messages: Messages) -> tuple[str, list[tuple[int, int]]]:
     """The whole text and where each learned turn stands in it."""
-    options, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
-    if unknown := [name for name in options if name not in str(tokenizer.chat_template)]:
-        raise ValueError(f"the chat template knows no {unknown[0]!r} of chat_template_kwargs")
-    render = _template(tokenizer, messages, tools, options)
+    render = _template(tokenizer, messages, row.get("tools"), row.get("chat_template_kwargs"))
     whole, spans = render(len(messages)), []
-    for place in learned_turns(row["messages"]):
+    places = learned_turns(row["messages"])
+    for place in places:
         before = render(place, True)
         if not whole.startswith(before):
             raise ValueError(
@@ -166,7 +192,7 @@ def _spans(tokenizer: Any, row: Mapping[str, Any], messages: Messages) -> tuple[
                 + (", or learn from the last turn alone (turns='last')" if place < len(messages) - 1 else "")
             )
         spans.append((len(before), _end(whole, render, row["messages"], place, len(before))))
-    _check_rendered(whole, spans, row)
+    _check_rendered(whole, dict(zip(places, spans, strict=True)), row["messages"], row.get("tools"))
     return whole, spans
 
 
@@ -193,11 +219,29 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _check_rendered(whole: str, spans: Sequence[tuple[int, int]], row: Mapping[str, Any]) -> None:
-    """Refuse a template that leaves out text, thoughts, tool calls or tools."""
+def _spellings(value: Any) -> list[str]:
+    """How templates write a value of a tool call: plainly, as Python does, or as JSON, itself in JSON perhaps."""
+    text = isinstance(value, str)
+    plain = [value, repr(value)[1:-1]] if text else [str(value), repr(value)]
+    once = [json.dumps(value, ensure_ascii=ascii, default=str) for ascii in (True, False)]
+    once = [quoted[1:-1] for quoted in once] if text else once
+    twice = [json.dumps(quoted, ensure_ascii=False)[1:-1] for quoted in once]
+    return [_squeezed(spelling) for spelling in (*plain, *once, *twice)]
+
+
+def _has(text: str, value: Any) -> bool:
+    """Whether every name and value within a tool call's arguments stands in a squeezed text."""
+    if isinstance(value, Mapping):
+        return all(_has(text, name) and _has(text, inner) for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_has(text, inner) for inner in value)
+    return any(spelling in text for spelling in _spellings(value))
+
+
+def _check_rendered(whole: str, learned: Mapping[int, tuple[int, int]], messages: Messages, tools: Any) -> None:
+    """Refuse a template that leaves out text, thoughts, tool calls or tools; learned turns stand where they are said to."""
     text = _squeezed(whole)
-    learned = dict(zip(learned_turns(row["messages"]), spans, strict=True))
-    for tool in row.get("tools") or ():
+    for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
         if not isinstance(name, str):
             raise ValueError(f"each of 'tools' needs the name of a function, found {tool!r:.200}")
@@ -205,7 +249,7 @@ def _check_rendered(whole: str, spans: Sequence[tuple[int, int]], row: Mapping[s
             raise ValueError(
                 f"the chat template leaves out the tool {name!r}; use one that renders tools, or leave them out"
             )
-    for place, message in enumerate(row["messages"]):
+    for place, message in enumerate(messages):
         span = learned.get(place)
         within = text if span is None else _squeezed(whole[slice(*span)])
         content = message["content"]
@@ -216,13 +260,15 @@ def _check_rendered(whole: str, spans: Sequence[tuple[int, int]], row: Mapping[s
         if span is not None:
             lost += [name for name in THOUGHTS if _squeezed(message.get(name) or "") not in within]
         for call in message.get("tool_calls") or ():
-            arguments = call["function"]["arguments"]
-            words = [call["function"]["name"], *(arguments if isinstance(arguments, Mapping) else [arguments])]
-            lost += [f"the tool call {words[0]!r}"] * any(_squeezed(str(word)) not in within for word in words)
+            called = call["function"]
+            if not _has(within, called["name"]):
+                lost.append(f"the tool call {called['name']!r}")
+            elif not _has(within, called["arguments"]):
+                lost.append(f"arguments of the tool call {called['name']!r}")
         if lost:
             raise ValueError(
                 f"the chat template leaves out {lost[0]} of message {place + 1} ({message['role']}); use a template that "
-                "renders it, or leave it out of the row"
+                "renders it, or leave it out"
             )
 
 

@@ -8,25 +8,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from alignguard.data.sources import Row, Source, as_source, read_rows
+from alignguard.data.sources import PAIRS, Row, Source, as_source, read_rows
 
 # Who speaks, by the names of ShareGPT and its relatives and of OpenAI's older files.
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
-    "model": "assistant", "bot": "assistant", "observation": "tool", "function": "tool", "developer": "system",
+    "model": "assistant", "bot": "assistant", "observation": "tool", "function": "tool", "ipython": "tool",
+    "developer": "system",
 }  # fmt: skip
+
+SPEAKERS = ("system", "user", "assistant", "tool")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
-# Question, what is added to it, answer: this project's own, TRL's, Alpaca's and Dolly's.
-PAIRS = (
-    ("prompt", None, "response"),
-    ("prompt", None, "completion"),
-    ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-)
-
 ANSWERS = ("response", "completion", "output", "messages", "conversations", "chosen", "label")
+
+# What a label says, as text, of a response that is to be avoided: TRL's false, or a 0 from a table.
+AVOIDED = ("false", "0", "0.0")
 
 UNREAD = ("image", "images", "audio", "audios", "video", "videos", "documents", "functions")
 
@@ -99,7 +97,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     """One message under the names that chat templates read.
 
     Raises:
-        ValueError: no role, no content, or a weight other than 0 and 1.
+        ValueError: no role or one that no template tells apart, no content, or a weight other than 0 and 1.
     """
     found = {name: value for name, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
     if "from" in found and "role" not in found:
@@ -108,6 +106,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     if "function_call" in found:
         calls = [*calls, found.pop("function_call")]
     role = found.get("role")
+    role = role.lower() if isinstance(role, str) else role
     if role == "function_call":
         role, calls, found["content"] = "assistant", [_parsed(found.get("content"), "function_call", where)], ""
     if role is None or (found.get("content") is None and not calls):
@@ -115,9 +114,14 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str):
         raise ValueError(f"{where}: 'role' and 'content' of a message must be text, found {given!r:.200}")
     check_text(role, where)
+    role = ROLES.get(role, role)
+    if role not in SPEAKERS:
+        raise ValueError(
+            f"{where}: the role of a message must be {', '.join(SPEAKERS)} or another name of one, found {given!r:.200}"
+        )
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise ValueError(f"{where}: 'tool_calls' must be a list, found {calls!r:.200}")
-    message = {**found, "role": ROLES.get(role.lower(), role), "content": _content(found.get("content") or "", where)}
+    message = {**found, "role": role, "content": _content(found.get("content") or "", where)}
     if calls:
         message["tool_calls"] = [_called(call, where) for call in calls]
     for name in THOUGHTS:
@@ -146,6 +150,12 @@ def _turns(row: Row, where: str) -> list[dict[str, Any]]:
         text_of(row, begun[2], where)
         raise AssertionError  # one of the two is not there
     question, more, answer = form
+    added = [name for name in ("input", "context") if row.get(name) not in (None, "")]
+    if beside := added[:-1] if more else added and [question]:
+        raise ValueError(
+            f"{where}: {added[-1]!r} would not be read beside {beside[0]!r}; put its text into {question!r}, or leave it out "
+            f"by naming what is read (fields={{{question!r}: {question!r}, {answer!r}: {answer!r}}})"
+        )
     if isinstance(row[question], Sequence) and not isinstance(row[question], str) and answer == "completion":
         before = [{**message, "weight": 0} for message in _chat(row[question], question, where)]
         after = row[answer]
@@ -153,10 +163,12 @@ def _turns(row: Row, where: str) -> list[dict[str, Any]]:
             [{"role": "assistant", "content": after}] if isinstance(after, str) else after, answer, where
         )
     prompt = text_of(row, question, where)
-    if more is not None and row.get(more) not in (None, ""):
-        prompt = f"{prompt}\n\n{text_of(row, more, where)}"
+    if added:
+        prompt = f"{prompt}\n\n{text_of(row, added[0], where)}"
     history = row.get("history") or []
-    if not isinstance(history, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in history):
+    if not isinstance(history, Sequence) or not all(
+        isinstance(p, Sequence) and not isinstance(p, str) and len(p) == 2 for p in history
+    ):
         raise ValueError(f"{where}: 'history' must be a list of [prompt, response], found {history!r:.200}")
     texts = [*(text for pair in history for text in pair), prompt, text_of(row, answer, where)]
     return _chat(
@@ -184,8 +196,11 @@ def conversation(row: Row, where: str = "row", turns: str = "all") -> dict[str, 
     """
     if unread := [name for name in UNREAD if _holds(row.get(name))]:
         raise ValueError(f"{where}: {unread[0]!r} cannot be read along with text; leave it out, or leave out the row")
-    if row.get("label") is False and "completion" in row:
-        raise ValueError(f"{where}: a completion with the label false is one to avoid; leave out such rows")
+    if str(row.get("label")).strip().lower() in AVOIDED:
+        raise ValueError(
+            f"{where}: the label {row['label']!r} says that the response is one to avoid; leave out such rows, or the column "
+            "'label' if it says something else"
+        )
     messages = _turns(row, where)
     system = row.get("system")
     if system not in (None, ""):
@@ -216,8 +231,15 @@ def _holds(value: Any) -> bool:
 
 
 def learned_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Places of the messages that are learned from: the assistant's, if they answer something and weigh more than 0."""
-    return [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant" and m.get("weight", 1)]
+    """Places of the messages that are learned from: the assistant's, if they answer something and weigh more than 0.
+
+    Those without text and tool calls answer nothing.
+    """
+    return [
+        i
+        for i, m in enumerate(messages)
+        if i > 0 and m["role"] == "assistant" and m.get("weight", 1) and (m["content"].strip() or m.get("tool_calls"))
+    ]
 
 
 @contextmanager

@@ -17,10 +17,18 @@ Row = Mapping[str, Any]
 
 TURNS = ("all", "last")
 
-# Columns by which a row's form is told; those of them that a mapping does not name are not read.
+# Columns by which a row's form is told; where a mapping names a whole form, the others of them are not read.
 FORM_FIELDS = (
     *("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "context", "output"),
     "history",
+)
+
+# Question, what is added to it, answer: this project's own, TRL's, Alpaca's and Dolly's.
+PAIRS = (
+    ("prompt", None, "response"),
+    ("prompt", None, "completion"),
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
 )
 
 FIELDS = (*FORM_FIELDS, "system", "tools", "chat_template_kwargs", "label")
@@ -39,7 +47,8 @@ class DataSource:
             ``datasets`` saved or reads; a hub name; a ``datasets`` object; or an iterable of rows.
         split: split of a hub name, folder or ``DatasetDict`` with several.
         subset: configuration of a hub name.
-        fields: name that is read -> the column that holds it, ``{"prompt": "question", "response": "answer"}`` say.
+        fields: name that is read -> the column that holds it, ``{"prompt": "question", "response": "answer"}`` say. Where it
+            names a prompt alone, or an answer, the other is looked for under its own name.
         turns: which turns of the assistant are learned from where a chat has several: ``"all"`` that carry no weight of 0,
             or the ``"last"``.
 
@@ -78,8 +87,21 @@ def _renamed(row: Row, fields: Mapping[str, str], where: str) -> Row:
     """A row under the names that are read."""
     if lacking := [column for column in fields.values() if column not in row]:
         raise ValueError(f"{where}: no column {lacking[0]!r} (found the fields {sorted(map(str, row))})")
-    rest = {name: value for name, value in row.items() if name not in FORM_FIELDS}
-    return {**rest, **{name: row[column] for name, column in fields.items()}}
+    named = {name: row[column] for name, column in fields.items()}
+    begun = [pair for pair in PAIRS if pair[0] in named or pair[2] in named]
+    whole = any(question in named and (answer in named or "label" in named) for question, _, answer in begun)
+    if whole or "messages" in named or "conversations" in named:
+        return {**{name: value for name, value in row.items() if name not in FORM_FIELDS}, **named}
+    # A mapping that names a part of a form leaves the other parts where they stand.
+    rest = {name: row[name] for name in row if name not in FORM_FIELDS or name not in fields.values()}
+    parts = {"input", "context", "history", *named, *(name for pair in begun for name in pair)}
+    for name in FORM_FIELDS:
+        if begun and name not in parts and rest.get(name) not in (None, "", []):
+            raise ValueError(
+                f"{where}: fields name {', '.join(named)}, and nothing would read the column {name!r} beside that; name the "
+                "columns of prompt and response both"
+            )
+    return {**rest, **named}
 
 
 Source = str | Path | Iterable[Row] | DataSource
@@ -163,10 +185,35 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path, delimiter: str) -> list[Row]:
+    """Rows of a table; what would drop or swallow cells is refused by its line."""
+    lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    rows: list[Row] = []
+    line = width = 0  # where a row ends, for text in quotes may go over several lines; how many cells it has
     try:
-        return list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter))
+        for cells in lines:
+            first, line = line + 1, lines.line_num
+            if not names:
+                names, width = cells, len(cells)
+                while names and not names[-1]:  # spreadsheets leave columns without a name at the end
+                    names = names[:-1]
+                if twice := [name for place, name in enumerate(names) if name and name in names[:place]]:
+                    raise ValueError(
+                        f"{path}, line {first}: two columns are called {twice[0]!r}; rename or remove one of them"
+                    )
+            elif cells and (len(cells) != width or any(cells[len(names) :])):
+                raise ValueError(
+                    f"{path}, row {len(rows) + 1}, line {first}: {len(cells)} cells for {len(names)} "
+                    f"columns; put text that holds {delimiter!r} or a line end in double quotes"
+                )
+            elif cells:
+                rows.append(dict(zip(names, cells, strict=False)))
     except csv.Error as error:
-        raise ValueError(f"{path}: not a readable CSV file ({error}); give columns prompt and response") from error
+        raise ValueError(
+            f"{path}, line {line + 1}: not a readable CSV file ({error}); end quotes that begin a cell, and write double "
+            "quotes within them twice"
+        ) from error
+    return rows
 
 
 def _read_file(path: Path) -> Iterable[Row]:

@@ -10,14 +10,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from alignguard.data import (
+    Examples,
     check_fits,
     collate,
     collator,
     encode_example,
     encode_messages,
+    encode_source,
     load_conversations,
     read_jsonl,
 )
@@ -104,6 +107,26 @@ def test_a_tokenizer_without_template_works_too(tokenizer):
     assert plain.decode([x for x in row["labels"] if x != IGNORED]) == PAIR["response"] + plain.eos_token
 
 
+@pytest.mark.parametrize(("side", "lost"), [("right", "end"), ("left", "start")])
+def test_a_labelled_text_that_is_cut_keeps_its_closing_token(tokenizer, side, lost):
+    import copy
+
+    closing = copy.deepcopy(tokenizer)
+    closing.truncation_side = side
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    closing._tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    rows = encode_source([{"prompt": "bread " * 30, "label": 0}], "task", closing, "classification", 5)
+    (ids,) = [row["input_ids"] for row in rows]
+    assert len(ids) == 5 and [ids[0], ids[-1]] == [place for _, place in ends]
+    assert rows.notes == [f"task: 1 of 1 rows are longer than 5 tokens and lose their {lost}"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "classification"])
+def test_a_row_has_room_for_two_tokens(tokenizer, kind):
+    with pytest.raises(ValueError, match="max_length must be a whole number of tokens, at least 2, not 1"):
+        encode_source([{**PAIR, "label": 1}], "task", tokenizer, kind, 1)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_masked_and_unlabelled(side):
     rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
@@ -168,3 +191,19 @@ def test_what_reaches_beyond_a_table_is_refused_whatever_adapter_stands_in_its_p
         check_fits(model, [{"input_ids": [16], "labels": [16]}], "rows")
     with pytest.raises(ValueError, match="longer than the model's 6 positions"):
         check_fits(model, [{"input_ids": [1] * 7, "labels": [1] * 7}], "rows")
+
+
+def test_a_pad_token_beyond_the_vocabulary_is_refused(tiny_llama):
+    model = tiny_llama()
+    check_fits(model, [], "rows", pad=model.config.vocab_size - 1)
+    with pytest.raises(ValueError, match=r"rows: the pad token \d+ is beyond the model's vocabulary"):
+        check_fits(model, [], "rows", pad=model.config.vocab_size)
+
+
+def test_rows_beyond_positions_that_are_computed_are_noted(tiny_llama):
+    model = tiny_llama()
+    model.config.max_position_embeddings = 6
+    rows = Examples({"input_ids": [1] * n, "labels": [1] * n} for n in (6, 7, 8))
+    check_fits(model, rows, "rows")
+    (note,) = rows.notes
+    assert note.startswith("rows: 2 of 3 rows are longer than the 6 positions of the model's configuration")

@@ -17,6 +17,12 @@ CALL = {
 }
 SUNNY = [USER, CALL, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Sunny."}]
 
+TURNS = "{% for m in messages %}<{{ 'a' if m['role'] == 'assistant' else 'u' }}>{{ m['content'] }}{% endfor %}"
+NAMED = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+DEAF = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + NAMED
+OBLIGED = "{% for m in messages %}<{{ 'u' if m['role'] == 'user' else 'a' }}>{{ m['content'] }}{% endfor %}"
+
 
 def encode(tokenizer, row, turns="all", **more):
     return encode_source(DataSource([row], turns=turns), "task", tokenizer, "causal", more.get("max_length", 600))[0]
@@ -90,6 +96,62 @@ def test_a_template_that_drops_a_response_or_a_role_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             encode(chat_tokenizer(template), {"system": "Be brief.", "prompt": "Name a colour.", "response": "Teal."})
+
+
+@pytest.mark.parametrize("call", ["c.function.name", "c.function.name ~ c.function.arguments.keys() | list | tojson"])
+def test_a_template_that_drops_what_a_tool_is_called_with_is_refused(call):
+    tokenizer = chat_tokenizer(CHATML.replace("c.function | tojson", call))
+    with pytest.raises(ValueError, match="leaves out arguments of the tool call 'get_weather' of message 2"):
+        encode(tokenizer, {"messages": SUNNY, "tools": TOOLS})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "c.function | tojson",
+        "c.function.name ~ (c.function.arguments | tojson | tojson)",
+        "c.function.name ~ c.function.arguments",
+        "c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}{{ ''",
+    ],
+)
+def test_what_a_tool_is_called_with_is_found_in_every_spelling(call):
+    tokenizer = chat_tokenizer(CHATML.replace("c.function | tojson", call))
+    told = {"city": 'Größe "XL"\n\\', "days": [1, 2.5, None], "more": {"wind": True, "of": {}}}
+    messages = [USER, {**CALL, "tool_calls": [{"function": {"name": "get_weather", "arguments": told}}]}, *SUNNY[2:]]
+    assert encode(tokenizer, {"messages": messages, "tools": TOOLS})
+
+
+def test_a_prompt_reaches_a_template_that_reads_parts():
+    tokenizer = chat_tokenizer(PARTS)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}]
+    system, user = "<|im_start|>system: Be brief.<|im_end|>\n", "<|im_start|>user: Name a colour.<|im_end|>\n"
+    cue = "<|im_start|>assistant: "
+    assert tokenizer.decode(render_prompt(tokenizer, asked)) == system + user + cue
+    assert instructed(tokenizer, asked[1:], "Be brief.") == asked
+    row = {"prompt": "Name a colour.", "response": "Teal."}
+    (pair,) = encode_source([row], "task", tokenizer, "seq2seq", 200)
+    assert tokenizer.decode(pair["input_ids"]) == user + cue
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "words"),
+    [
+        (PARTS.replace("part['text']", "''"), {}, r"leaves out its text of message 1 \(user\)"),
+        (DEAF, {"system": "Be brief."}, r"row 1: .*leaves out its text of message 1 \(system\)"),
+        (NAMED, {"tools": TOOLS}, "leaves out the tool 'get_weather'"),
+        (NAMED, {"chat_template_kwargs": {"enable_thinking": False}}, "knows no 'enable_thinking'"),
+        (None, {"chat_template_kwargs": {"enable_thinking": False}}, "no chat template, which tools and chat_template"),
+    ],
+)
+def test_what_a_template_leaves_out_of_a_prompt_is_refused(template, more, words):
+    row = {"prompt": "Name a colour.", "response": "Teal.", **more}
+    with pytest.raises(ValueError, match=words):
+        encode_source([row], "task", chat_tokenizer(template), "seq2seq", 64)
+
+
+def test_an_answer_that_says_nothing_is_not_learned():
+    tokenizer = chat_tokenizer(CHATML)
+    assert learned(tokenizer, encode(tokenizer, chat("a", "", "b", "second"))) == ["second<|im_end|>\n"]
 
 
 @pytest.mark.parametrize("response", ["\nHello", "\n\n\nHello", " Hello", "\r\nHello"])
@@ -191,13 +253,6 @@ def test_a_row_is_shown_with_what_is_learned_from_marked():
     assert shown_row(tokenizer, pair, "task_data", "seq2seq").endswith("\n»Hello</s>«")
     label = encode_source([{"prompt": "Hi", "label": 2}], "task_data", tokenizer, "classification", 64)
     assert shown_row(tokenizer, label, "task_data", "classification").endswith("Hi»class 2«")
-
-
-TURNS = "{% for m in messages %}<{{ 'a' if m['role'] == 'assistant' else 'u' }}>{{ m['content'] }}{% endfor %}"
-NAMED = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-DEAF = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + NAMED
-OBLIGED = "{% for m in messages %}<{{ 'u' if m['role'] == 'user' else 'a' }}>{{ m['content'] }}{% endfor %}"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignguard.data import DataSource, conversation, load_conversations
+from alignguard.data import DataSource, conversation, load_conversations, prompts_alone, read_rows
 
 USER, ANSWER = {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Teal."}
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
@@ -44,6 +44,20 @@ def test_input_and_context_follow_the_instruction(instruction, more, answer):
     dolly = conversation({"instruction": instruction, "context": more, "response": answer})
     expected = {"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}
     assert alpaca == dolly == {"messages": [expected, {"role": "assistant", "content": answer}]}
+
+
+def test_what_is_added_is_read_under_either_name():
+    rows = [
+        {"instruction": "Translate", "input": "dog", "response": "Hund"},
+        {"instruction": "Translate", "context": "dog", "output": "Hund"},
+    ]
+    for row in rows:
+        assert [m["content"] for m in conversation(row)["messages"]] == ["Translate\n\ndog", "Hund"]
+
+
+def test_roles_in_capitals_are_the_same_roles():
+    row = {"messages": [{**m, "role": m["role"].capitalize()} for m in CHAT]}
+    assert conversation(row)["messages"] == CHAT
 
 
 def test_a_system_column_comes_first_and_history_before_the_prompt():
@@ -111,6 +125,21 @@ def test_tool_calls_come_in_every_spelling():
         ({"messages": [ANSWER]}, "nothing to learn from"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "end with a non-empty message of the assistant"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' must be a list of"),
+        ({"instruction": "a", "output": "b", "history": ["Hi", "Yo"]}, "'history' must be a list of"),
+        ({"prompt": "a", "response": "b", "label": False}, "label False says .* one to avoid"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "one to avoid"),
+        ({"messages": [USER, ANSWER], "label": "False"}, "one to avoid"),
+        ({"instruction": "a", "output": "b", "label": "0"}, "one to avoid"),
+        ({"prompt": "Translate", "input": "dog", "response": "Hund"}, "'input' would not be read beside 'prompt'"),
+        ({"prompt": [USER], "context": "dog", "completion": [ANSWER]}, "'context' would not be read beside 'prompt'"),
+        (
+            {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+            "'context' would not be read beside 'input'",
+        ),
+        (
+            {"messages": [USER, ANSWER, {"role": "critic", "content": "a"}, ANSWER]},
+            "the role of a message must be system",
+        ),
     ],
 )
 def test_what_cannot_be_heeded_is_named(row, words):
@@ -123,9 +152,29 @@ def test_columns_are_mapped_and_what_is_not_mapped_is_not_read():
     source = DataSource(rows, fields={"prompt": "question", "response": "answer"})
     (row,) = load_conversations(source)
     assert [m["content"] for m in row["messages"]] == ["Count.", "2+2", "4"]
+    labelled = DataSource([{"text": "a", "label": 1, "output": "x"}], fields={"prompt": "text", "label": "label"})
+    assert [dict(row) for _, row in read_rows(labelled)] == [{"text": "a", "prompt": "a", "label": 1}]
     with pytest.raises(ValueError, match="row 1: no column 'questions'"):
         load_conversations(DataSource(rows, fields={"prompt": "questions", "response": "answer"}))
     with pytest.raises(ValueError, match=r"nothing is read under \['promt'\]"):
         DataSource(rows, fields={"promt": "question"})
     with pytest.raises(ValueError, match="turns must be one of"):
         DataSource(rows, turns="first")
+
+
+def test_a_mapping_of_a_part_leaves_the_rest_of_the_form():
+    row = {"question": "2+2", "response": "4", "history": [["1+1", "2"]]}
+    source = DataSource([row], fields={"prompt": "question"})
+    assert prompts_alone(source) is None
+    assert [m["content"] for m in load_conversations(source)[0]["messages"]] == ["1+1", "2", "2+2", "4"]
+    for fields in ({"system": "instruction"}, {"response": "output"}):
+        row = {"prompt": "2+2", "response": "4", "instruction": "Count.", "output": "Four."}
+        if "response" in fields:
+            del row["response"], row["instruction"]
+        (found,) = load_conversations(DataSource([row], fields=fields))
+        assert [m["content"] for m in found["messages"]][-2:] == ["2+2", row.get("response", "Four.")]
+    for column in ("messages", "output", "instruction"):
+        with pytest.raises(
+            ValueError, match=f"row 1: fields name prompt, and nothing would read the column '{column}'"
+        ):
+            prompts_alone(DataSource([{"question": "2+2", column: "4"}], fields={"prompt": "question"}))

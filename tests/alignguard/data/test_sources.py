@@ -47,6 +47,14 @@ def test_a_file_of_any_common_kind_is_read(tmp_path, name):
     assert read(tmp_path / name) == read(str(tmp_path / name)) == ROWS
 
 
+def test_a_table_may_have_empty_lines_and_columns_without_a_name(tmp_path):
+    (tmp_path / "a.csv").write_text('\n,prompt,response,,\r\n0,a,"b\n""c""",,\r\n\r\n1,d,,,\n')
+    assert read(tmp_path / "a.csv") == [
+        {"": "0", "prompt": "a", "response": 'b\n"c"'},
+        {"": "1", "prompt": "d", "response": ""},
+    ]
+
+
 def test_parquet_and_arrow_are_read_whatever_their_name(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     data.to_parquet(tmp_path / "rows.parquet")
@@ -116,6 +124,12 @@ def test_keys_that_arrow_fills_with_none_are_not_there():
         ("a.json", b'[{"prompt": "a"}, 3]', "row 2: expected a JSON object, found int"),
         ("a.json", b'{"prompt": "a",\n "response": }', "line 1: not valid JSON"),
         ("a.jsonl", b"caf\xe9", "not UTF-8 text"),
+        ("a.csv", b"prompt,response\na,b\n\nWhy?,Because light, mostly", "row 2, line 4: 3 cells for 2 columns"),
+        ("a.csv", b"prompt,response,\nWhy?,Because light, mostly", "row 1, line 2: 3 cells for 2 columns"),
+        ("a.tsv", b"prompt\tresponse\n'a\nb'\tc\n", "row 1, line 2: 1 cells for 2 columns"),
+        ("a.csv", b'prompt,response\n"a\nb",c\nd,"e\nf,g\nh,i\n', r"line 4: not a readable CSV file \(unexpected end"),
+        ("a.csv", b'prompt,response\na,"b"c\n', "line 2: not a readable CSV file"),
+        ("a.csv", b"prompt,response,response\na,b,c\n", "line 1: two columns are called 'response'"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_called_what_it_is(tmp_path, name, content, words):
