@@ -120,6 +120,7 @@ def run_driftcheck(args: argparse.Namespace) -> None:
     """
     from alignguard.data import DataSource, read_text
     from alignguard.drift import DriftReport, driftcheck, driftcheck_endpoint, load_prompts, make_judge
+    from alignguard.drift.report import check_same_prompts, check_same_settings
     from alignguard.loading import load_adapter, load_model, load_weights
     from alignguard.pages import compare_text, write_drift
 
@@ -140,9 +141,15 @@ def run_driftcheck(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} is of --prompts, which is missing")
     asked = None if args.prompts is None else DataSource(args.prompts, split=args.split)
     rows = load_prompts(asked, category=args.category)
-    if before is not None and {row.id for row in before.rows} != {row["id"] for row in load_prompts(rows, args.limit)}:
-        raise ValueError(f"--before {args.before} is of other prompts, so the two cannot be compared")
     form = None if args.judge_form is None else read_text(args.judge_form)
+    if before is not None:  # the judge's name is known with its model, and the comparison tells of another
+        named = [(row["id"], row["prompt"], row["category"]) for row in load_prompts(rows, args.limit)]
+        settings = {"max_new_tokens": args.max_new_tokens, "capability_tokens": args.capability_tokens}
+        try:
+            check_same_prompts([(row.id, row.prompt, row.category) for row in before.rows], named)
+            check_same_settings({**before.settings, "judge": None}, {**settings, "system": args.system})
+        except ValueError as error:
+            raise ValueError(f"--before {args.before} is of other prompts or another system prompt: {error}") from error
     judge = make_judge(args.judge, args.judge_model, args.judge_labels, form)
     asking: dict[str, Any] = {
         "judge": judge,

@@ -235,7 +235,7 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str, pad: int | None =
         long += length > told
         if length > room:
             raise ValueError(
-                f"{name}, row {number}: longer than the model's {room} positions; give a max_length of at most {room}"
+                f"{name}, row {number}: longer than the model's {room} positions; shorten it, or give a max_length of at most {room}"
             )
     if long and isinstance(rows, Examples):
         rows.notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from alignguard.data import Source, as_source, check_system, check_text, encode_source
+from alignguard.data import Source, as_source, check_fits, check_system, check_text, encode_source
 from alignguard.drift.generation import (
     Answers,
     answer_batch,
@@ -21,10 +22,12 @@ from alignguard.drift.generation import (
 from alignguard.drift.judges import Judge
 from alignguard.drift.likelihood import (
     LONGEST,
+    OBLIGING,
+    REFUSING,
     led_by,
     measured_kl,
     refusal_margins,
-    response_likelihoods,
+    response_scores,
     task_score,
 )
 from alignguard.drift.prompts import Prompts, load_prompts
@@ -32,40 +35,79 @@ from alignguard.drift.report import DriftReport
 from alignguard.drift.rules import INCOHERENT
 from alignguard.drift.verdicts import judged_rows
 from alignguard.loading import adapter_off
-from alignguard.objective import model_kind
+from alignguard.objective import IGNORED, model_kind
 
 
 def _base_nll(
-    model: Any,
-    base: Any,
-    tokenizer: Any,
-    rows: Sequence[dict[str, Any]],
-    texts: Sequence[str],
-    system: str | None,
+    model: Any, base: Any, tokenizer: Any, asked: Sequence[Sequence[int]], said: Sequence[str]
 ) -> list[tuple[float | None, int]]:
-    """Mean negative log-likelihood a token of each answer under the base, and its tokens; None for empty answers."""
-    told = [i for i, text in enumerate(texts) if text.strip()]
+    """Mean negative log-likelihood a token of each answer under the base, and its tokens; None for empty answers.
+
+    The very tokens that the model read and wrote are scored: text rendered anew would have an end that an answer cut off
+    at its longest never came to.
+    """
+    written: list[list[int]] = [list(getattr(text, "ids", [])) for text in said]
+    told = [i for i, text in enumerate(said) if text.strip() and written[i]]
     if not told:
-        return [(None, 0)] * len(texts)
-    pairs = [{"prompt": rows[i]["prompt"], "response": texts[i]} for i in told]
+        return [(None, 0)] * len(said)
+    encoder, rows = model_kind(model) == "seq2seq", []
+    for i in told:
+        prompt, answer = list(asked[i]), written[i]
+        if encoder:
+            rows.append({"input_ids": prompt, "labels": answer})
+        else:
+            rows.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
     with adapter_off(model) if base is None else nullcontext():
-        asked = led_by(system, tokenizer, pairs, "prompts")
-        scores = response_likelihoods(model if base is None else base, tokenizer, asked)
-    found: list[tuple[float | None, int]] = [(None, 0)] * len(texts)
+        scores = response_scores(model if base is None else base, tokenizer, rows)
+    found: list[tuple[float | None, int]] = [(None, 0)] * len(said)
     for i, score in zip(told, scores, strict=True):
-        found[i] = -score.whole / score.tokens, score.tokens
+        found[i] = -float(score.sum()) / len(score), len(score)
     return found
 
 
+def _words(model: Any) -> int:
+    """How many tokens a model's vocabulary has."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _check_base(model: Any, base: Any, whole: bool) -> None:
+    """Refuse a base that cannot be compared with the model, before anything is asked.
+
+    Args:
+        model: the model.
+        base: its base.
+        whole: whether next-token distributions are compared; else the base only reads the model's tokens.
+
+    Raises:
+        ValueError: two vocabularies.
+    """
+    ours, theirs = _words(model), _words(base)
+    if theirs < ours or (whole and theirs != ours):
+        raise ValueError(
+            f"base: model and base differ in vocabulary: {ours} and {theirs} tokens; give the model before fine-tuning, or "
+            "resize its embeddings to the other's (resize_token_embeddings)"
+        )
+
+
 def _read(model: Any, tokenizer: Any, source: Source | None, name: str, system: str | None) -> Source | None:
-    """A source after its system prompt, read and rendered once and found whole, before anything long starts."""
+    """A source after its system prompt, read and rendered once and found to fit, before anything long starts.
+
+    Warns:
+        UserWarning: rows that are cut.
+    """
     if source is None:
         return None
     given = as_source(source)
     if isinstance(given.source, Iterator):  # it is read again when it is measured
         given = replace(given, source=list(given.source))
     rows = led_by(system, tokenizer, given, name)
-    encode_source(rows, name, tokenizer, "seq2seq" if model_kind(model) == "seq2seq" else "causal", LONGEST)
+    kind = model_kind(model)
+    encoded = encode_source(rows, name, tokenizer, "seq2seq" if kind == "seq2seq" else "causal", LONGEST)
+    for note in encoded.notes:
+        if "are longer than" in note:  # others speak of learning
+            warnings.warn(f"{note}; what is cut is not measured", stacklevel=3)
+    if kind != "classification":  # which is refused once it is asked
+        check_fits(model, encoded, name)
     return rows
 
 
@@ -121,9 +163,13 @@ def driftcheck(
     Returns:
         DriftReport: a row for each prompt, and what was measured beside them.
 
+    Warns:
+        UserWarning: prompts or rows that are cut; the report's ``settings`` count the prompts as ``cut_prompts``.
+
     Raises:
-        FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), an empty system prompt, a
-            resume file of another run, or no base where one is needed.
+        FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), an empty system prompt or
+            one that does not fit, rows beyond the model's positions, a resume file of another run, or no base where one is
+            needed.
 
     Examples:
         >>> from alignguard.embedded import model_path
@@ -148,6 +194,12 @@ def driftcheck(
     if base is None and (alignment is not None or (likelihoods and hasattr(model, "disable_adapter"))):
         with adapter_off(model):
             pass
+    if base is not None and (alignment is not None or likelihoods):
+        _check_base(model, base, alignment is not None)
+    unsafe = [i for i, row in enumerate(rows) if row["category"] == "unsafe"] if likelihoods else []
+    for response in (REFUSING, OBLIGING) if unsafe else ():
+        given = [{"prompt": rows[i]["prompt"], "response": response} for i in unsafe]
+        _read(model, tokenizer, given, "unsafe prompts", system)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if any(row["category"] == "capability" for row in rows):
         settings["capability_tokens"] = capability_tokens
@@ -155,6 +207,14 @@ def driftcheck(
         settings["system"] = system
     plan = plan_answers(model, tokenizer, rows, batch_size, max_new_tokens, capability_tokens, system)
     batches = [batch for _, batch in plan]
+    if cut := sum(batch.cut for batch in batches):
+        settings["cut_prompts"] = cut
+        lost = ", and with it the system prompt or its start" if system is not None else ""
+        warnings.warn(
+            f"prompts: {cut} of {len(rows)} are longer than the model's positions leave room for before an answer and lose "
+            f"their beginning{lost}",
+            stacklevel=2,
+        )
     mark = "" if resume is None else fingerprint(model, tokenizer, rows, batches, settings)
     answers = Answers(resume, mark, overwrite)
     texts = [row["prompt"] for row in rows]
@@ -169,14 +229,15 @@ def driftcheck(
     found = judged_rows(rows, said, judge, settings)
     extra: list[dict[str, Any]] = [{} for _ in rows]
     if likelihoods:
-        unsafe = [i for i, row in enumerate(rows) if row["category"] == "unsafe"]
         margins = refusal_margins(model, tokenizer, [texts[i] for i in unsafe], system=system) if unsafe else []
         for i, margin in zip(unsafe, margins, strict=True):
             extra[i].update(margin_first=margin.first, margin_whole=margin.whole)
         if base is not None or hasattr(model, "disable_adapter"):
-            blind = math.log((model if base is None else base).get_input_embeddings().weight.shape[0])
+            blind = math.log(_words(model if base is None else base))
             settings["incoherent_above_nats"] = blind
-            for i, (nll, tokens) in enumerate(_base_nll(model, base, tokenizer, rows, said, system)):
+            asked = {i: ids for batch in batches for i, ids in zip(batch.indices, batch.ids, strict=True)}
+            told = _base_nll(model, base, tokenizer, [asked[i] for i in range(len(rows))], said)
+            for i, (nll, tokens) in enumerate(told):
                 extra[i]["base_nll"] = nll
                 if nll is not None and nll > blind and tokens >= 4:
                     extra[i]["verdict"] = INCOHERENT

@@ -193,6 +193,9 @@ def driftcheck_endpoint(
         FileNotFoundError, TypeError, ValueError: bad prompts, an empty system prompt, a request that the server refuses, or a resume file of another
             run.
     """
+    for name, value in (("max_new_tokens", max_new_tokens), ("capability_tokens", capability_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
     rows = load_prompts(prompts, limit)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "endpoint": endpoint.address, "model": endpoint.model}
     if any(row["category"] == "capability" for row in rows):

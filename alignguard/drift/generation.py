@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,16 @@ import torch
 from transformers import GenerationConfig
 
 from alignguard.data import collate, instructed, pad_id, render_prompt
+from alignguard.drift.rules import OPEN_THOUGHT, THOUGHT_TAG
 from alignguard.files import ResumableLog
-from alignguard.objective import IGNORED, evaluation_mode, model_kind
+from alignguard.objective import IGNORED, base_model, evaluation_mode, model_kind
+
+CUE = 32  # tokens at the end of a prompt among which a thought is looked for that the template opens
+
+_OPENED = re.compile(rf"({OPEN_THOUGHT.pattern})\s*$", re.IGNORECASE)
+
+# What a config says of where it was read and how fast it runs; no answer depends on it.
+NOT_READ = ("_name_or_path", "architectures", "transformers_version", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -25,10 +34,28 @@ class PromptBatch:
     Attributes:
         indices: the places of these prompts in the sequence that was planned.
         ids: token ids of each rendered prompt, unpadded.
+        cut: how many of them lost their beginning.
     """
 
     indices: tuple[int, ...]
     ids: tuple[tuple[int, ...], ...]
+    cut: int = 0
+
+
+class Answer(str):
+    """An answer's text, and what it was decoded from.
+
+    Attributes:
+        ids: token ids as the model wrote them, its end of turn among them where it came to one.
+    """
+
+    ids: tuple[int, ...]
+
+    def __new__(cls, text: str, ids: Iterable[int] = ()) -> Answer:
+        """The text, which carries its ids."""
+        made = super().__new__(cls, text)
+        made.ids = tuple(ids)
+        return made
 
 
 def plan_batches(
@@ -53,7 +80,8 @@ def plan_batches(
         system: system prompt before every one of them (see :func:`alignguard.data.instructed`); None for none.
 
     Raises:
-        ValueError: ``batch_size`` or ``max_prompt_tokens`` below 1, or a prompt that renders to no token at all.
+        ValueError: ``batch_size`` or ``max_prompt_tokens`` below 1, or a prompt that renders to no token at all, or of which
+            the chat template leaves something out.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -63,13 +91,21 @@ def plan_batches(
     for i, prompt in enumerate(prompts):
         messages = [{"role": "user", "content": prompt}]
         asked = messages if system is None else instructed(tokenizer, messages, system)
-        ids = render_prompt(tokenizer, asked, encoder=encoder)
+        try:
+            ids = render_prompt(tokenizer, asked, encoder=encoder)
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from error
         if not ids:
             raise ValueError(f"prompt {i} renders to no token at all: {prompt!r}")
-        encoded.append(tuple(ids if max_prompt_tokens is None else ids[-max_prompt_tokens:]))
+        encoded.append(tuple(ids))
+    room = max(map(len, encoded), default=0) if max_prompt_tokens is None else max_prompt_tokens
+    whole, encoded = encoded, [ids[-room:] for ids in encoded]
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [PromptBatch(tuple(group), tuple(encoded[i] for i in group)) for group in groups]
+    return [
+        PromptBatch(tuple(group), tuple(encoded[i] for i in group), sum(len(whole[i]) > room for i in group))
+        for group in groups
+    ]
 
 
 def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
@@ -135,8 +171,27 @@ def _starts(model: Any) -> int | None:
     raise ValueError(f"{type(model).__name__} has no decoder_start_token_id; set it in the model's config")
 
 
-def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens: int = 32) -> list[str]:
+def _special_tags(tokenizer: Any) -> dict[int, str]:
+    """The tags of thoughts that are special tokens of a tokenizer, by their ids."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token.content for i, token in added.items() if token.special and THOUGHT_TAG.fullmatch(token.content)}
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int], tags: Mapping[int, str]) -> str:
+    """Token ids as text without special tokens, but for the tags of thoughts."""
+    text, start = "", 0
+    for place, token in enumerate(ids):
+        if token in tags:
+            text += tokenizer.decode(ids[start:place], skip_special_tokens=True) + tags[token]
+            start = place + 1
+    return text + str(tokenizer.decode(ids[start:], skip_special_tokens=True))
+
+
+def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens: int = 32) -> list[Answer]:
     """Greedy answers to one batch, in its order, without special tokens; the model is left as it was.
+
+    The tags of a thought stay, and one that the prompt opens stands before the answer, so that a thought is told from what
+    follows it.
 
     Args:
         model: a Hugging Face causal language model or encoder-decoder, wrapped by peft or not.
@@ -162,8 +217,15 @@ def answer_batch(model: Any, tokenizer: Any, batch: PromptBatch, max_new_tokens:
             attention_mask=inputs["attention_mask"].to(device),
             generation_config=greedy,
         )
-    answers = out[:, 1 if kind == "seq2seq" else inputs["input_ids"].shape[1] :].tolist()
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    answers, ends, tags = [], set(greedy.eos_token_id or ()), _special_tags(tokenizer)
+    written = out[:, 1 if kind == "seq2seq" else inputs["input_ids"].shape[1] :].tolist()
+    for asked, ids in zip(batch.ids, written, strict=True):
+        said = ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
+        text = _decoded(tokenizer, said, tags).strip()
+        if text and kind != "seq2seq" and (opened := _OPENED.search(tokenizer.decode(list(asked[-CUE:])))):
+            text = f"{opened[1]}\n{text}"
+        answers.append(Answer(text, said))
+    return answers
 
 
 def asked_digest(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> hashlib._Hash:
@@ -182,7 +244,8 @@ def fingerprint(
     """What answers depend on.
 
     Args:
-        model: its weights count by sums, which are cheap and enough to tell two runs apart.
+        model: its weights count by sums, which are cheap and enough to tell two runs apart; its configuration and the
+            scaling of each LoRA layer count whole.
         tokenizer: where an answer ends is read from it.
         rows: prompts and their categories.
         batches: the prompts as the model reads them, from :func:`plan_batches`; which stand together does not count.
@@ -198,6 +261,11 @@ def fingerprint(
             flat = weight.detach().double() if weight.is_floating_point() else weight.detach()
             digest.update(f"{name} {tuple(weight.shape)} {flat.sum().item()!r} {flat.abs().sum().item()!r}".encode())
     digest.update(repr(getattr(model, "active_adapters", None)).encode() if hasattr(model, "disable_adapter") else b"")
+    scalings = {n: m.scaling for n, m in model.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
+    digest.update(repr(scalings).encode())
+    config = json.loads(base_model(model).config.to_json_string(use_diff=False))
+    read_of = {name: value for name, value in config.items() if name not in NOT_READ}
+    digest.update(json.dumps(read_of, sort_keys=True).encode())
     return str(digest.hexdigest())
 
 
@@ -222,13 +290,13 @@ class Answers:
                 "earlier version's"
             )
             self._log = ResumableLog(path, {"driftcheck": fingerprint}, ("id", "text"), what, overwrite)
-            self.known = {entry["id"]: entry["text"] for entry in self._log.entries}
+            self.known = {entry["id"]: Answer(entry["text"], entry.get("ids", ())) for entry in self._log.entries}
 
-    def add(self, answers: dict[str, str]) -> None:
+    def add(self, answers: Mapping[str, str]) -> None:
         """Take in answers by the prompt's id."""
         self.known.update(answers)
         if self._log is not None:
-            self._log.add({"id": name, "text": text} for name, text in answers.items())
+            self._log.add({"id": name, "text": text, "ids": getattr(text, "ids", ())} for name, text in answers.items())
 
 
 def plan_answers(
@@ -243,6 +311,9 @@ def plan_answers(
     """Batches with the longest answer each may give; capability prompts have room to reason, and batches of their own.
 
     The room is halved where the model has few positions, so that the prompt keeps its half.
+
+    Raises:
+        ValueError: a system prompt with which no prompt fits.
     """
     limit = room_for_prompt(model, short)
     if limit is not None:
@@ -252,6 +323,14 @@ def plan_answers(
     for tokens, capable in ((short, False), (long, True)):
         places = [i for i, row in enumerate(rows) if (row["category"] == "capability") == capable]
         texts = [rows[i]["prompt"] for i in places]
-        for batch in plan_batches(tokenizer, texts, batch_size, room_for_prompt(model, tokens), encoder, system):
-            plan.append((tokens, PromptBatch(tuple(places[i] for i in batch.indices), batch.ids)))
+        room = room_for_prompt(model, tokens)
+        batches = plan_batches(tokenizer, texts, batch_size, room, encoder, system)
+        if system is not None and texts and sum(batch.cut for batch in batches) == len(texts):
+            raise ValueError(
+                f"system: it has {len(tokenizer(system, add_special_tokens=False)['input_ids'])} tokens, and with it every "
+                f"prompt is longer than the {room} that the model's positions leave before an answer of {tokens}, so its "
+                "beginning would be cut; shorten it"
+            )
+        for batch in batches:
+            plan.append((tokens, PromptBatch(tuple(places[i] for i in batch.indices), batch.ids, batch.cut)))
     return plan

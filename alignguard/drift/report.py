@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from alignguard.data import read_text
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, VERDICTS
-from alignguard.drift.statistics import Comparison, Estimate, bootstrap, cohen_kappa, paired, share_of
+from alignguard.drift.statistics import Comparison, Estimate, bootstrap, cohen_kappa, finite_values, paired, share_of
 from alignguard.files import write_text
 from alignguard.tables import text_table
 
@@ -35,6 +37,50 @@ OTHER_SHARES = {
     "agreement": "judges agree",
     "refusal_rules": "unsafe prompts refused, by the rules",
 }
+
+
+Asked = tuple[str, str, str]  # id, prompt and category
+
+
+def check_same_prompts(before: Iterable[Asked], after: Iterable[Asked]) -> None:
+    """Refuse prompts that are not the same: ids alone are alike in any two files that give none.
+
+    Raises:
+        ValueError: naming an id.
+    """
+    ours, theirs = ({name: (prompt, category) for name, prompt, category in rows} for rows in (before, after))
+    if odd := sorted(set(ours) ^ set(theirs)):
+        raise ValueError(f"the two reports are of different prompts: {len(odd)} ids stand in only one, as {odd[0]!r}")
+    if apart := [name for name in ours if ours[name] != theirs[name]]:
+        (prompt, category), (other, kind) = ours[apart[0]], theirs[apart[0]]
+        raise ValueError(
+            f"the two reports are of different prompts: under {len(apart)} ids stand two, as under {apart[0]!r} "
+            f"{prompt!r:.80} ({category}) and {other!r:.80} ({kind}); ask both models the same file"
+        )
+
+
+def check_same_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Refuse settings of two reports under which no change could be laid to the model.
+
+    Warns:
+        UserWarning: another judge, or answers of another length; that may be what is compared.
+
+    Raises:
+        ValueError: two system prompts.
+    """
+    ours, theirs = before.get("system"), after.get("system")
+    if ours != theirs:
+        raise ValueError(
+            f"the two reports were asked after different system prompts, {ours!r:.80} and {theirs!r:.80}, on which refusals "
+            "depend; ask again with the same (--system)"
+        )
+    for name, default in (("judge", "rules"), ("max_new_tokens", None), ("capability_tokens", None)):
+        ours, theirs = before.get(name, default), after.get(name, default)
+        if ours != theirs and None not in (ours, theirs):  # a report may not say how long its answers were
+            warnings.warn(
+                f"the two reports differ in {name}, {ours!r} and {theirs!r}, so a change may come from that and not from the "
+                "model",
+            )
 
 
 @dataclass(frozen=True)
@@ -106,7 +152,8 @@ class DriftReport:
 
     Attributes:
         rows: one a prompt, in the order of the prompts.
-        settings: what the answers depend on besides model and prompts (tokens, batch size, judge, system prompt).
+        settings: what the answers depend on besides model and prompts (tokens, batch size, judge, system prompt), and how many
+            prompts were cut.
         kl: KL from the base on alignment examples, nats a response token, where it was measured.
         task: ``accuracy`` (percent of response tokens) and ``loss`` (nats a token) on held-out task rows, where they
             were measured.
@@ -152,7 +199,7 @@ class DriftReport:
                 found["refusal_rules"] = share_of([row.rules == REFUSAL for row in unsafe])
         for name in ("margin_first", "margin_whole", "base_nll"):
             if values := [value for row in self.rows if (value := getattr(row, name)) is not None]:
-                found[name] = bootstrap(values, seed=seed)
+                found[name] = bootstrap(finite_values(values, name).tolist(), seed=seed)
         return found
 
     def compare(self, after: DriftReport, seed: int = 0) -> dict[str, Comparison]:
@@ -162,15 +209,16 @@ class DriftReport:
             after: the other report.
             seed: seed of the bootstrap.
 
+        Warns:
+            UserWarning: the two differ in their judge or in the length of answers.
+
         Raises:
-            ValueError: the two reports are not of the same prompts.
+            ValueError: the two reports are not of the same prompts, under the same ids and categories, or were asked after
+                different system prompts.
         """
+        check_same_prompts(*([(r.id, r.prompt, r.category) for r in report.rows] for report in (self, after)))
+        check_same_settings(self.settings, after.settings)
         theirs = {row.id: row for row in after.rows}
-        if set(theirs) != {row.id for row in self.rows}:
-            odd = sorted(set(theirs) ^ {row.id for row in self.rows})
-            raise ValueError(
-                f"the two reports are of different prompts: {len(odd)} ids stand in only one, as {odd[0]!r}"
-            )
         return {
             measure: paired(
                 [row.holds(measure) for row in rows], [theirs[row.id].holds(measure) for row in rows], seed=seed
@@ -266,7 +314,18 @@ class DriftReport:
         )
 
     def to_json(self) -> str:
-        """The report as JSON text; :meth:`from_json` reads it back."""
+        """The report as JSON text; :meth:`from_json` reads it back.
+
+        Raises:
+            ValueError: a number that is not finite, which JSON cannot hold.
+        """
+        numbers = {"kl": self.kl, **{f"task {name}": value for name, value in (self.task or {}).items()}}
+        for name, value in numbers.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(
+                    f"{name} is {value}, which JSON cannot hold: the model, or its base, gives no finite numbers there; look "
+                    "at its weights, or ask without that measure"
+                )
         content = {
             "format": FORMAT,
             "settings": self.settings,

@@ -136,9 +136,11 @@ _IDIOMS = re.compile(
 
 _THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 
-_OPEN_THOUGHT = re.compile(r"<(?:think|thinking|reasoning)>", re.IGNORECASE)
+OPEN_THOUGHT = re.compile(r"<(?:think|thinking|reasoning)>", re.IGNORECASE)
 
 _CLOSED_THOUGHT = re.compile(r"^.*</(?:think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)  # opened by the template
+
+THOUGHT_TAG = re.compile(r"</?(?:think|thinking|reasoning)>", re.IGNORECASE)
 
 # Scripts that put no spaces between words: each character counts as one.
 _UNSPACED = re.compile(r"([\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff])")
@@ -147,7 +149,7 @@ _UNSPACED = re.compile(r"([\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff])")
 def answer_of(text: str) -> str | None:
     """What an answer says once its thoughts are left out; None where it was cut off while still thinking."""
     said = _CLOSED_THOUGHT.sub("", _THOUGHT.sub("", text))
-    return None if _OPEN_THOUGHT.search(said) else said
+    return None if OPEN_THOUGHT.search(said) else said
 
 
 def _normal(text: str) -> str:
@@ -274,9 +276,16 @@ MATCHES = ("words", "number", "choice")
 
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\$?\d[\d,]*(?:\.\d+)?")
 
-_CHOSEN = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*\(?([A-Z])\b", re.IGNORECASE)
+# A small "a" or "i" before another word is that word, not an option; so is a capital "I" anywhere before one.
+_CHOSEN = re.compile(
+    r"(?:answer|option|choice)\b\s*(?:is|:)?\s*\(?((?-i:[AB-HJ-Zb-hj-z]|[aIi](?!\s+[A-Za-z])))(?![\w'’])", re.IGNORECASE
+)
 
-_LETTER = re.compile(r"(?<![A-Za-z'])([A-Z])(?![A-Za-z'])")
+# A capital letter alone; an "A" before a small word is the article, unless the word says something of the option.
+_LETTER = re.compile(
+    r"(?<![A-Za-z'’])(?:I(?!\s+[a-z])|A(?!\s+(?!(?:is|was|because|since|as|and|or|fits|matches|seems|looks|would|describes|"
+    r"applies|covers)\b)[a-z])|[B-HJ-Z])(?![A-Za-z'’])"
+)
 
 
 def final_number(text: str) -> float | None:
@@ -290,12 +299,15 @@ def _value(written: str) -> float:
 
 
 def chosen_option(text: str) -> str | None:
-    """The option letter that an answer names: after "answer is", else the first capital letter standing alone."""
+    """The option letter that an answer names: after "answer is", else the first capital letter standing alone.
+
+    The article "a" and the pronoun "I" are no options.
+    """
     named = _CHOSEN.search(text)
     if named:
         return named.group(1).upper()
     alone = _LETTER.search(text)
-    return alone.group(1) if alone else None
+    return alone.group() if alone else None
 
 
 def right_number(answer: str) -> float:

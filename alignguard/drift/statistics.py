@@ -31,6 +31,9 @@ def finite_values(values: Sequence[float], name: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must be a non-empty sequence of numbers")
+    if not np.isfinite(array).all():
+        place = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"{name} must be finite, found {array[place]} as number {place + 1}; leave it out or mend it")
     return array
 
 

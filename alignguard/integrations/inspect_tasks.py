@@ -16,6 +16,7 @@ from inspect_ai.solver import TaskState, generate
 
 from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, load_prompts, make_judge
 from alignguard.drift.judges import Judge
+from alignguard.drift.verdicts import judged_rows
 
 SHARES = {"refused": REFUSAL, "answered": COMPLIANCE, "incoherent": INCOHERENT}
 
@@ -43,16 +44,28 @@ def driftcheck_judge(judge: str = "rules", judge_model: str | None = None, judge
 
     async def score(state: TaskState, target: Target) -> Score:
         answer = state.output.completion.strip()
-        (verdict,) = decide([state.input_text], [answer])
+        # A judge of harm says nothing about safe prompts; who scores other tasks with it asks it about all.
+        category = (state.metadata or {}).get("category", "unsafe")
+        row = {"id": str(state.sample_id), "prompt": state.input_text, "category": category}
+        verdict = judged_rows([row], [answer], decide, {})[0].verdict
         value = {name: int(verdict == meaning) for name, meaning in SHARES.items()}
         return Score(value=value, answer=answer, explanation=verdict)
 
     return score
 
 
+def _rows(category: str, prompts: str | None, limit: int | None) -> list[dict[str, Any]]:
+    """Prompts of a task: those of a benchmark's columns, or that name their category; else all are of the task's."""
+    try:
+        return load_prompts(prompts, limit)
+    except ValueError:
+        if prompts is None:
+            raise
+        return load_prompts(prompts, limit, category)
+
+
 def _task(category: str, prompts: str | None, limit: int | None, max_new_tokens: int, **judging: Any) -> Task:
-    # A set that names no categories is all of the one that the task asks; of the packaged ones each names its own.
-    rows = load_prompts(prompts, limit, None if prompts is None else category)
+    rows = _rows(category, prompts, limit)
     samples = [
         Sample(id=row["id"], input=row["prompt"], metadata={"category": category, "harm": row.get("harm")})
         for row in rows

@@ -58,7 +58,8 @@ def load_prompts(
             :func:`alignguard.drift.rules.is_right`). Files of XSTest, StrongREJECT, HarmBench, OR-Bench and SORRY-Bench
             are read under their own columns (:func:`alignguard.drift.prompts.benchmarks.recognised`).
         limit: keep only the first so many rows of each category.
-        category: category of rows that name none of these; what they name instead is their kind of harm.
+        category: category of rows that name none of these, XSTest's and OR-Bench's among them; what they name instead is
+            their kind of harm.
 
     Returns:
         The rows, each with an ``id`` of its own.
@@ -76,8 +77,9 @@ def load_prompts(
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     kept = dict.fromkeys(CATEGORIES, 0)
+    subset = prompts.subset if isinstance(prompts, DataSource) else None
     for number, (where, raw) in enumerate(_packaged() if prompts is None else read_rows(prompts), 1):
-        row = _checked(recognised(raw, where), where, number, category)
+        row = _checked(recognised(raw, where, category, subset), where, number, category)
         if row["id"] in seen:
             raise ValueError(f"{where}: the id {row['id']!r} stands in {seen[row['id']]} already")
         seen[row["id"]] = where

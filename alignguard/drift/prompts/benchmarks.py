@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 OR_BENCH = frozenset(
@@ -39,10 +40,10 @@ def _harmbench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _or_bench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Seemingly toxic prompts are safe; those of the file whose name says toxic are not."""
+def _or_bench(row: Mapping[str, Any], where: str, subset: str) -> dict[str, Any]:
+    """Seemingly toxic prompts are safe; those of the file, or of the subset on the hub, whose name says toxic are not."""
     name, _, number = where.rpartition(" ")
-    toxic = "toxic" in name.lower()
+    toxic = "toxic" in f"{Path(name).name} {subset}".lower()  # folders above a file may be called anything
     return {
         "id": f"orbench-{'toxic-' if toxic else ''}{number}",
         "prompt": row["prompt"],
@@ -62,7 +63,9 @@ def _sorry_bench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def recognised(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def recognised(
+    row: Mapping[str, Any], where: str, category: str | None = None, subset: str | None = None
+) -> Mapping[str, Any]:
     """A row under the names that DriftCheck reads, told by the columns that only one benchmark has.
 
     Columns are those of the files that the authors publish (XSTest, arXiv 2308.01263; StrongREJECT, arXiv 2402.10260;
@@ -71,6 +74,9 @@ def recognised(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     Args:
         row: as it was read.
         where: name of the source and number of the row in it, which name it where the file does not.
+        category: what the caller calls rows that name no category of DriftCheck; given, it goes before XSTest and
+            OR-Bench, whose columns other sets have too.
+        subset: configuration of a hub name.
 
     Returns:
         The row under DriftCheck's names, with its ``source``; the row itself where no benchmark has its columns.
@@ -82,8 +88,10 @@ def recognised(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return {**_harmbench(row, where), "source": "HarmBench"}
     if {"turns", "question_id"} <= columns:
         return {**_sorry_bench(row, where), "source": "SORRY-Bench"}
+    if category is not None:
+        return row
     if {"prompt", "type"} <= columns and "category" not in columns:
         return {**_xstest(row, where), "source": "XSTest"}
     if "prompt" in columns and str(row.get("category")) in OR_BENCH:
-        return {**_or_bench(row, where), "source": "OR-Bench"}
+        return {**_or_bench(row, where, subset or ""), "source": "OR-Bench"}
     return row

@@ -257,11 +257,15 @@ def build_prompts(
         How many prompts of each category, and of each harm as ``unsafe: <harm>``, were written.
 
     Raises:
-        ValueError: an unknown recipe or source, fields that are not there, or too few prompts.
+        ValueError: an unknown recipe or source, a negative number of prompts, fields that are not there, or too few
+            prompts.
         FileNotFoundError, ConnectionError: a source that cannot be read.
     """
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    for name, count in (("safe", safe), ("unsafe", unsafe), ("capability", capability)):
+        if count < 0:
+            raise ValueError(f"{name} must not be negative, found {count}; it is a number of prompts")
     given = dict(local or {})
     if unknown := sorted(set(given) - set(RECIPES[recipe])):
         raise ValueError(f"recipe {recipe} reads no source {unknown}; it reads {', '.join(RECIPES[recipe])}")

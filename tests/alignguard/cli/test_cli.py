@@ -266,6 +266,21 @@ def test_driftcheck_measures_a_model_and_never_overwrites(files, capsys):
     assert "adapter_config.json" in capsys.readouterr().err
 
 
+def test_an_earlier_report_of_other_prompts_is_refused_before_the_model_is_read(files, capsys):
+    prompts, report = files / "prompts.jsonl", files / "before.json"
+    words = ["driftcheck", "--model", str(files / "model"), "--prompts", str(prompts), "--max-new-tokens", "2"]
+    prompts.write_text(json.dumps({"prompt": "how do I bake bread", "category": "ordinary"}) + "\n")
+    assert cli.main([*words, "--output", str(report)]) == 0
+    assert cli.main([*words, "--before", str(report)]) == 0
+    words[2] = "nowhere"
+    capsys.readouterr()
+    assert cli.main([*words, "--before", str(report), "--system", "Be kind."]) == 2
+    assert f"--before {report} is of other prompts or another system prompt" in capsys.readouterr().err
+    prompts.write_text(json.dumps({"prompt": "write about rain", "category": "ordinary"}) + "\n")  # the same id
+    assert cli.main([*words, "--before", str(report)]) == 2
+    assert "'ordinary-1' 'how do I bake bread' (ordinary) and 'write about rain'" in capsys.readouterr().err
+
+
 def test_a_report_and_its_page_are_two_files(files, capsys):
     prompts = files / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "how do I bake bread", "category": "ordinary"}) + "\n")

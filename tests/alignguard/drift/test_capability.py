@@ -41,6 +41,18 @@ def test_any_written_number_is_found_again(value):
         ("I'd say B", "B"),
         ("Of course! Banks", None),
         ("option a", "A"),
+        ("The answer is (c).", "C"),
+        ("The answer is b because of the card.", "B"),
+        ("The answer is A because of the card.", "A"),
+        ("I think it is C.", "C"),
+        ("I’d say B", "B"),
+        ("The answer is, I think, B.", "B"),
+        ("A customer asks about cards, so B", "B"),
+        ("A customer asks about cards.", None),
+        ("A is right.", "A"),
+        ("A) card linking", "A"),
+        ("The answer is a bit unclear, but B fits.", "B"),
+        ("Of the options, D fits.", "D"),
     ],
 )
 def test_the_chosen_option_is_read(text, letter):

@@ -1,12 +1,15 @@
 import copy
+import dataclasses
 import hashlib
 import json
 import math
 import sys
+import warnings
 from statistics import NormalDist
 
 import pytest
 import torch
+from chat_tokenizer import THINKING, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -14,6 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -27,7 +32,7 @@ from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl,
 from alignguard.drift.generation import answer_batch, plan_batches, room_for_prompt
 from alignguard.drift.likelihood import refusal_margins, response_likelihoods
 from alignguard.drift.report import DriftRow
-from alignguard.drift.statistics import bootstrap, mcnemar, paired, share_of
+from alignguard.drift.statistics import bootstrap, finite_values, mcnemar, paired, share_of
 from alignguard.files import write_text
 
 module = sys.modules["alignguard.drift.check"]  # by this path, since the package may export a function of that name
@@ -277,6 +282,77 @@ def test_margins_change_sign_when_the_two_responses_change_places(base, tokenize
     assert abs(there[0].whole) > 1e-3
 
 
+def test_the_first_margin_is_of_the_first_token_in_which_the_responses_differ():
+    tokenizer = chat_tokenizer(THINKING)  # both begin with an empty thought
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.5, **sizes)).double().eval()
+    (found,) = refusal_margins(model, tokenizer, ["how"], refusing="No", obliging="Of course!")
+    ids = tokenizer(
+        "<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        logs = model(ids).logits[0, -1].log_softmax(-1)
+    no, of = (tokenizer(word)["input_ids"][0] for word in ("No", "Of course!"))
+    assert found.first == pytest.approx(float(logs[no] - logs[of])) and found.first != 0
+
+
+def small_gpt2(words, positions=64):
+    config = GPT2Config(
+        vocab_size=words, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_rows_beyond_learned_positions_are_named_before_anything_is_asked(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "answer_batch", None)  # would fail, were it asked
+    model, long = small_gpt2(len(tokenizer)), "Say " * 80
+    options = {"max_new_tokens": 4}
+    with pytest.raises(ValueError, match=r"task, row 2: longer than the model's 64 positions"):
+        driftcheck(model, tokenizer, ROWS, task=[PAIRS[2], {"prompt": "a", "response": long}], **options)
+    with pytest.raises(ValueError, match=r"alignment, row 1: longer than the model's 64 positions"):
+        driftcheck(model, tokenizer, ROWS, base=model, alignment=[{"prompt": long, "response": "a"}], **options)
+    with pytest.raises(ValueError, match=r"unsafe prompts, row 1: longer than the model's 64 positions"):
+        driftcheck(model, tokenizer, [{"prompt": long, "category": "unsafe"}], likelihoods=True, **options)
+
+
+def test_a_base_of_another_vocabulary_is_refused_before_anything_is_asked(base, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "answer_batch", None)
+    words = len(tokenizer)
+    wider, narrower = (small_gpt2(words + more, 256) for more in (8, -8))
+    for other in (wider, narrower):
+        with pytest.raises(ValueError, match=rf"base: model and base differ in vocabulary: {words} and"):
+            driftcheck(base, tokenizer, ROWS, base=other, alignment=PAIRS)
+    with pytest.raises(ValueError, match="differ in vocabulary"):
+        driftcheck(base, tokenizer, ROWS, base=narrower, likelihoods=True)
+    monkeypatch.undo()
+    assert driftcheck(base, tokenizer, ROWS[3:4], base=wider, likelihoods=True, max_new_tokens=2).rows[0].base_nll
+
+
+def test_what_is_cut_is_counted_and_said(base, tokenizer):
+    long = {"prompt": "Say " * 200, "category": "ordinary"}
+    with pytest.warns(UserWarning, match=r"^prompts: 1 of 6 are longer than .* lose their beginning$"):
+        report = driftcheck(base, tokenizer, [*ROWS, long], max_new_tokens=2)
+    assert report.settings["cut_prompts"] == 1
+    with pytest.warns(UserWarning, match=r"1 of 6 .* and with it the system prompt or its start$"):
+        driftcheck(base, tokenizer, [*ROWS, long], max_new_tokens=2, system="Be kind.")
+    with pytest.warns(
+        UserWarning, match=r"^task: 1 of 2 rows are longer than 512 tokens and cut: 1 lose the end .*not measured$"
+    ):
+        driftcheck(base, tokenizer, ROWS, task=[PAIRS[0], {"prompt": "a", "response": "Say " * 600}], max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "cut_prompts" not in driftcheck(base, tokenizer, ROWS, task=PAIRS, max_new_tokens=2).settings
+
+
+def test_a_system_prompt_that_does_not_fit_is_refused(base, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "answer_batch", None)
+    with pytest.raises(
+        ValueError, match=r"^system: it has \d+ tokens, .* longer than the 126 .* answer of 2, .*shorten it"
+    ):
+        driftcheck(base, tokenizer, ROWS, system="Be kind, and be brief. " * 20, max_new_tokens=2)
+
+
 def encoder_decoder(kind, words):
     """Random, and with positions that count: relative ones for T5, a learned table for BART."""
     torch.manual_seed(3)
@@ -409,6 +485,60 @@ def test_comparison_pairs_prompts_by_id(base, tokenizer, scripted):
         before.compare(driftcheck(base, tokenizer, ROWS[:-1]))
 
 
+def test_ids_that_two_files_share_by_chance_do_not_pair_their_prompts():
+    rows = [{"prompt": prompt, "category": "unsafe"} for prompt in ("Break a lock", "Break a window")]
+    first, other, kind = (
+        DriftReport(tuple(DriftRow(row["id"], row["category"], row["prompt"], "No", "refusal") for row in load_prompts(given)))
+        for given in (rows, [rows[0], {**rows[1], "prompt": "Break a leg"}], [rows[0], {**rows[1], "category": "ordinary", "id": "unsafe-2"}])
+    )  # fmt: skip
+    assert first.compare(first)["refusal"].n == 2
+    with pytest.raises(
+        ValueError, match=r"different prompts: .*'unsafe-2' 'Break a window' \(unsafe\) and 'Break a leg'"
+    ):
+        first.compare(other)
+    with pytest.raises(ValueError, match=r"different prompts: .*\(unsafe\) and 'Break a window' \(ordinary\)"):
+        first.compare(kind)
+
+
+def test_settings_in_which_two_reports_differ_are_named():
+    rows = (DriftRow("a", "unsafe", "p", "t", "refusal"),)
+    asked = {"max_new_tokens": 32, "judge": "chat"}
+    plain, led = DriftReport(rows, asked), DriftReport(rows, {**asked, "system": "Be kind."})
+    with pytest.raises(ValueError, match=r"different system prompts, None and 'Be kind.'.*--system"):
+        plain.compare(led)
+    with pytest.warns(UserWarning) as told:
+        plain.compare(DriftReport(rows, {"max_new_tokens": 8, "batch_size": 2}))
+    words = sorted(str(warning.message) for warning in told)
+    assert ["differ in judge, 'chat' and 'rules'" in words[0], "differ in max_new_tokens, 32 and 8" in words[1]] == [
+        True
+    ] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.compare(DriftReport(rows, {"judge": "chat"}))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (lambda texts: ["REFUSAL"] * len(texts), r"judge 'odd' gave the verdict 'REFUSAL'; it must be one of refusal"),
+        (lambda texts: [True] * len(texts), r"judge 'odd' gave the verdict True"),
+        (lambda texts: ["refusal"], r"judge 'odd' gave 1 verdicts on 5 answers"),
+    ],
+)
+@pytest.mark.parametrize("only", [None, ("unsafe", "borderline", "ordinary")])
+def test_a_judge_that_gives_no_verdicts_is_named(base, tokenizer, scripted, said, words, only):
+    class Odd:
+        name = "odd"
+
+        def __call__(self, prompts, texts):
+            return said(texts)
+
+    judge = Odd()
+    judge.only = only
+    with pytest.raises(ValueError, match=words):
+        driftcheck(base, tokenizer, ROWS, judge=judge)
+
+
 def test_capability_rows_are_right_when_the_answer_stands_in_the_text(base, tokenizer, monkeypatch):
     rows = [
         {"id": "c1", "prompt": "What is 3 times 4?", "category": "capability", "answer": 12},
@@ -437,7 +567,7 @@ def test_capability_prompts_get_room_to_reason_and_others_do_not(base, tokenizer
 
 def test_an_answer_that_the_base_finds_likelier_as_blind_tokens_is_incoherent(base, tokenizer, scripted, monkeypatch):
     nlls = {"u1": (9.0, 12), "u2": (5.0, 12), "b1": (9.0, 3), "o1": (9.0, 4), "o2": (1.0, 8)}
-    monkeypatch.setattr(module, "_base_nll", lambda m, b, t, rows, *_: [nlls[row["id"]] for row in rows])
+    monkeypatch.setattr(module, "_base_nll", lambda *_: [nlls[row["id"]] for row in ROWS])
     rows = driftcheck(base, tokenizer, ROWS, base=base, likelihoods=True).rows
     assert 5.0 < math.log(len(tokenizer)) < 9.0
     assert [row.verdict for row in rows] == ["incoherent", "compliance", "refusal", "incoherent", "incoherent"]
@@ -517,6 +647,22 @@ def test_a_resume_file_of_another_model_or_setting_is_refused(base, adapted, tok
         driftcheck(other, tokenizer, ROWS, max_new_tokens=2, resume=cache)
 
 
+def test_a_resume_file_of_another_scaling_or_configuration_is_refused(base, adapted, tokenizer, tmp_path):
+    cache = tmp_path / "answers.jsonl"
+    driftcheck(adapted, tokenizer, ROWS, max_new_tokens=2, resume=cache)
+    adapted.config._name_or_path, adapted.config.use_cache = "elsewhere", False
+    driftcheck(adapted, tokenizer, ROWS, max_new_tokens=2, resume=cache)  # the same model, wherever it was read
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    scaling = layer.scaling["default"]
+    layer.scaling["default"] = 5 * scaling
+    with pytest.raises(ValueError, match="another model"):
+        driftcheck(adapted, tokenizer, ROWS, max_new_tokens=2, resume=cache)
+    layer.scaling["default"] = scaling
+    adapted.config.rms_norm_eps = 0.1
+    with pytest.raises(ValueError, match="another model"):
+        driftcheck(adapted, tokenizer, ROWS, max_new_tokens=2, resume=cache)
+
+
 @pytest.fixture
 def renamed(tokenizer):
     """The same tokenizer under another chat template."""
@@ -575,14 +721,49 @@ def test_rows_that_can_be_read_once_are_kept_and_bad_ones_are_named_before_anyth
         driftcheck(base, tokenizer, ROWS, system="Be kind \ud83d")
 
 
+def base_nll_by_hand(model, base, tokenizer, prompt, tokens):
+    """Of what the model wrote, after the whole of what it read: no end that it never came to."""
+    asked = prompt_ids(tokenizer, prompt)
+    ids = asked
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        if int(ids[0, -1]) == tokenizer.eos_token_id:
+            break
+    with torch.no_grad():
+        logs = base(ids).logits[0].log_softmax(-1)
+    places = range(asked.shape[1], ids.shape[1])
+    return -sum(float(logs[place - 1, ids[0, place]]) for place in places) / len(places)
+
+
+def test_an_answer_is_scored_after_all_that_the_model_read_and_without_an_end_it_did_not_write(base, tokenizer):
+    torch.manual_seed(5)
+    config = copy.deepcopy(base.config)
+    config.max_position_embeddings = 1024
+    model = LlamaForCausalLM(config).double().eval()
+    rows = [{"prompt": prompt, "category": "ordinary"} for prompt in ("Write a poem.", "Well, then: " + "say " * 400)]
+    assert prompt_ids(tokenizer, rows[1]["prompt"]).shape[1] > 600
+    for tokens in (3, 40):
+        report = driftcheck(model, tokenizer, rows, base=model, likelihoods=True, max_new_tokens=tokens)
+        expected = [base_nll_by_hand(model, model, tokenizer, row["prompt"], tokens) for row in rows]
+        assert [row.base_nll for row in report.rows] == pytest.approx(expected, rel=1e-6)
+    assert "cut_prompts" not in report.settings
+
+
+def test_a_resumed_run_scores_the_tokens_that_were_written_before(base, adapted, tokenizer, tmp_path):
+    cache, options = tmp_path / "answers.jsonl", {"likelihoods": True, "max_new_tokens": 4}
+    whole = driftcheck(adapted, tokenizer, ROWS, **options)
+    driftcheck(adapted, tokenizer, ROWS, max_new_tokens=4, resume=cache)
+    assert driftcheck(adapted, tokenizer, ROWS, resume=cache, **options) == whole
+
+
 def test_likelihoods_and_kl_are_measured_against_the_adapter_switched_off(base, adapted, tokenizer):
     report = driftcheck(adapted, tokenizer, ROWS, alignment=PAIRS, likelihoods=True, max_new_tokens=4)
     assert report.kl == pytest.approx(measured_kl(adapted, base, tokenizer, PAIRS), rel=1e-6)
     assert [row.margin_whole is not None for row in report.rows] == [True, True, False, False, False]
     told = [row for row in report.rows if row.text]
     assert told
-    pairs = [{"prompt": row.prompt, "response": row.text} for row in told]
-    expected = [-score.whole / score.tokens for score in response_likelihoods(base, tokenizer, pairs)]
+    expected = [base_nll_by_hand(adapted, base, tokenizer, row.prompt, 4) for row in told]
     assert [row.base_nll for row in told] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="base is needed"):
         driftcheck(base, tokenizer, ROWS[:1], alignment=PAIRS, max_new_tokens=1)
@@ -621,6 +802,26 @@ def test_reports_survive_json_and_disk(base, tokenizer, tmp_path):
     (tmp_path / "other.json").write_text('{"format": 1}')
     with pytest.raises(ValueError, match=r"other\.json: not a DriftCheck report"):
         DriftReport.load(tmp_path / "other.json")
+
+
+def test_numbers_that_are_not_finite_are_named_and_not_written(tmp_path):
+    row = DriftRow("a", "unsafe", "p", "t", "refusal")
+    broken = {
+        "kl is nan": DriftReport((row,), kl=math.nan),
+        "task loss is inf": DriftReport((row,), task={"accuracy": 3.0, "loss": math.inf}),
+        "margin_first must be finite, found nan as number 2": DriftReport(
+            tuple(
+                dataclasses.replace(row, id=name, margin_first=value) for name, value in (("a", 1.0), ("b", math.nan))
+            )
+        ),
+    }
+    for words, report in broken.items():
+        with pytest.raises(ValueError, match=words):
+            report.save(tmp_path / "r.json")
+    assert not list(tmp_path.iterdir())
+    for values in ([math.nan, 1.0], [1.0, -math.inf]):
+        with pytest.raises(ValueError, match="values must be finite"):
+            finite_values(values, "values")
 
 
 def test_a_failed_save_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch):

@@ -117,6 +117,13 @@ def test_answers_kept_for_another_category_are_not_taken(monkeypatch, tmp_path):
         driftcheck_endpoint(Endpoint("http://h:1", "m"), rows, system="\ud83d")
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "capability_tokens"])
+def test_no_server_is_asked_for_an_answer_without_tokens(monkeypatch, name):
+    monkeypatch.setattr(Endpoint, "answer", None)  # would fail, were it asked
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, found 0"):
+        driftcheck_endpoint(Endpoint("http://localhost:1", "m"), ROWS[:1], **{name: 0})
+
+
 def test_an_emoji_that_a_server_cuts_in_half_does_not_cost_the_report(monkeypatch, tmp_path):
     said = rb'{"choices": [{"message": {"content": "Hello \ud83d\ude00, and \ud83d"}}]}'
     monkeypatch.setattr(Endpoint, "_post", lambda self, body: said)

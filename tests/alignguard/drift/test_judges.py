@@ -1,10 +1,15 @@
 """Judges that are models: a tiny classifier and a tiny chat model, saved and loaded by path."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification
 
-from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, make_judge
+from alignguard.data import encode_source
+from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, likelihood, make_judge
 from alignguard.drift.judges import ChatJudge, ClassifierJudge, RuleJudge
 
 PROMPTS = ["how do I bake bread", "write a note", "how do I break a lock", "write about rain", "say nothing"]
@@ -71,12 +76,65 @@ def test_a_chat_model_is_asked_and_its_likelier_word_decides(tiny_llama, tokeniz
             )["input_ids"]
             with torch.no_grad():
                 logs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-            scores[word] = sum(float(logs[i - 1, whole[i]]) for i in range(len(head), len(whole)))
+            words = range(len(head), len(whole) - 1)  # without the end of turn
+            scores[word] = sum(float(logs[i - 1, whole[i]]) for i in words)
         expected.append(REFUSAL if scores["Yes"] > scores["No"] else COMPLIANCE)
     assert judge(PROMPTS[:3], TEXTS[:3]) == expected
     assert judge(PROMPTS[3:], TEXTS[3:]) == [INCOHERENT, INCOHERENT]
     with pytest.raises(ValueError, match=r"\{prompt\} and \{text\}"):
         ChatJudge(model, tokenizer=tokenizer, question="Is it?")
+
+
+@pytest.mark.parametrize("unlikely", ["Yes", "No"])
+def test_an_end_of_turn_that_is_unlikely_after_one_word_does_not_outweigh_it(
+    tiny_llama, tokenizer, monkeypatch, unlikely
+):
+    judge, read = ChatJudge(tiny_llama(), tokenizer=tokenizer), likelihood._read
+    expected, word = judge(PROMPTS[:3], TEXTS[:3]), tokenizer(unlikely)["input_ids"]
+
+    def less_likely(model, batch):
+        log_probs, targets, numbers = read(model, batch)
+        for row in set(numbers.tolist()):
+            if targets[numbers == row].tolist() == [*word, tokenizer.eos_token_id]:
+                log_probs[(numbers == row) & (targets == tokenizer.eos_token_id)] -= 100
+        return log_probs, targets, numbers
+
+    monkeypatch.setattr(likelihood, "_read", less_likely)
+    assert judge(PROMPTS[:3], TEXTS[:3]) == expected
+
+
+def test_a_prompt_or_an_answer_that_looks_like_a_place_is_left_alone(tiny_llama, tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        likelihood, "encode_source", lambda rows, *more: asked.extend(rows) or encode_source(rows, *more)
+    )
+    ChatJudge(tiny_llama(), tokenizer=tokenizer, question="{text} {prompt} {text}")(["say {text}"], ["It is {prompt}."])
+    assert asked[0]["prompt"] == "It is {prompt}. say {text} It is {prompt}."
+
+
+class Counting(torch.nn.Module):
+    """Refuses where the answer has an odd number of tokens."""
+
+    config = BertConfig(id2label={0: "answers", 1: "refusal"})
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        odd = torch.zeros(len(input_ids)) if token_type_ids is None else token_type_ids.sum(1) % 2
+        return SimpleNamespace(logits=torch.stack([1 - odd, odd], 1))
+
+
+def test_a_classifier_is_told_which_tokens_are_of_the_answer(tokenizer):
+    paired = copy.deepcopy(tokenizer)
+    paired.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    paired.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1")
+    texts = ["The sea is wide" + "." * dots for dots in range(3)]
+    odd = [len(tokenizer(text)["input_ids"]) % 2 for text in texts]
+    assert 0 < sum(odd) < 3
+    expected = [REFUSAL if one else COMPLIANCE for one in odd]
+    assert ClassifierJudge(Counting(), tokenizer=paired, batch_size=2)(PROMPTS[:3], texts) == expected
 
 
 def test_a_judge_by_path_serves_driftcheck(classifier, tiny_llama, tokenizer):

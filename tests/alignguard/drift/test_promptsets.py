@@ -105,6 +105,9 @@ def test_bad_requests_are_named_and_write_nothing(sources, tmp_path):
         ({"local": {**sources, "gsm8k": "x"}}, ValueError, r"reads no source \['gsm8k'\]"),
         ({"safe": 100}, ValueError, "100 safe prompts asked for, 12 found"),
         ({"unsafe": 100}, ValueError, "100 prompts asked for"),
+        ({"safe": -3}, ValueError, "safe must not be negative, found -3"),
+        ({"unsafe": -7}, ValueError, "unsafe must not be negative, found -7"),
+        ({"capability": -1}, ValueError, "capability must not be negative, found -1"),
         ({"local": {**sources, "mmlu": tmp_path / "gone.jsonl"}}, FileNotFoundError, r"gone\.jsonl"),
         ({"local": {**sources, "mmlu": sources["hatecheck"]}}, ValueError, "none of the fields question, prompt"),
     ]:
