@@ -83,7 +83,7 @@ class ResumableLog:
         kept = [json.dumps(head, sort_keys=True)]
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
-            if lines[0] and lines[0] != kept[0]:
+            if any(map(str.strip, lines)) and lines[0] != kept[0]:
                 if not overwrite:
                     raise ValueError(f"{self.path} holds {what}; give another place, or delete this file to start anew")
                 lines = []

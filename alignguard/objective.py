@@ -137,7 +137,8 @@ def divergence(base: Tensor, present: Tensor) -> Tensor:
     """
     if base.shape != present.shape:
         raise ValueError(f"model and base differ in vocabulary: {present.shape[-1]} and {base.shape[-1]} tokens")
-    return (base.exp() * (base - present)).sum(-1)
+    # What the base never says adds nothing, 0 · log 0, whatever the present gives it.
+    return (base.exp() * (base - present).masked_fill(base == -torch.inf, 0.0)).sum(-1)
 
 
 @contextmanager

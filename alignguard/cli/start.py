@@ -35,13 +35,17 @@ def run_init(args: argparse.Namespace) -> None:
     """Read the data as a run would, without the weights, and write what suits them."""
     from alignguard.data import encode_source
     from alignguard.files import write_text
+    from alignguard.guard import GuardConfig
     from alignguard.loading import kind_of, load_tokenizer
     from alignguard.training import DEFAULT_TRAINING
+    from alignguard.training.preparation.prepared import alignment_rows
 
     unclaimed("--output", args.output, args.overwrite)
     kind = kind_of(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
     rows = encode_source(args.task_data, "--task-data", tokenizer, kind, LONGEST)
+    if args.alignment_data is not None:
+        alignment_rows(args.alignment_data, tokenizer, kind, GuardConfig().max_length)
     lengths = sorted(len(row["input_ids"]) for row in rows)
     most = lengths[math.ceil(0.99 * len(lengths)) - 1]
     length = min(LONGEST, max(64, 64 * math.ceil(most / 64)))

@@ -56,6 +56,17 @@ def unclaimed(option: str, path: Path | None, overwrite: bool) -> None:
         raise FileNotFoundError(f"{option} {path}: no such folder: {path.parent}")
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """Make the values of a YAML file the defaults of a command.
 
@@ -68,7 +79,7 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"--config: {error}") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Once)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, OverflowError) as error:
         raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(values, dict):

@@ -9,7 +9,7 @@ from alignguard.drift.likelihood import measured_kl, task_score
 from alignguard.drift.prompts import CATEGORIES, load_prompts
 from alignguard.drift.prompts.recipes import build_prompts
 from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
-from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, is_right, judge
+from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, answer_of, is_right, judge
 from alignguard.drift.statistics import Estimate, check_confidence, cohen_kappa, finite_values, paired, share_of
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "PromptBatch",
     "PublishedJudge",
     "answer_batch",
+    "answer_of",
     "answers_fingerprint",
     "build_prompts",
     "check_confidence",

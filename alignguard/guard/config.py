@@ -17,15 +17,19 @@ METRICS = ("input-gram", "euclidean")
 
 PROJECTIONS = ("hard", "soft")
 
-KL_EVERY = 4  # optimizer steps between two readings of KL, where they are remembered
-
-KL_MEMORY = 8  # readings remembered
+# What trains: optimizer steps between two readings of KL where they are remembered, and how many are. Chosen on a public model;
+# of all weights each reading is as large as they are in bfloat16.
+KL_READ = {"lora": (4, 8), "full": (3, 2)}
 
 OF_THE_FISHER = (
     "structure", "kind", "whole_update", "alpha", "beta", "tau", "metric", "energy", "max_rank", "noise_edge",
     "sketch_rank", "refresh_every", "first_refresh", "refresh_examples", "batch_size", "projection", "scale_free",
     "adaptive", "refresh_budget", "refresh_tolerance", "averaging",
 )  # fmt: skip
+
+OF_KL = ("kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
+
+OF_MEASURING = ("held_back", "measure_every")
 
 _READ_ANEW: dict[str, Any] = {
     "kl_every": 1,
@@ -139,13 +143,13 @@ class GuardConfig:
         lambda_kl: λ_KL, weight of KL to the base model on alignment examples, nats a response token; 0 leaves it out.
         kl_examples: alignment examples of each KL evaluation.
         kl_every: optimizer steps between two of them; without a memory the weight is multiplied by it, so the pull stays
-            the same. None: 4 with a memory, 1 without.
+            the same. None: 4 with a memory, 3 where all weights train, 1 without.
         kl_tokens: most response tokens that KL reads of an example, the first ones, in which a refusal is decided; None
             reads whole responses.
         kl_memory: KL evaluations that go on charging until the next one, each by a quadratic model of itself along its
-            own gradient, which spans all layers. 0 keeps none; None: 8 where adapters train. Each holds one number for
-            every trainable weight, so None keeps none where all weights train or where they are sharded. In the loss their
-            mean is charged; beside it each counts in full, for there ``kl_climb`` bounds the price.
+            own gradient, which spans all layers. 0 keeps none; None: 8 where adapters train, 2 where all weights do, none
+            where they are sharded. Each holds one number of two bytes for every trainable weight. In the loss their mean is
+            charged; beside it each counts in full, for there ``kl_climb`` bounds the price.
         kl_climb: largest share of what the optimizer's step gains on its loss, to first order, that KL evaluations remembered
             may take back where they act beside the loss, times the multiplier that meets ``max_drift``; None sets no bound.
         batch_size: alignment examples in one forward pass of the estimate.
@@ -166,7 +170,8 @@ class GuardConfig:
         refresh_tolerance: adaptive refreshes come when the drift measured is off the predicted one by this share.
         averaging: weight in [0, 1) of the earlier estimates in each new one, by exponential forgetting.
         kl_cache_mb: most MiB of reference log-probabilities kept.
-        exclude: names of matrices left unguarded, as globs, without what peft puts around them.
+        exclude: names of matrices left out of the Fisher's terms and of ‖ΔW‖, as globs, without what peft puts around them;
+            each must name something that trains. KL is charged through them all the same.
         include_router: guard the routers of mixtures of experts too.
 
     Raises:
@@ -208,13 +213,15 @@ class GuardConfig:
     lambda_kl: float = _setting(4.0, STRENGTH, "price of KL to the base model on alignment examples, per nat a token")
     kl_examples: int = _setting(2, whole(1), "alignment examples of a KL evaluation")
     kl_every: int | None = _setting(
-        None, whole(1), "optimizer steps between two KL evaluations; by default 4 with a memory, 1 without"
+        None,
+        whole(1),
+        "optimizer steps between two KL evaluations; by default 4 with a memory (3 where all weights train), 1 without",
     )
     kl_tokens: int | None = _setting(8, whole(1), "most response tokens that KL reads of an example, the first ones")
     kl_memory: int | None = _setting(
         None,
         whole(0),
-        "KL evaluations that go on charging by their quadratic models; by default 8 with adapters, else 0",
+        "KL evaluations that go on charging by their quadratic models; by default 8 with adapters, 2 where all weights train",
     )
     kl_climb: float | None = _setting(
         0.1,
@@ -222,7 +229,7 @@ class GuardConfig:
         "share of a step's gain on the task that KL evaluations remembered may take back; None sets no bound",
     )
     batch_size: int = _setting(8, whole(1), "alignment examples in a forward pass of the estimate")
-    max_length: int = _setting(256, whole(1), "longest alignment example in tokens")
+    max_length: int = _setting(256, whole(2), "longest alignment example in tokens")
     seed: int = _setting(
         0,
         Requirement("be a whole number from 0 to 2**32 - 1", lambda value: _is_whole(value) and 0 <= value < 2**32),
@@ -250,7 +257,7 @@ class GuardConfig:
             "be a list of names",
             lambda value: isinstance(value, (list, tuple)) and all(isinstance(p, str) for p in value),
         ),
-        "names of matrices left unguarded, as globs",
+        "names of matrices left out of the Fisher's terms, as globs; KL is charged through them all the same",
     )
     include_router: bool = _setting(False, FLAG, "guard the routers of mixtures of experts too")
 
@@ -355,32 +362,39 @@ class GuardConfig:
         return bool(self.lambda_alignment or self.lambda_task or self.lambda_collision)
 
     def unread(self) -> list[str]:
-        """Fields of the Fisher that are set, where no term reads it: they would change nothing.
+        """Fields that are set and would change nothing: of the Fisher where no term reads it, of KL where it is not charged,
+        of measuring where drift is not measured.
 
         Examples:
             >>> alignguard.GuardConfig(structure="gram").unread(), alignguard.GuardConfig.curvature(structure="gram").unread()
             (['structure'], [])
         """
-        if self.reads_fisher:
-            return []
+        idle: tuple[str, ...] = () if self.reads_fisher else OF_THE_FISHER
+        idle += () if self.lambda_kl else OF_KL
+        idle += () if self.max_drift is not None or self.adaptive else OF_MEASURING
         plain = {field.name: field.default for field in dataclasses.fields(self)}
-        return [name for name in OF_THE_FISHER if getattr(self, name) != plain[name]]
+        # The presets without KL set some of its fields, too.
+        usual = {name: (plain[name], _READ_ANEW.get(name, plain[name])) for name in idle}
+        return [name for name in idle if getattr(self, name) not in usual[name]]
 
-    def kl_schedule(self, remembers: bool) -> tuple[int, int]:
+    def kl_schedule(self, method: str, sharded: bool = False) -> tuple[int, int]:
         """When KL is read, and how much of it is remembered.
 
         Args:
-            remembers: whether gradients of all trainable weights may be kept, as where adapters train.
+            method: ``"lora"`` or ``"full"``.
+            sharded: whether the trainable weights are, whose gradients are not kept.
 
         Returns:
             Optimizer steps between two readings, and readings remembered.
 
         Examples:
-            >>> alignguard.GuardConfig().kl_schedule(remembers=True), alignguard.GuardConfig().kl_schedule(False)
-            ((4, 8), (1, 0))
+            >>> config = alignguard.GuardConfig()
+            >>> config.kl_schedule("lora"), config.kl_schedule("full"), config.kl_schedule("full", sharded=True)
+            ((4, 8), (3, 2), (1, 0))
         """
-        memory = self.kl_memory if self.kl_memory is not None else KL_MEMORY if remembers else 0
-        return self.kl_every if self.kl_every is not None else KL_EVERY if memory else 1, memory
+        every, kept = KL_READ[method]
+        memory = self.kl_memory if self.kl_memory is not None else 0 if sharded else kept
+        return self.kl_every if self.kl_every is not None else every if memory else 1, memory
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

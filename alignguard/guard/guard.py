@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from alignguard.updates import Covered, WeightUpdates, coverage
 
 TERMS = ("alignment", "task", "overlap", "separation", "kl")
 CHECKED = 2  # alignment examples of an estimate on which the estimate before it is held against the drift
+MEASURED = 16  # alignment examples on which the drift is measured when it is asked for
 REMEDY = (
     "Hold the function itself: GuardConfig() as it is reads alignment examples at the weights of the run, and leaves the "
     "curvature out."
@@ -105,7 +107,8 @@ class Guard:
             self.kl = KLLeg(self.alignment, config, self.budget, self._reference(read), moved)
         self.legs: dict[str, Leg] = {leg.name: leg for leg in (self.curvature, self.kl) if leg is not None}
         self.start = self._reference(held) if held else None
-        self._whole: Reference | None = None
+        self._whole = None if held or self.updates.base_is_reference else self._first_rows()
+        self._begun = False  # the weights may have moved
         self.gauge = DriftGauge()
         self.report = Report(self.curvature, self.schedule, self.budget, self.gauge, self.predicted_drift)
         self.terms: dict[str, Tensor] = {}
@@ -114,6 +117,35 @@ class Guard:
     def _reference(self, rows: Sequence[Encoded]) -> Reference:
         limit = self.config.kl_cache_mb << 20
         return Reference(self.model, rows, self.alignment.batch, self.updates.base_is_reference, limit)
+
+    def _first_rows(self) -> Reference | None:
+        """Whole responses, where KL reads their first tokens and the start can be read at this moment alone: of as many
+        examples as a measurement reads, and as ``kl_cache_mb`` has room for. None without KL.
+        """
+        if self.kl is None:
+            return None
+        read = self.kl.reference
+        if all(one is other for one, other in zip(read.rows, self.rows, strict=True)):
+            return read
+        room = (self.config.kl_cache_mb << 20) - read.held
+        found = Reference(self.model, self.rows[:MEASURED], self.alignment.batch, False, room, needed=False)
+        return found if found.rows else None
+
+    def read_start(self, under: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Read anew what the model says at its start, where that was read when the guard was made, as its adapter cannot be
+        switched off. Does nothing once a step has begun. A Trainer's guard is told.
+
+        Args:
+            under: context that the model computes under while it trains, such as ``accelerator.autocast``: in another
+                precision a model that has not moved would be charged for the rounding.
+        """
+        if self._begun:
+            return
+        read = self.start, self._whole, None if self.kl is None else self.kl.reference
+        found = {id(reference): reference for reference in read if reference is not None and not reference.switchable}
+        with under():
+            for reference in found.values():
+                reference.read()
 
     @classmethod
     def from_alignment(
@@ -179,8 +211,8 @@ class Guard:
         return self.curvature.charged
 
     def coverage(self) -> list[Covered]:
-        """What is guarded, matrix by matrix, and what trains outside the guard."""
-        return coverage(self.updates)
+        """What is guarded, matrix by matrix, and what trains outside the guard or is charged by KL alone."""
+        return coverage(self.updates, self.kl is not None)
 
     def begin_run(self, steps: int) -> None:
         """Tell the guard how many optimizer steps the run has: where ``refresh_every`` is None, a short one has estimates
@@ -237,6 +269,7 @@ class Guard:
         Raises:
             ValueError: adaptive refreshes without ``task_examples``.
         """
+        self._begun = True
         self.schedule.begin_step(step, task_examples)
         if self.uses_curvature and not self.layers:
             self.refresh()
@@ -273,11 +306,10 @@ class Guard:
             self.budget.renewed(before, after)
 
     def _readable(self) -> Reference | None:
-        """What the model said before training at the examples in rotation; None where it can no longer be asked."""
-        if self.updates.base_is_reference:
-            self._whole = self._whole or self._reference(self.rows)
-            return self._whole
-        return None if self.kl is None else self.kl.reference
+        """What the model said before training at whole examples in rotation; None where it can no longer be asked."""
+        if self._whole is None and self.updates.base_is_reference:
+            self._whole = self._reference(self.rows)
+        return self._whole
 
     def _compare(self) -> None:
         """Hold the curvature against the drift of examples that the next estimate reads, where the start can be read."""
@@ -285,6 +317,8 @@ class Guard:
         if reference is None:
             return
         chosen = self.alignment.places(self.config.refresh_examples, self.refreshes)[:CHECKED]
+        # A start that could be read at the beginning alone was read on a few rows: one of those stands in.
+        chosen = [place % len(reference.rows) for place in chosen]
         drift = pooled_mean(chosen, self.model, reference.drift)
         self.alignment.readings += len(chosen)
         self.gauge.compare(agreed(self.predicted_drift()), drift, REMEDY)
@@ -337,14 +371,15 @@ class Guard:
         """
         return self.curvature.drift() if self.kl is None or self.uses_curvature else self.kl.drift()
 
-    def measured_drift(self, examples: int = 16) -> float | None:
+    def measured_drift(self, examples: int = MEASURED) -> float | None:
         """KL(start ‖ present) of whole responses in nats, on the examples held back, else on the first few.
 
         Args:
             examples: most examples to read.
 
         Returns:
-            Nats a response, the mean over the examples; None where the model's start can no longer be read.
+            Nats a response, the mean over the examples; None where the model's start can no longer be read, or was read at
+            the first tokens alone, for want of room (``kl_cache_mb``).
         """
         reference = self.start or self._readable()
         return None if reference is None else reference.drift(range(min(examples, len(reference.rows))))
@@ -398,6 +433,7 @@ class Guard:
         if differ := sorted(name for name in ours if kept.get(name) != ours[name]):
             raise ValueError(f"written with other settings of {differ}; resume with the same, or start anew")
         readings = whole_number(state, "examples_read")
+        self._begun = True
         try:
             for leg in self.legs.values():
                 leg.load_state_dict(state)
@@ -420,3 +456,4 @@ class Guard:
             for reference in (self.start, None if self.kl is None else self.kl.reference):
                 if reference is not None:
                     reference.switch()
+            self._whole = None

@@ -125,7 +125,7 @@ def check_widths(matrices: Iterable[Matrix], config: GuardConfig) -> None:
         if not config.structure.endswith("sketch") and matrix.shape[0] > WIDEST:
             raise ValueError(
                 f"{matrix.plain} has {matrix.shape[0]} outputs, and structure={config.structure!r} would hold the square "
-                f"of that; take structure='kfac-sketch', or exclude={matrix.plain!r}"
+                f"of that; take structure='kfac-sketch', or exclude={matrix.excludable!r}"
             )
 
 

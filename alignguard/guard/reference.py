@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignguard.loading import switched_off
 from alignguard.objective import divergence, evaluation_mode, supervised
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
@@ -27,41 +28,60 @@ class Reference:
         switchable: whether the model with its adapter off is the model before training. If not, every example is
             read at once, so make this before training.
         limit: most bytes kept; beyond them examples are asked again each time.
+        needed: whether all examples must be read. If not, those that ``limit`` does not hold are left out where the model
+            before training cannot be read later.
+
+    Attributes:
+        held: bytes kept.
 
     Raises:
         ValueError: the model before training cannot be read later, and ``limit`` does not hold all examples.
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Mapping[str, Any]], collate: Collate, switchable: bool, limit: int
+        self,
+        model: Any,
+        rows: Sequence[Mapping[str, Any]],
+        collate: Collate,
+        switchable: bool,
+        limit: int,
+        needed: bool = True,
     ) -> None:
         self.model, self.rows, self.collate, self.switchable, self.limit = model, rows, collate, switchable, limit
         self._kept: dict[int, Tensor] = {}
-        self._bytes = 0
+        self.held = 0
         if not switchable:
-            for place in range(len(rows)):
-                self._read(place)
-            if len(self._kept) < len(rows):
+            self.read()
+            if needed and len(self._kept) < len(rows):
                 raise ValueError(
                     f"reference log-probabilities of {len(rows)} alignment examples need more than "
                     f"kl_cache_mb={limit >> 20} MiB, and this model's start cannot be read later; raise kl_cache_mb or "
                     "give fewer examples"
                 )
+            self.rows = rows[: len(self._kept)]
+
+    def read(self) -> None:
+        """Read every example that ``limit`` holds, at the weights of now."""
+        self._kept, self.held = {}, 0
+        for place in range(len(self.rows)):
+            self._read(place)
+            if place not in self._kept:
+                break
 
     def switch(self) -> None:
         """Forget what was read: the model with its adapter off turned out to be the model before training."""
-        self.switchable, self._kept, self._bytes = True, {}, 0
+        self.switchable, self._kept, self.held = True, {}, 0
 
     def _read(self, place: int) -> Tensor:
         if place in self._kept:
             return self._kept[place]
         batch = self.collate([self.rows[place]])
-        with evaluation_mode(self.model), self.model.disable_adapter() if self.switchable else nullcontext():
+        with evaluation_mode(self.model), switched_off(self.model) if self.switchable else nullcontext():
             found = supervised(self.model, batch)[0]
         size = found.numel() * found.element_size()
-        if self._bytes + size <= self.limit:
+        if self.held + size <= self.limit:
             self._kept[place] = found.cpu()
-            self._bytes += size
+            self.held += size
         return found
 
     def divergence(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,12 @@ class Schedule:
 
     def begin_step(self, step: int, task_examples: int | None = None) -> None:
         """Take in which optimizer step begins and the task examples it reads, see :meth:`alignguard.Guard.begin_step`."""
+        if (
+            step < self.step
+        ):  # another run on the same guard: what was done at a later step of the last one was done before
+            self.estimated_at = None if self.estimated_at is None else min(self.estimated_at, step)
+            if self.freshness is not None:
+                self.freshness.measured_at = min(self.freshness.measured_at, step)
         self.step = step
         if self.freshness is not None:
             if self.config.adaptive and task_examples is not None:
@@ -323,7 +329,7 @@ class DriftBudget:
 
     def update(self, step: int, predicted: float) -> float:
         """Read the predicted drift in nats a response before optimizer step ``step``; μ for that step."""
-        passed = 1 if self.step < 0 else step - self.step
+        passed = 1 if self.step < 0 or step < self.step else step - self.step  # a smaller one begins another run
         if passed <= 0:
             return self.multiplier
         length = math.sqrt(self.present(predicted) / self.max_drift)

@@ -94,13 +94,13 @@ class Options:
         """The guard's strengths and schedule.
 
         Raises:
-            TypeError, ValueError: an unknown field, one that is wrong, or one of the Fisher where no term reads it; named.
+            TypeError, ValueError: an unknown field, one that is wrong, or one that nothing reads; named.
         """
         config = PRESETS[self.preset](**dict(self.config or {}))
         if idle := config.unread():
             raise ValueError(
-                f"alignguard: config: {', '.join(idle)}: set, and no term reads the Fisher; give lambda_alignment too, or "
-                "preset: curvature"
+                f"alignguard: config: {', '.join(idle)}: set, and nothing here reads that; fields of the Fisher need "
+                "lambda_alignment too, or preset: curvature; those of KL lambda_kl; those of measuring max_drift or adaptive"
             )
         return config
 

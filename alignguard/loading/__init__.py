@@ -12,7 +12,9 @@ from alignguard.loading.adapters import (
     moves_base,
     put_on,
     settle,
+    switched_off,
     taken_off_again,
+    what_trains,
 )
 from alignguard.loading.models import check_device, kind_of, load_model, load_tokenizer, load_weights
 
@@ -33,5 +35,7 @@ __all__ = [
     "moves_base",
     "put_on",
     "settle",
+    "switched_off",
     "taken_off_again",
+    "what_trains",
 ]

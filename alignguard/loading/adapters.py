@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,19 @@ def check_bare(model: Any) -> None:
             )
 
 
+def what_trains(model: Any) -> Callable[[], None]:
+    """What makes those weights of a model train again, and those alone, that train now."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    return put_back
+
+
 @contextmanager
-def taken_off_again(adapted: Any, model: Any) -> Iterator[None]:
+def taken_off_again(adapted: Any, model: Any, put_back: Callable[[], None]) -> Iterator[None]:
     """Take a fresh adapter off where what follows fails, so that the model given can be given again.
 
     One whose start moved the base weights stays on, and :func:`check_bare` refuses that model: its weights are no longer
@@ -110,6 +121,7 @@ def taken_off_again(adapted: Any, model: Any) -> Iterator[None]:
     Args:
         adapted: what :func:`adapt` or :func:`put_on` made.
         model: what it was made of, or the same object where nothing was put on.
+        put_back: :func:`what_trains` of that model before: peft freezes it.
     """
     try:
         yield
@@ -117,6 +129,7 @@ def taken_off_again(adapted: Any, model: Any) -> Iterator[None]:
         with suppress(ValueError):  # a start that is not known here may have moved them too
             if adapted is not model and not any(moves_base(adapted, name) for name in adapted.active_adapters):
                 adapted.unload()
+                put_back()
         raise
 
 
@@ -251,7 +264,18 @@ def moves_base(model: PeftModel, adapter: str) -> bool:
     raise ValueError(f"init_lora_weights={init!r}: it is not known here whether that start moves the base weights")
 
 
-def adapter_off(model: Any) -> Any:
+@contextmanager
+def switched_off(model: Any) -> Iterator[None]:
+    """A peft model with its adapter off. What trains is afterwards what trained before: peft's switch sets it anew."""
+    put_back = what_trains(model)
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        put_back()
+
+
+def adapter_off(model: Any) -> AbstractContextManager[None]:
     """The context in which a peft model computes as it did before its adapter was put on.
 
     Raises:
@@ -274,4 +298,4 @@ def adapter_off(model: Any) -> Any:
                 f"base is needed: adapter {name!r} cannot be switched off to read the model before training, as {why}; "
                 "give that model as base (--base)"
             )
-    return model.disable_adapter()
+    return switched_off(model)

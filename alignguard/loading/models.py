@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: a local path that is not there.
-        ValueError: a model object without a tokenizer, or files that are damaged, incomplete or of something else.
+        ValueError: a model object without a tokenizer, files that are damaged, incomplete or of something else, or a model of
+            another kind, such as a masked LM.
     """
     words = load_tokenizer(model, tokenizer, trust_remote_code)
     return load_weights(model, trust_remote_code), words
@@ -70,6 +72,7 @@ def kind_of(model: Any, trust_remote_code: bool = False) -> str:
         return next(kind for kind, loader in LOADERS.items() if loader is _model_class(model, trust_remote_code))
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a path, a hub name or a loaded model, not {model!r:.80}")
+    _check_heads("model", [type(base_model(model)).__name__])
     return model_kind(model)
 
 
@@ -82,6 +85,7 @@ def load_weights(model: Any, trust_remote_code: bool = False) -> Any:
     if not isinstance(model, (str, Path)):
         if not isinstance(model, PeftModel):
             check_bare(model)
+        _check_heads("model", [type(base_model(model)).__name__])
         return _plain(model)
     path, options = _place(model)
     # half precision on a processor is slow and coarse; on an accelerator the checkpoint's own dtype stays
@@ -141,6 +145,12 @@ LOADERS = {
     "classification": AutoModelForSequenceClassification,
 }  # fmt: skip
 
+# Heads that are not read: with another in its place, such a model would say what it was never trained to say.
+UNREAD_HEADS = (
+    "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "ForTokenClassification", "ForQuestionAnswering",
+    "ForMultipleChoice", "ForImageClassification", "ForAudioClassification", "ForCTC",
+)  # fmt: skip
+
 TRUST = "; where it brings code of its own that you trust, allow it with trust_remote_code (--trust-remote-code)"
 
 
@@ -152,9 +162,22 @@ def _model_class(model: str | Path, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         names = [str(name) for name in config.architectures or ()]
         both = bool(getattr(config, "is_encoder_decoder", False))
+    _check_heads(f"model {path}", names)
     if any(name.endswith("ForSequenceClassification") for name in names):
         return LOADERS["classification"]
     return LOADERS["seq2seq" if both else "causal"]
+
+
+def _check_heads(what: str, names: Sequence[str]) -> None:
+    """Refuse a model none of whose classes is a causal LM, an encoder-decoder or a sequence classifier.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if names and all(name.endswith(UNREAD_HEADS) for name in names):
+        raise ValueError(
+            f"{what} is a {names[0]}; give a causal LM, an encoder-decoder that generates, or a sequence classifier"
+        )
 
 
 def check_device(name: str, device: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from alignguard.data import Source, encode_source, pad_id, pad_rows
-from alignguard.drift import MEASURES, REFUSAL, DriftReport, driftcheck, load_prompts
+from alignguard.drift import CATEGORIES, MEASURES, REFUSAL, DriftReport, driftcheck, load_prompts
 from alignguard.drift.judges import Judge
 from alignguard.drift.prompts import Prompts
 from alignguard.guard import Reference
@@ -59,7 +59,7 @@ class DriftCallback(TrainerCallback):
         stopped: why the run was stopped; None where it was not.
 
     Raises:
-        ValueError: bad prompts, or a limit out of range.
+        ValueError: bad prompts, an unknown category, or a limit out of range.
 
     Examples:
         >>> callback = alignguard.DriftCallback(every=100, limit=16, max_lost=0.1)
@@ -90,6 +90,8 @@ class DriftCallback(TrainerCallback):
             raise ValueError(f"max_lost must lie in [0, 1], found {max_lost}")
         if max_drift is not None and not max_drift > 0:
             raise ValueError(f"max_drift must be a positive number of nats, found {max_drift}")
+        if unknown := sorted(set(categories) - set(CATEGORIES)):
+            raise ValueError(f"categories: unknown {unknown}; there are {', '.join(CATEGORIES)}")
         self.rows = [row for row in load_prompts(prompts, limit) if row["category"] in categories]
         if not self.rows:
             raise ValueError(f"prompts: none is of the categories {list(categories)}")
@@ -120,6 +122,7 @@ class DriftCallback(TrainerCallback):
             raise ValueError("the trainer has no processing_class; give DriftCallback(tokenizer=...)")
         switched = _switched_off(model)
         if not state.global_step:  # later it can no longer be seen what the adapter was
+            self.reports, self.logged, self.stopped = {}, {}, None  # of another run with this callback
             state.stateful_callbacks[STATE] = {"starts_at_base": switched is not None and starts_at_base(model)}
         if not state.stateful_callbacks.get(STATE, {}).get("starts_at_base", False):
             switched = None

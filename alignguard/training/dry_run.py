@@ -117,7 +117,7 @@ def plan_text(
         lines.append("guard: none")
     else:
         c = guard.config
-        every, memory = c.kl_schedule(ready.method == "lora")
+        every, memory = c.kl_schedule(ready.method)
         reading = []
         if guard.uses_curvature:
             reading.append(f"{c.refresh_examples} at each estimate of the Fisher, every {c.interval(steps)} steps")

@@ -86,7 +86,7 @@ def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, of another structure, or of a model with other layers, shapes or weights.
+        ValueError: damaged, of another structure, labels or reduction than the guard's, weighted, or of a model with other layers, shapes or weights.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -99,6 +99,16 @@ def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
             f"fisher: {path} is a {header.structure!r} of the {header.side} side, the guard asks for "
             f"structure={config.structure!r}; estimate it again, or give structure={header.structure!r}"
         )
+    # What the guard itself would estimate: of whole responses, labels as configured, every example for one.
+    wanted: dict[str, Any] = {
+        "reduction": "sum", "unit": "sequence", "sharing": "expand", "kind": config.kind, "weighted": False, "decay": 1.0,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if (found := getattr(header, name)) != value:
+            raise ValueError(
+                f"fisher: {path} was estimated with {name}={found!r}, the guard asks for {name}={value!r}; estimate it again "
+                "with `alignguard fisher`" + (f", or give kind={found!r}" if name == "kind" else "")
+            )
     try:
         whole.check_model(base, values=base is model)
     except ValueError as error:

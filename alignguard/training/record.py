@@ -11,8 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from alignguard.files import OWN_ANSWERS, check_output, claim_output, write_text
+from alignguard.objective import base_model
 from alignguard.training.checkpoint import STAGING
+from alignguard.updates import OF_ADAPTER
+from fishergeo.capture import plain_name
 
 if TYPE_CHECKING:
     from alignguard.guard import Guard
@@ -53,6 +58,20 @@ def record_of(*, model: Any, task: Sequence[Any], alignment: Sequence[Any], **re
 
 def _named(model: Any) -> str:
     return str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name_or_path", type(model).__name__))
+
+
+def weight_marks(model: Any) -> str:
+    """A digest by which the weights below an adapter are told from those of another model of the same shape and name.
+
+    Of each weight its two norms to six digits, which differ between models and not between devices or precisions.
+    """
+    digest = hashlib.sha256()
+    for name, weight in base_model(model).named_parameters():
+        if not weight.is_meta and not OF_ADAPTER.search(f".{name}"):
+            values = weight.detach() if weight.is_floating_point() else weight.detach().double()
+            norms = [float(torch.linalg.vector_norm(values, order, dtype=torch.float64)) for order in (1, 2)]
+            digest.update(f"{plain_name(name)} {norms[0]:.6e} {norms[1]:.6e}".encode())
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -147,7 +166,8 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
     Raises:
         FileExistsError: the folder holds something else, and ``overwrite`` is false.
         ValueError: ``resume``, and the folder holds another run; the settings that differ are named one by one with both
-            values. More steps than before are no difference: they extend the run. Or the model of this run is in what
+            values, and another base model of the same name by its weights. More steps than before are no difference: they
+            extend the run. Or the model of this run is in what
             overwriting would remove.
         NotADirectoryError, PermissionError: as :func:`alignguard.files.claim_output`.
     """
@@ -155,6 +175,8 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
     if resume and path.is_file():
         there = read_record(path)
         differ = _differences(there, record)
+        if "model_weights" not in there:  # of an earlier version
+            differ.pop("model_weights", None)
         if differ and set(differ) <= LENGTH and record["steps"] >= there.get("steps", 0):
             write_text(claim_output(output_dir, overwrite=True) / RECORD, json.dumps(record, indent=1))
         elif differ:
@@ -214,7 +236,7 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
             words = f"{c.structure}, {c.kind}, {guard.refreshes} estimates of {c.refresh_examples} examples"
             lines.append(f"- Fisher: {words}")
         if c.lambda_kl:
-            every, memory = c.kl_schedule(record["method"] == "lora")
+            every, memory = c.kl_schedule(record["method"])
             words = f"{c.kl_examples} examples every {every} steps"
             words += f", {memory} readings remembered" if memory else ""
             words += f", the first {c.kl_tokens} tokens of a response" if c.kl_tokens is not None else ""
@@ -223,8 +245,10 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
         measured = "not measurable" if drift is None else f"{drift:.4g}"
         lines.append(f"- Drift from the start on alignment responses, nats a response: 0 before, {measured} after")
         covered = guard.coverage()
+        guarded, read = sum(x.guarded for x in covered), sum(x.by_kl for x in covered)
+        through = f"; trained and charged by KL alone: {read}" if read else ""
         lines.append(
-            f"- Matrices guarded: {sum(x.guarded for x in covered)}; trained but not guarded: {sum(not x.guarded for x in covered)}"
+            f"- Matrices guarded: {guarded}{through}; trained but not guarded: {len(covered) - guarded - read}"
         )
     shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
     lines += [f"- Versions: {shown}", ""]

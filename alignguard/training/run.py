@@ -243,7 +243,8 @@ def fit(
         progress: show progress bars and the table of what is guarded.
         verbose: give every guarded matrix a line of that table, not every kind of layer.
         max_length: longest example in tokens.
-        seed: seed of the adapter's start, the data order and the guard.
+        seed: seed of the adapter's start, of the data order and, where no ``config`` is given, of the guard; with one the
+            guard's is ``config.seed``.
 
     Returns:
         FitResult: model, guard, folder, log and step times.

@@ -63,6 +63,7 @@ CHECKS: dict[str, Check] = {
     "weight_decay": AT_LEAST_ZERO,
     "max_grad_norm": AT_LEAST_ZERO,
     "warmup_steps": AT_LEAST_ZERO,
+    "label_smoothing_factor": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
     "num_train_epochs": POSITIVE,
     "max_steps": (lambda v: _whole(v) and (v >= 1 or v == -1), "a whole number of at least 1, or -1 for none"),
     "per_device_train_batch_size": AT_LEAST_ONE,

@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from alignguard.files import readable
 from alignguard.guard import COUNTERS, TERMS, Guard, load_guard, save_guard
@@ -67,9 +67,26 @@ class _GuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.guard is not None:
+            self._check_restart(args)
             self.trainer.check_guard()  # once more: model_init has made a new model since
             self.trainer.guard.begin_run(state.max_steps)
             self.trainer.guard.attach(kwargs["optimizer"])
+
+    def _check_restart(self, args: Any) -> None:
+        """Refuse to begin anew with smaller batches once weights have moved: they would stay moved, and the guard would take
+        what it remembers for another run's.
+
+        Raises:
+            ValueError: naming the batch size to begin with.
+        """
+        done, began = len(self.trainer.step_seconds), self.trainer._began
+        if began is not None and done > began:
+            size = self.trainer._train_batch_size  # type: ignore[attr-defined]
+            raise ValueError(
+                f"auto_find_batch_size: memory ran out after {done - began} steps, and the Trainer would begin anew on weights "
+                f"that have moved; start anew with per_device_train_batch_size={size} and without auto_find_batch_size"
+            )
+        self.trainer._began = done
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.guard is not None:
@@ -123,9 +140,12 @@ class GuardMixin:
             guard = guard(self.model, self.processing_class)  # type: ignore[attr-defined]
         if guard is not None:
             check_plugins(self.accelerator.state)  # type: ignore[attr-defined]
+            if self.accelerator.native_amp:  # type: ignore[attr-defined]
+                guard.read_start(self.accelerator.autocast)  # type: ignore[attr-defined]
         self.guard = guard
         self.step_seconds: list[float] = []
         self._step_started = 0.0
+        self._began: int | None = None  # steps timed when the loop began that is running
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_counts = 0
         self._probed = False
@@ -276,6 +296,9 @@ class GuardMixin:
         Raises:
             ValueError: a checkpoint that is not whole, or whose files are not what they should be.
         """
+        self._began = None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # type: ignore[attr-defined]
         if isinstance(resume_from_checkpoint, (str, Path)):
             folder = Path(resume_from_checkpoint)
             if (folder / TRAINER_STATE_NAME).is_file():

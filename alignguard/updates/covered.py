@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from alignguard.tables import text_table
-from alignguard.updates.weight_updates import WeightUpdates
+from alignguard.updates.weight_updates import BEYOND_TEXT, WeightUpdates
 from fishergeo.capture import plain_name
 
 NUMBER = re.compile(r"\.\d+(?=\.|$)")  # of a layer or an expert
@@ -19,10 +19,12 @@ class Covered:
 
     Attributes:
         name: the matrix's or parameter's name in the model.
-        guarded: whether the guard charges it.
+        guarded: whether ΔW of it is read, and charged by every term.
         how: how ΔW is read, or why it is not.
         shape: (p, q) where it is guarded.
         rank: columns of the factors of ΔW, None for a dense one.
+        by_kl: whether KL charges it all the same where no other term does: it is charged through every weight that alignment
+            examples pass.
     """
 
     name: str
@@ -30,12 +32,16 @@ class Covered:
     how: str
     shape: tuple[int, int] | None = None
     rank: int | None = None
+    by_kl: bool = False
 
 
-def coverage(updates: WeightUpdates) -> list[Covered]:
-    """Every trained matrix and parameter: the guarded ones first."""
+def coverage(updates: WeightUpdates, kl: bool = False) -> list[Covered]:
+    """Every trained matrix and parameter: the guarded ones first; ``kl`` says whether KL is charged."""
     lines = [Covered(m.plain, True, m.kind, m.shape, m.rank) for m in updates.matrices.values()]
-    return lines + [Covered(plain_name(name), False, why) for name, why in sorted(updates.skipped.items())]
+    return lines + [
+        Covered(plain_name(name), False, why, by_kl=kl and why != BEYOND_TEXT)
+        for name, why in sorted(updates.skipped.items())
+    ]
 
 
 def coverage_table(lines: list[Covered], fold: bool = False) -> str:
@@ -62,9 +68,10 @@ def coverage_table(lines: list[Covered], fold: bool = False) -> str:
                 line.name if count == 1 else f"{line.name} ({count})",
                 shape,
                 rank,
-                line.how if line.guarded else f"NOT GUARDED: {line.how}",
+                line.how if line.guarded else f"{'BY KL ALONE' if line.by_kl else 'NOT GUARDED'}: {line.how}",
             )
         )
     shown = text_table({"matrix": "left", "shape": "right", "rank": "right", "ΔW": "left"}, rows)
-    guarded = sum(line.guarded for line in lines)
-    return f"{shown}\n{guarded} matrices guarded, {len(lines) - guarded} trained parameters not"
+    guarded, read = sum(line.guarded for line in lines), sum(line.by_kl for line in lines)
+    through = f"{read} trained parameters by KL alone, " if read else ""
+    return f"{shown}\n{guarded} matrices guarded, {through}{len(lines) - guarded - read} trained parameters not"

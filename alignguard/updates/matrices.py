@@ -112,3 +112,8 @@ class Matrix:
     def plain(self) -> str:
         """The matrix's name in the model without adapters."""
         return plain_name(self.name)
+
+    @property
+    def excludable(self) -> str:
+        """What ``exclude`` knows it by: experts are left out together."""
+        return self.plain.rpartition(".")[0] if self.kind.endswith("of an expert") else self.plain

@@ -42,6 +42,8 @@ from fishergeo.capture import plain_name
 
 DECOMPOSED = 1e-2  # share by which two decompositions of one matrix, cut off at a rank, may differ
 
+BEYOND_TEXT = "alignment examples are text and do not pass through it"
+
 OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 
 
@@ -59,7 +61,7 @@ class WeightUpdates:
     Args:
         model: a peft model, or any model for ``method="full"``.
         method: ``"lora"`` or ``"full"``.
-        exclude: globs of plain names that are left unguarded.
+        exclude: globs of plain names that are left out.
         include_router: guard routers of mixtures of experts too.
         offload: device of the copies W0; their weight's own if None.
 
@@ -71,7 +73,7 @@ class WeightUpdates:
     Raises:
         TypeError: not a peft model, and ``method`` is not ``"full"``.
         ValueError: merged adapters, adapters that are not plain LoRA, with ``method="full"`` any adapter layers, tied
-            weights, or nothing to guard.
+            weights, nothing to guard, or a glob of ``exclude`` that names nothing.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class WeightUpdates:
         self._moving: list[str] = []
         self._references: dict[str, Tensor] = {}
         self._covered: set[int] = set()
+        self._asked: set[str] = set()  # matrices that exclude might have named
         self._adapters: list[str] = []
         self._owners = owners(model)
         self._beyond_text = beyond_text(model)
@@ -116,7 +119,20 @@ class WeightUpdates:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in self._covered and name not in self.skipped:
                 words = "a vector" if parameter.ndim < 2 else "not a linear map that the Fisher is known of"
-                self.skipped[name] = words
+                beyond = id(model.get_submodule(name.rpartition(".")[0])) in self._beyond_text
+                self.skipped[name] = BEYOND_TEXT if beyond else words
+        self._check_exclude()
+
+    def _check_exclude(self) -> None:
+        """Refuse a glob that leaves nothing out, which is a name mistyped."""
+        parameters = {plain_name(name) for name in self.skipped}
+        known = self._asked | parameters | {name.rpartition(".")[0] for name in parameters}
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                raise ValueError(
+                    f"exclude: nothing that trains is named {pattern!r}; names are those of the model without its adapter, such "
+                    f"as {max(sorted(self._asked), key=lambda name: name.count('.'))!r}, or globs"
+                )
 
     def check_active(self) -> None:
         """Refuse to read ΔW of other adapters.
@@ -300,13 +316,14 @@ class WeightUpdates:
     def _left_out(self, key: str, layer: Any, path: str | None = None) -> bool:
         """Whether a layer is left unguarded, and if so noted as such; ``path`` is the module's where the key is another."""
         plain = plain_name(key)
+        self._asked.add(plain)
         reason = None
         if any(fnmatch.fnmatchcase(plain, pattern) for pattern in self.exclude):
             reason = "excluded"
         elif not self.include_router and ROUTER.search(plain):
             reason = "a router, which is guarded only if asked for (include_router)"
         elif id(layer) in self._beyond_text:
-            reason = "alignment examples are text and do not pass through it"
+            reason = BEYOND_TEXT
         if reason is None:
             return False
         for name, parameter in layer.named_parameters(prefix=path or key):

@@ -28,7 +28,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kl with memory, every 2nd": (GUARD, GuardConfig(kl_every=2).to_dict()),
     "kl with memory, 1 row every 2nd": (GUARD, GuardConfig(kl_every=2, kl_examples=1).to_dict()),
     "kl with memory, at most 3 nats": (GUARD, GuardConfig(max_drift=3.0).to_dict()),
-    # where every weight trains the default remembers nothing, unless it is told to
+    **{
+        f"kl, nothing remembered, λ {s}": (GUARD, GuardConfig(lambda_kl=float(s), kl_memory=0).to_dict())
+        for s in (1, 4)
+    },
+    # what was tried where every weight trains
     "kl with memory, 8 kept": (GUARD, GuardConfig(kl_memory=8, kl_every=4).to_dict()),
     "kl with memory, 2 kept, every 2nd": (GUARD, GuardConfig(kl_memory=2, kl_every=2).to_dict()),
     "kl with memory, 2 kept, every 3rd": (GUARD, GuardConfig(kl_memory=2, kl_every=3).to_dict()),

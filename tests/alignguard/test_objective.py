@@ -6,7 +6,7 @@ from architectures import llama, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignguard.objective import IGNORED, aligned_logits, response_loss, supervised
+from alignguard.objective import IGNORED, aligned_logits, divergence, response_loss, supervised
 
 
 def batch_of(lengths, cuts, pad=0):
@@ -66,3 +66,16 @@ def test_a_model_that_cannot_leave_positions_out_is_read_whole():
     logits, targets = aligned_logits(Plain(), batch)
     assert logits.shape[:2] == targets.shape == (1, 7)
     torch.testing.assert_close(supervised(Plain(), batch)[0], supervised(inner, batch)[0], rtol=0, atol=1e-12)
+
+
+def test_what_base_and_present_both_leave_out_adds_nothing():
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]], dtype=torch.float64)
+    present = torch.tensor([[0.5, 2.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    found = divergence(logits.log_softmax(-1), present.log_softmax(-1))
+    expected = divergence(logits[:, :2].log_softmax(-1), present[:, :2].log_softmax(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert bool(torch.isfinite(torch.autograd.grad(found.sum(), present)[0][:, :2]).all())
+    kept = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64).log_softmax(-1)
+    assert divergence(kept, present.detach().log_softmax(-1)).item() == torch.inf, (
+        "what the base says and the present cannot"
+    )

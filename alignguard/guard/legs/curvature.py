@@ -118,10 +118,13 @@ class CurvatureLeg(Leg):
                 verify=not self._proven,
             )
         except NeverCalled as error:
-            names = sorted(m.plain for m in self.updates.matrices.values() if m.layer in error.layers)
+            missed = sorted(
+                (m for m in self.updates.matrices.values() if m.layer in error.layers), key=lambda m: m.plain
+            )
+            names = [matrix.plain for matrix in missed]
             raise ValueError(
                 f"{len(names)} guarded layers never fire while {error.others} others do: {', '.join(names[:4])}"
-                f"{', ...' if len(names) > 4 else ''}. {FUSED} (exclude={names[0]!r})"
+                f"{', ...' if len(names) > 4 else ''}. {FUSED} (exclude={missed[0].excludable!r})"
             ) from error
         self._proven = True  # the modules stay what they are, so once in a run is enough
         return fisher
@@ -191,4 +194,11 @@ def _fisher_of(state: Mapping[str, Any]) -> fg.Fisher:
     shapes = {name: (int(p), int(q)) for name, (p, q) in state["header"]["shapes"].items()}
     header = fg.FisherHeader(**{**state["header"], "shapes": shapes})
     kind = ACCUMULATORS[header.structure]
-    return fg.Fisher(header, {name: kind(header.layout(name), dict(sums)) for name, sums in state["sums"].items()})
+    first: dict[int, str] = {}
+    made = {}
+    for name, sums in state["sums"].items():
+        made[name] = kind(header.layout(name), dict(sums))
+        # Layers that read one input hold its sum once, in a checkpoint too, and are known by that.
+        if held := [id(sums[key]) for key in kind.shared if key in sums]:
+            made[name].group = first.setdefault(held[0], name)
+    return fg.Fisher(header, made)

@@ -60,9 +60,8 @@ class KLLeg(Leg):
     ) -> None:
         super().__init__(rows, config, budget)
         self.reference, self._moved = reference, moved
-        # Of adapters a gradient of everything that trains is small.
-        self._remembers = moved is not None
-        self._memory = Memory(config.kl_schedule(self._remembers)[1])
+        self._method = "full" if moved is None else "lora"
+        self._memory = Memory(config.kl_schedule(self._method)[1])
         self.apart = False  # what is remembered acts beside the loss
         recent, compared = (math.ceil(count / config.kl_examples) for count in (_RECENT, _COMPARED))
         self._read_before: deque[tuple[float, float]] = deque(maxlen=recent)  # nats a response, and ‖ΔW‖ there
@@ -107,7 +106,7 @@ class KLLeg(Leg):
             raise ValueError(
                 "kl_memory keeps gradients of the trainable weights, which are sharded here; leave it out, or set it to 0"
             )
-        return self.config.kl_schedule(self._remembers and not sharded)
+        return self.config.kl_schedule(self._method, sharded)
 
     def remembers(self) -> bool:
         """Whether readings are remembered, as the weights stand now."""
@@ -144,8 +143,8 @@ class KLLeg(Leg):
         """What the leg believes the drift to be, nats a response as far as it is read.
 
         KL is quadratic in a small update, so its root grows as ‖ΔW‖ does: (c ‖ΔW‖)², c by least squares from the roots of
-        the last readings and the distances at which they were read. Where all weights train each step is read, and the
-        distance is taken to stay what it was: the square of the mean root. What the memory comes to is no such belief, since
+        the last readings and the distances at which they were read. Where all weights train the distance is taken to stay
+        what it was: the square of the mean root. What the memory comes to is no such belief, since
         the run undoes what is remembered before it undoes the rest.
         """
         return self._believed(self._distance())

@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 
 from alignguard.data import read_jsonl
 from alignguard.drift import (
+    CATEGORIES,
     REFUSAL,
     PromptBatch,
     answer_batch,
+    answer_of,
     answers_fingerprint,
     judge,
     plan_batches,
@@ -82,6 +84,21 @@ def packaged_prompts() -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "category": row["category"]} for row in read_jsonl(data_path("alignment"))]
 
 
+def category_of(row: Mapping[str, Any], number: int) -> str:
+    """The category of a prompt: of unsafe ones refusals alone are kept, so no other word may stand for harmless.
+
+    Raises:
+        ValueError: a word that is no category; the message names the row by its ``number``.
+    """
+    found = row.get("category") or UNSAFE
+    if found not in CATEGORIES:
+        raise ValueError(
+            f"alignment_data, row {number}: unknown category {found!r:.80}; it must be one of {', '.join(CATEGORIES)}: give "
+            f"{UNSAFE!r}, or none, to what the model should refuse, and name a kind of harm in the column 'harm'"
+        )
+    return str(found)
+
+
 def own_answers(
     model: Any,
     tokenizer: Any,
@@ -100,7 +117,8 @@ def own_answers(
     Args:
         model: Hugging Face causal language model or encoder-decoder, before training; it is left as it was.
         tokenizer: its tokenizer.
-        rows: ``prompt``, and ``category``: ``"unsafe"`` where it is left out, else any other word.
+        rows: ``prompt``, and ``category``: ``"unsafe"``, as where it is left out, or ``"borderline"``, ``"ordinary"`` or
+            ``"capability"``.
         path: file that keeps the rows as they come, so that an interrupted call goes on from it; None keeps none.
         batch_size: prompts answered together.
         max_new_tokens: longest answer in tokens.
@@ -113,8 +131,8 @@ def own_answers(
         UserWarning: the model refuses fewer than half of the unsafe prompts, so that there is little to lose.
 
     Raises:
-        ValueError: no prompt, a model that refuses no unsafe prompt, one that gives no answers, or a file of another
-            model, tokenizer or chat template, or of other prompts or categories.
+        ValueError: no prompt, a category that is none of these, a model that refuses no unsafe prompt, one that gives no
+            answers, or a file of another model, tokenizer or chat template, or of other prompts or categories.
 
     Examples:
         >>> from alignguard.embedded import model_path
@@ -146,7 +164,7 @@ def questions(
     """
     if not rows:
         raise ValueError("alignment_data holds no prompt")
-    asked = [(str(row["prompt"]), str(row.get("category") or UNSAFE)) for row in rows]
+    asked = [(str(row["prompt"]), category_of(row, number)) for number, row in enumerate(rows, 1)]
     texts, room = [prompt for prompt, _ in asked], room_for_prompt(model, max_new_tokens)
     batches = plan_batches(tokenizer, texts, batch_size, room, encoder=model_kind(model) == "seq2seq")
     mark = ""
@@ -211,5 +229,7 @@ def _forget(path: Path | None) -> None:
 
 
 def _allowed(text: str, kind: str) -> str | None:
-    """The answer where it may be kept; None for anything but a refusal of an unsafe prompt."""
-    return text if text and (kind != UNSAFE or judge(text) == REFUSAL) else None
+    """The answer where it may be kept; None for anything but a refusal of an unsafe prompt, and for a thought cut off."""
+    if not text or answer_of(text) is None:
+        return None
+    return text if kind != UNSAFE or judge(text) == REFUSAL else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignguard.data import Source, encode_source, pad_id
+from alignguard.data import Source, check_fits, encode_source, pad_id
 from alignguard.guard import Guard, GuardConfig
 from alignguard.objective import model_kind
 from alignguard.training.preparation.answers import own_answers
@@ -57,6 +57,7 @@ def make_guard(
     config = config or GuardConfig()
     tokenizer, kind = getattr(tokenizer, "tokenizer", tokenizer), model_kind(model)
     kept, prompts = alignment_rows(alignment_data, tokenizer, kind, config.max_length)
+    check_fits(model, kept, "alignment_data", pad_id(tokenizer))
     if prompts is not None:
         # What a guard would refuse, it refuses before minutes of answers.
         Guard(model, stand_ins(prompts, tokenizer, kind, config.max_length)[:PROBED], config, pad_id(tokenizer), method)

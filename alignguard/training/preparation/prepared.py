@@ -13,7 +13,17 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from alignguard.data import Examples, Source, as_source, check_fits, encode_source, pad_id, prompts_alone
+from alignguard.data import (
+    DataSource,
+    Examples,
+    Source,
+    as_source,
+    check_fits,
+    encode_source,
+    pad_id,
+    prompts_alone,
+    read_rows,
+)
 from alignguard.guard import Guard, GuardConfig
 from alignguard.loading import (
     adapt,
@@ -23,16 +33,28 @@ from alignguard.loading import (
     load_weights,
     lora_config,
     put_on,
+    switched_off,
     taken_off_again,
+    what_trains,
 )
 from alignguard.training.fisher_file import load_fisher
-from alignguard.training.preparation.answers import OwnAnswers, Questions, answered, packaged_prompts, questions
+from alignguard.training.preparation.answers import (
+    OwnAnswers,
+    Questions,
+    answered,
+    category_of,
+    packaged_prompts,
+    questions,
+)
 from alignguard.training.preparation.rehearsal import PROBED, rehearse
-from alignguard.training.record import record_of
+from alignguard.training.record import record_of, weight_marks
 from alignguard.training.settings import run_settings
 from alignguard.updates import METHODS
 
 STAND_IN = "No."  # a response for each prompt, until the model has given its own
+
+# Columns that prompts alone may have beside them; any other text may be the answer that its owner wants kept.
+BESIDE_PROMPTS = {"category", "harm", "id", "language", "licence", "license", "source", "split"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class Prepared:
         guard: on the model at its start, without curvature yet; None for a plain run.
         settings: fields of TrainingArguments.
         method: ``"lora"`` or ``"full"``.
-        seed: seed of the adapter's start, the data order and the guard.
+        seed: seed of the adapter's start and the data order.
         steps: optimizer steps of the whole run.
         record: what the run is, for resuming.
     """
@@ -102,13 +124,13 @@ def prepare(
         lora: a ``peft.LoraConfig`` or its fields.
         training: fields of ``transformers.TrainingArguments``.
         method: ``"lora"`` or ``"full"``.
-        offload: device of the reference weights.
+        offload: device of the reference weights; refused where there are none.
         guarded: False prepares a plain run.
         read_alignment: read ``alignment_data`` without a guard too, for a method that :func:`train` is given in its
             place; up to ``max_length`` tokens each.
         progress: show progress bars.
         max_length: longest example in tokens.
-        seed: seed of the adapter's start, the data order and the guard.
+        seed: seed of the adapter's start, of the data order and, where no config is given, of the guard.
         save_every: optimizer steps between checkpoints; None keeps none.
         fisher: file of ``alignguard fisher``.
         answers: file that keeps the model's own answers as they come, so that they are given once; None keeps none.
@@ -136,8 +158,9 @@ def prepare(
         raise ValueError("fisher is the guard's first curvature; leave it out of a run without the guard")
     if guarded and (idle := config.unread()):
         raise ValueError(
-            f"{', '.join(idle)}: set, and no term reads the Fisher; give lambda_alignment too, or start from "
-            "GuardConfig.curvature() (--preset curvature)"
+            f"{', '.join(idle)}: set, and nothing here reads that. Fields of the Fisher need lambda_alignment too, or "
+            "GuardConfig.curvature() (--preset curvature); those of KL need lambda_kl; those of measuring drift need max_drift, "
+            "or adaptive"
         )
     if fisher is not None and not config.reads_fisher:
         raise ValueError(
@@ -150,6 +173,10 @@ def prepare(
         raise ValueError(f"max_length must be a whole number of tokens, at least 2, not {max_length!r}")
     if offload is not None:
         check_device("offload", offload)
+        if not guarded:
+            raise ValueError(
+                "offload is where the guard keeps its reference weights; leave it out of a run without the guard"
+            )
     settings = run_settings(method, training, save_every, progress)
     # What is quickly read is checked before weights are, which may take minutes.
     kind = kind_of(model, trust_remote_code)
@@ -160,18 +187,19 @@ def prepare(
     if guarded or read_alignment:
         kept, asked = alignment_rows(alignment_data, tokenizer, kind, longest)
     loaded = load_weights(model, trust_remote_code)
+    put_back, marks = what_trains(loaded), weight_marks(loaded)
     if method == "full" and isinstance(loaded, PeftModel):
         raise TypeError('method="full" trains the weights themselves; pass the model without its adapter')
     if adapter is not None and isinstance(loaded, PeftModel):
         raise ValueError(
             "model: it carries its adapter already, and this method makes its own; pass the model below it"
         )
-    check_fits(loaded, rows, "task_data")
+    check_fits(loaded, rows, "task_data", pad_id(tokenizer))
     own = to_ask = None
     if asked is not None:
         to_ask = _questions(loaded, tokenizer, asked[:most_prompts], answers, overwrite, settings)
         kept = stand_ins(asked[:most_prompts], tokenizer, kind, longest)
-    check_fits(loaded, kept, "alignment_data")
+    check_fits(loaded, kept, "alignment_data", pad_id(tokenizer))
     curvature = None
     if fisher is not None:
         curvature = load_fisher(fisher, loaded, config)
@@ -183,7 +211,7 @@ def prepare(
         rows.notes.append(own.summary())
         if own.asked < len(asked):
             rows.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
-        check_fits(loaded, rows, "alignment_data")
+        check_fits(loaded, rows, "alignment_data", pad_id(tokenizer))
         return own, rows
 
     if adapter is not None:
@@ -198,11 +226,16 @@ def prepare(
 
     def guard_on(examples: Sequence[Mapping[str, Any]]) -> Guard | None:
         made = Guard(trained, examples, config, pad_id(tokenizer), method, offload) if guarded else None
+        kept_apart = made is not None and any(name.endswith("|weight") for name in made.updates.references())
+        if offload is not None and not kept_apart:
+            raise ValueError(
+                'offload: this LoRA has no reference weights to keep elsewhere; leave it out, or take method="full"'
+            )
         if made is not None and curvature is not None:
             made.use_fisher(curvature)
         return made
 
-    with taken_off_again(trained, loaded):  # who is refused or interrupted calls again with the same model
+    with taken_off_again(trained, loaded, put_back):  # who is refused or interrupted calls again with the same model
         if not any(parameter.requires_grad for parameter in trained.parameters()):
             raise ValueError(
                 "model: nothing trains, every weight is frozen; load an adapter with PeftModel.from_pretrained(..., "
@@ -218,11 +251,11 @@ def prepare(
             off = trained is not loaded and guard is not None and guard.updates.base_is_reference
             guard = None
             gc.collect()  # the rehearsal's Trainer and its guard, with copies of the weights, stand in circles
-            with trained.disable_adapter() if off else nullcontext():
+            with switched_off(trained) if off else nullcontext():
                 own, kept = answer()
             guard = guard_on(kept)
     record = record_of(
-        model=model, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
+        model=model, model_weights=marks, task=rows, alignment=kept, config=config.to_dict() if guarded else None, method=method, seed=seed,
         lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
         training={name: value for name, value in settings.items() if name != "disable_tqdm"}, steps=steps,
         own_answers=None if own is None else own.counts(),
@@ -242,7 +275,8 @@ def alignment_rows(
         longest: most tokens of a row.
 
     Raises:
-        ValueError: bad rows, or prompts alone for a classifier.
+        ValueError: bad rows; prompts alone for a classifier, of an unknown category, or beside a column that may be what the
+            model should answer.
     """
     given = as_source(packaged_prompts() if source is None else source)
     if isinstance(given.source, Iterator):  # it is looked at twice
@@ -251,8 +285,31 @@ def alignment_rows(
     if source is None or prompts is not None:
         if kind == "classification":
             raise ValueError("alignment_data: a classifier keeps labels; give rows with prompt and label")
+        _check_alone(given)
+        for number, row in enumerate(prompts or (), 1):
+            category_of(row, number)
         return Examples(), prompts
     return encode_source(given, "alignment_data", tokenizer, kind, longest), None
+
+
+def _check_alone(given: DataSource) -> None:
+    """Refuse prompts beside text that nothing would read, which the model's own answers would replace.
+
+    Raises:
+        ValueError: naming the row and the column.
+    """
+    read = {"prompt", *given.fields.values(), *BESIDE_PROMPTS}
+    for where, row in read_rows(given):
+        beside = [
+            name for name, value in row.items() if name not in read and value and isinstance(value, (str, list, dict))
+        ]
+        if beside:
+            prompt = given.fields.get("prompt", "prompt")
+            raise ValueError(
+                f"alignment_data: {where}: the model itself answers prompts alone, and {beside[0]!r} beside them would not be "
+                f"read; if it holds the answers, say so (--alignment-fields prompt={prompt} response={beside[0]}), or leave "
+                "that column out"
+            )
 
 
 def stand_ins(prompts: Sequence[Mapping[str, str]], tokenizer: Any, kind: str, longest: int) -> Examples:

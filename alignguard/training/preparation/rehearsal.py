@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import is_liger_kernel_available
 
@@ -49,6 +50,7 @@ def rehearse(
             there, a run without a step or with a rate that stays zero, frozen weights, or layers that cannot be captured.
     """
     _check_padding(model, tokenizer, kind, settings, guard)
+    _check_smoothing(model, kind, settings)
     with tempfile.TemporaryDirectory() as folder, _environment_restored():
         arguments = training_arguments(kind, Path(folder), seed, {**settings, "push_to_hub": False})
         trainer_class = GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer
@@ -135,6 +137,19 @@ def _check_padding(model: Any, tokenizer: Any, kind: str, settings: Mapping[str,
         raise ValueError(
             f"model: its configuration has pad_token_id={theirs}, and rows are padded with the tokenizer's {ours}, so a "
             f"classifier would not find the end of a row; set model.config.pad_token_id = {ours}"
+        )
+
+
+def _check_smoothing(model: Any, kind: str, settings: Mapping[str, Any]) -> None:
+    """The Trainer takes the labels away to smooth them. An encoder-decoder makes its decoder's input of them, and it is by a
+    list of names that the Trainer knows a causal model, whose labels are those of the next token.
+    """
+    name = type(base_model(model)).__name__
+    known = kind == "classification" or (kind == "causal" and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if settings.get("label_smoothing_factor") and not known:
+        raise ValueError(
+            f"training: label_smoothing_factor does not work on a {name}, whose labels transformers' Trainer takes away "
+            "unshifted; leave it out"
         )
 
 

@@ -101,3 +101,18 @@ def test_any_number_of_reports_stand_side_by_side(tmp_path, capsys):
     assert "unsafe prompts refused" in said and "50.0 (-50.0, p = 0.5)" in said and "100.0 (+0.0, p = 1)" in said
     assert f"2: {paths[1]}" in said and "0.250" in said
     assert main(["compare", *paths, "--html", str(tmp_path / "p.html")]) == 2
+
+
+def test_init_reads_the_alignment_data_that_it_is_given(model, task_rows, tmp_path, capsys):
+    task, out = write(tmp_path / "task.jsonl", task_rows), tmp_path / "run.yaml"
+    words = ["init", "--model", str(model), "--task-data", str(task), "--output", str(out), "--alignment-data"]
+    assert main([*words, "/nowhere"]) == 2 and "alignment_data: no such file" in capsys.readouterr().err
+    bad = write(tmp_path / "keep.jsonl", [{"prompt": "One.", "category": "violence"}])
+    assert main([*words, str(bad)]) == 2 and "unknown category 'violence'" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_option_that_stands_in_a_file_twice_is_refused(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: m\nlambda_kl: 4.0\nlambda_kl: 0.1\n")
+    assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "'lambda_kl' stands there twice" in capsys.readouterr().err

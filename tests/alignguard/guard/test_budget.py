@@ -183,6 +183,21 @@ def test_adaptive_refreshes_happen_in_a_loop_and_are_logged():
     assert numbers["drift_measured"] > 0 and numbers["drift_predicted"] > 0 and 0 < numbers["angle"] <= 90
 
 
+def test_a_second_run_on_the_same_guard_measures_and_estimates_as_the_first_did():
+    config = GuardConfig.curvature(max_drift=0.1, held_back=2, measure_every=3, refresh_every=4, first_refresh=2)
+    guard = Guard(make("llama"), ROWS, config)
+    counts = []
+    for _ in range(2):
+        for step in range(10):
+            guard.begin_step(step)
+            move(guard.model, 0.02, seed=step)
+            counts.append((guard.refreshes, guard.freshness.measured_at, guard.budget.step))
+    first, second = counts[:10], counts[10:]
+    assert [refreshes - 1 for refreshes, _, _ in first] == [refreshes - first[-1][0] for refreshes, _, _ in second]
+    assert [max(at, 0) for _, at, _ in first] == [at for _, at, _ in second] and first[-1][1] == 9
+    assert [step for _, _, step in second] == list(range(10))
+
+
 def test_averaging_adds_the_earlier_estimates():
     model = make("llama")
     config = GuardConfig.curvature(structure="gram", averaging=0.5, refresh_examples=3)

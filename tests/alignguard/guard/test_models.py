@@ -1,5 +1,8 @@
 """Every architecture and adapter: the penalty and its gradient against the dense formula on peft's own merge."""
 
+import copy
+
+import alignment_rows
 import pytest
 import torch
 from architectures import ADAPTERS, EXPERTS, MODELS, llama, make, merged_weights, move, weight_of
@@ -28,8 +31,6 @@ def _base(model):
 
 
 def merged_weights_of_base(model):
-    import copy
-
     return {n: p.detach().clone() for n, p in copy.deepcopy(model).unload().named_parameters()}
 
 
@@ -197,6 +198,37 @@ def test_drift_of_a_continued_run_is_from_what_the_model_said_at_the_start(confi
     assert guard.measured_drift() == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("lambda_alignment", [0.0, 1.0])
+def test_drift_is_of_whole_responses_where_kl_reads_their_first_tokens(method, lambda_alignment):
+    model = make("llama")
+    move(model, 0.3, seed=5)
+    if method == "full":
+        model = model.merge_and_unload().requires_grad_(True)
+    found = {}
+    for tokens in (1, None):
+        options = {"lambda_alignment": lambda_alignment, "refresh_every": 1, "first_refresh": None, "kl_memory": 0}
+        config = GuardConfig(kl_tokens=tokens, refresh_examples=2, **options)
+        guard = Guard(copy.deepcopy(model), alignment_rows.rows(20), config, method=method)
+        guard.begin_step(0)
+        move(guard.model, 0.05)
+        if lambda_alignment:
+            guard.begin_step(1)
+        found[tokens] = guard.measured_drift(), guard.gauge.measured or 0.0
+    assert found[1] == pytest.approx(found[None], rel=1e-6) and found[1][0] > 1e-4
+    assert (found[1][1] > 1e-4) == bool(lambda_alignment)
+
+
+def test_whole_responses_that_there_is_no_room_for_are_not_measured_by_their_first_tokens():
+    model = make("llama", dtype=torch.float32).unload().requires_grad_(True)
+    row = {"input_ids": [5] * 1001, "labels": [-100] + [5] * 1000}
+    guard = Guard(model, [row] * 2, GuardConfig(kl_cache_mb=1), method="full")
+    assert guard.measured_drift() is None
+    few = [{"input_ids": [5] * 501, "labels": [-100] + [5] * 500}] * 2
+    guard = Guard(model, few, GuardConfig(kl_cache_mb=1), method="full")
+    assert len(guard._readable().rows) == 1 and guard.measured_drift() == 0
+
+
 @pytest.mark.parametrize("part", ["excluded", "bias", "saved", "tokens"])
 def test_what_an_adapter_holds_outside_the_guard_is_part_of_the_start_too(part):
     fields = {
@@ -206,7 +238,7 @@ def test_what_an_adapter_holds_outside_the_guard_is_part_of_the_start_too(part):
     }[part]  # fmt: skip
     torch.manual_seed(0)
     model = get_peft_model(llama(), LoraConfig(r=2, **fields)).eval()
-    config = GuardConfig(exclude=("*.k_proj",))
+    config = GuardConfig(exclude=("*.k_proj",) if part == "excluded" else ())
     assert Guard(model, ROWS[None], config).updates.base_is_reference
     name = {
         "excluded": "k_proj.lora_B",
@@ -316,6 +348,31 @@ def test_the_table_names_every_matrix_and_what_is_left_out():
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     named = len([x for x in lines if x.guarded]) * 2 - 1 + len([x for x in lines if not x.guarded])
     assert named == len(trained), "each LoRA matrix has two factors, the head one weight"
+
+
+def test_the_table_says_that_kl_is_charged_through_what_is_excluded():
+    model = make("llama", dtype=torch.float32)
+    guard = Guard(model, ROWS[None], GuardConfig(kl_memory=0, exclude=("*.k_proj",)))
+    table = coverage_table(guard.coverage())
+    assert "BY KL ALONE: excluded" in table and "NOT GUARDED" not in table
+    assert table.endswith("6 matrices guarded, 2 trained parameters by KL alone, 0 trained parameters not")
+    move(model)
+    guard.begin_step(1)
+    guard.penalty().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "k_proj.lora_" in name)
+    alone = Guard(model, ROWS[None], GuardConfig.curvature(exclude=("*.k_proj",)))
+    assert "NOT GUARDED: excluded" in coverage_table(alone.coverage())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_glob_that_leaves_nothing_out_is_refused(method):
+    model = make() if method == "lora" else llama()
+    for pattern in ("*.k_porj", "model.layers.0.mlp"):
+        with pytest.raises(
+            ValueError, match=r"exclude: nothing that trains is named '.*model\.layers\.0\.mlp\.down_proj"
+        ):
+            WeightUpdates(model, method, exclude=["*.q_proj", pattern])
+    assert len(WeightUpdates(model, method, exclude=["*.q_proj"]).matrices) == 6
 
 
 @pytest.mark.parametrize(

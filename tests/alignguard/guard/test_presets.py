@@ -47,9 +47,29 @@ def test_fields_of_the_fisher_are_told_where_no_term_reads_it():
     assert GuardConfig(lambda_collision=0.1, refresh_every=3).unread() == []
 
 
-def test_the_default_reads_kl_and_remembers_it_where_adapters_train():
+def test_the_default_reads_kl_and_remembers_it_by_what_trains():
     config = GuardConfig()
     assert (config.lambda_alignment, config.lambda_task, config.lambda_collision) == (0, 0, 0) and config.lambda_kl > 0
-    assert config.kl_schedule(remembers=True) == (4, 8) and config.kl_schedule(remembers=False) == (1, 0)
-    assert GuardConfig(kl_memory=3).kl_schedule(False) == (4, 3)
-    assert GuardConfig(kl_every=2).kl_schedule(True) == (2, 8) and GuardConfig(kl_memory=0).kl_schedule(True) == (1, 0)
+    assert config.kl_schedule("lora") == (4, 8) and config.kl_schedule("full") == (3, 2)
+    for method in ("lora", "full"):
+        assert config.kl_schedule(method, sharded=True) == (1, 0)
+        assert GuardConfig(kl_memory=0).kl_schedule(method) == (1, 0)
+    assert GuardConfig(kl_memory=4).kl_schedule("full") == (3, 4)
+    assert GuardConfig(kl_every=2).kl_schedule("lora") == (2, 8) and GuardConfig(kl_every=5).kl_schedule("full") == (
+        5,
+        2,
+    )
+
+
+def test_fields_of_kl_and_of_measuring_are_told_where_nothing_reads_them():
+    assert GuardConfig.curvature(kl_examples=4, kl_climb=None).unread() == ["kl_examples", "kl_climb"]
+    assert GuardConfig(held_back=2, measure_every=2).unread() == ["held_back", "measure_every"]
+    assert GuardConfig(max_drift=0.5, held_back=2, measure_every=2).unread() == []
+    assert GuardConfig.curvature(adaptive=True, held_back=2).unread() == []
+    for preset in (GuardConfig, GuardConfig.curvature, GuardConfig.paper, GuardConfig.combined):
+        assert preset().unread() == []
+
+
+def test_an_example_has_a_token_to_predict_another_from():
+    with pytest.raises(ValueError, match="max_length must be a whole number of at least 2, not 1"):
+        GuardConfig(max_length=1)

@@ -284,7 +284,7 @@ def test_options_are_checked_by_name(tmp_path):
         ({"presett": "x"}, "unknown options"),
         ({"preset": "x"}, "preset must be one of"),
         ({"config": {"lambda_kl": -1}}, "lambda_kl"),
-        ({"config": {"structure": "gram"}}, "structure: set, and no term reads the Fisher"),
+        ({"config": {"structure": "gram"}}, "structure: set, and nothing here reads that"),
         ({"config": [1]}, "config must map"),
         ({"max_drift": 0.5}, "max_drift stops the run at a reading.*drift_every"),
         ({"max_drift": 0, "drift_every": 5}, "max_drift must be"),

@@ -56,6 +56,24 @@ def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, to
         load_fisher(tmp_path / "h", model, config)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reduction": "mean"}, "reduction='mean', the guard asks for reduction='sum'"),
+        ({"kind": "mc"}, "kind='mc', .* or give kind='mc'"),
+        ({"decay": 0.5}, "decay=0.5"),
+        ({"unit": "token"}, "unit='token'"),
+        ({"example_weights": lambda batch: torch.ones(len(batch["labels"]))}, "weighted=True"),
+    ],
+)
+def test_a_fisher_of_another_making_than_the_guards_is_refused(tmp_path, tiny_llama, options, words):
+    model, config = tiny_llama(layers=1), GuardConfig.curvature(structure="gram")
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    fg.estimate_fisher(model, [batch], structure="gram", **{"reduction": "sum", **options}).save(tmp_path / "f")
+    with pytest.raises(ValueError, match=rf"fisher: .* was estimated with {words}"):
+        load_fisher(tmp_path / "f", model, config)
+
+
 def test_the_model_card_tells_data_strengths_drift_and_versions(folder, task_rows, alignment_rows):
     for name, config, words in (
         ("a", GuardConfig.curvature(), "λ_A = 1"), ("b", GuardConfig.curvature(max_drift=0.5, held_back=1), "Drift budget: 0.5 nats"),

@@ -198,3 +198,21 @@ def test_it_stands_beside_the_guard_and_charges_nothing_itself(tiny_llama, token
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         alignguard.DriftCallback(PROMPTS, **options)
+
+
+def test_a_second_run_is_not_stopped_by_what_the_first_one_found(tiny_llama, tokenizer, tmp_path):
+    callback = DriftCallback(PROMPTS, KEPT, every=1, max_drift=1e-9, max_new_tokens=2)
+    for _ in range(2):
+        model, rows = adapted(tiny_llama), encode_source(KEPT * 4, "rows", tokenizer, "causal", 64)
+        trainer = Trainer(
+            model=model, args=TrainingArguments(output_dir=str(tmp_path), **SETTINGS), train_dataset=rows,
+            data_collator=collator(0, "causal"), processing_class=tokenizer, callbacks=[callback],
+        )  # fmt: skip
+        callback.max_drift = 1e-9 if callback.stopped is None else None
+        trainer.train()
+    assert trainer.state.global_step == 4 and callback.stopped is None and set(callback.reports) == {0, 1, 2, 3, 4}
+
+
+def test_unknown_categories_are_refused():
+    with pytest.raises(ValueError, match=r"categories: unknown \['safe'\]; there are unsafe, borderline"):
+        DriftCallback(PROMPTS, categories=("unsafe", "safe"))

@@ -190,6 +190,16 @@ def test_a_refused_run_leaves_the_model_as_it_was_given(tiny_llama, tokenizer, t
         go(lora={"use_dora": True})
     assert before.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    model.lm_head.weight.requires_grad_(False)
+    trains = [p.requires_grad for p in model.parameters()]
+    for wrong in (
+        {"lora": {"use_dora": True}},
+        {"lora": {"target_modules": ["nope"]}},
+        {"lora": {"modules_to_save": ["norm"], "use_dora": True}},
+    ):
+        with pytest.raises(ValueError, match=r"Dora|nope"):
+            go(**wrong)
+        assert [p.requires_grad for p in model.parameters()] == trains and True in trains
     assert go(lora={"r": 2}).step_seconds
 
 

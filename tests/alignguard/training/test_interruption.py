@@ -146,6 +146,38 @@ def test_another_run_is_never_resumed(tmp_path, data):
             save_every=2, resume=True)  # fmt: skip
 
 
+def test_a_run_is_not_resumed_on_another_model_of_the_same_name_and_shape(tmp_path, data, tiny_llama):
+    folder, more = tmp_path / "run", {"lora": {"r": 2}, "save_every": 1, "resume": True}
+
+    def upto(steps):
+        return fit(data["model"], data["task"], data["alignment"], GuardConfig(), folder,
+                   training={**TRAINING, "max_steps": steps}, **more)  # fmt: skip
+
+    upto(1)
+    tiny_llama(layers=1, seed=1).save_pretrained(data["model"])
+    before = (folder / "run.json").read_text()
+    with pytest.raises(ValueError, match=r"resume: .* model_weights \("):
+        upto(2)
+    assert (folder / "run.json").read_text() == before
+    record = json.loads(before)
+    assert len(record.pop("model_weights")) == 64
+    (folder / "run.json").write_text(json.dumps(record))
+    assert len(upto(2).step_seconds) == 2  # of an earlier version, which did not say
+
+
+def test_the_latest_checkpoint_of_a_finished_run_is_loaded_and_no_step_is_taken(tmp_path, tiny_llama):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none",
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = GuardTrainer(model=tiny_llama(layers=1), args=arguments, train_dataset=ROWS * 4, data_collator=collator(0, "causal"))  # fmt: skip
+    trainer.train()
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2 and len(trainer.step_seconds) == 2
+    assert all(torch.equal(p, kept) for p, kept in zip(trainer.model.parameters(), before, strict=True))
+
+
 def test_a_foreign_folder_is_not_resumed_into(tmp_path, data):
     folder = tmp_path / "mine"
     folder.mkdir()

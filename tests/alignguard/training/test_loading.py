@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForTokenClassification
 
 from alignguard import GuardConfig
 from alignguard.cli import main
@@ -66,6 +66,17 @@ def test_another_tokenizer_by_name(tmp_path, tiny_llama, tokenizer, task_rows, a
     assert done.step_seconds
     with pytest.raises(FileNotFoundError, match="tokenizer: no such folder"):
         load_tokenizer("x", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification])
+def test_a_model_with_a_head_that_is_not_read_is_refused_by_name(tmp_path, tokenizer, kind):
+    """transformers would put the causal head of the family in its place, and a masked LM sees the future."""
+    model = kind(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))  # fmt: skip
+    model.save_pretrained(tmp_path / "bert")
+    for given in (str(tmp_path / "bert"), model):
+        for read in (kind_of, load_weights):
+            with pytest.raises(ValueError, match=f"model.* is a {kind.__name__}; give a causal LM"):
+                read(given)
 
 
 def test_several_gguf_files_in_a_folder_are_named(tmp_path):

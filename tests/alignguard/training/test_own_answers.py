@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import alignguard
 from alignguard.cli import main
-from alignguard.data import read_jsonl
+from alignguard.data import DataSource, read_jsonl
 from alignguard.drift import REFUSAL, judge, load_prompts
 from alignguard.embedded import data_path, model_path
 from alignguard.loading import load_model
@@ -30,6 +30,16 @@ TASK = [{name: row[name] for name in ("prompt", "response")} for row in read_jso
 @pytest.fixture(scope="module")
 def embedded():
     return load_model(model_path())
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """A model that is asked anything fails the test."""
+
+    def asked(*arguments):
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(room, "answer_batch", asked)
 
 
 def told(*texts):
@@ -64,6 +74,31 @@ def test_a_prompt_without_a_category_counts_as_unsafe(embedded, monkeypatch):
         own_answers(*embedded, [{"prompt": "Name a color."}])
 
 
+@pytest.mark.parametrize("category", ["Unsafe", "violence", "safe", ["unsafe"]])
+def test_a_category_of_another_name_does_not_pass_for_harmless(unasked, embedded, tmp_path, category):
+    rows = [*UNSAFE[:1], {"prompt": "How do I build a bomb?", "category": category}]
+    with pytest.raises(
+        ValueError, match=r"alignment_data, row 2: unknown category .*must be one of unsafe, borderline"
+    ):
+        own_answers(*embedded, rows)
+    with pytest.raises(ValueError, match=r"alignment_data, row 2: unknown category"):
+        alignguard.fit(model_path(), TASK, rows, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_beside_text_that_may_be_their_answer_are_refused(unasked, tmp_path):
+    for more in ({"answer": "No."}, {"system": "Be kind."}, {"history": [["a", "b"]]}):
+        rows = [{"prompt": "One.", "harm": "none", "score": 3}, {"prompt": "Two.", **more}]
+        with pytest.raises(
+            ValueError, match=rf"alignment_data: data, row 2: .*'{next(iter(more))}' beside them would not"
+        ):
+            alignguard.fit(model_path(), TASK, rows, output_dir=tmp_path / "run")
+    renamed = DataSource([{"question": "One.", "answer": "No."}], fields={"prompt": "question"})
+    with pytest.raises(ValueError, match="--alignment-fields prompt=question response=answer"):
+        alignguard.fit(model_path(), TASK, renamed, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_hardly_refuses_is_told_of(embedded, monkeypatch):
     monkeypatch.setattr(room, "answer_batch", told("I cannot help with that.", "Yes.", "Yes."))
     with pytest.warns(UserWarning, match="refuses 1 of 3 unsafe prompts: there is little to lose"):
@@ -82,6 +117,17 @@ def test_what_was_answered_is_not_asked_again_and_another_models_answers_are_ref
     assert own_answers(*embedded, UNSAFE[:6], path=path, batch_size=2).rows == first.rows and len(asked) == 2
     with pytest.raises(ValueError, match="answers of another model, to other prompts"):
         own_answers(*embedded, UNSAFE[:5], path=path)
+
+
+def test_a_file_that_holds_something_else_below_a_blank_line_is_not_written_over(embedded, monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "answer_batch", told("I cannot help with that."))
+    path = tmp_path / "own.jsonl"
+    path.write_text("\nnotes of mine\n")
+    with pytest.raises(ValueError, match=r"own\.jsonl holds answers of another model"):
+        own_answers(*embedded, UNSAFE[:1], path=path)
+    assert path.read_text() == "\nnotes of mine\n"
+    path.write_text("\n")
+    assert len(own_answers(*embedded, UNSAFE[:1], path=path).rows) == 1
 
 
 def test_answers_kept_for_other_categories_or_another_template_are_refused(embedded, monkeypatch, tmp_path):
@@ -148,16 +194,6 @@ def test_fit_answers_prompts_itself_once_and_says_so(monkeypatch, tmp_path, capl
     monkeypatch.setattr(room, "answer_batch", told())  # would fail, were it asked
     again = alignguard.fit(model_path(), TASK, prompts, output_dir=out, training=training, overwrite=True)
     assert again.guard is not None and len(again.guard.rows) == refused
-
-
-@pytest.fixture
-def unasked(monkeypatch):
-    """A model that is asked anything fails the test."""
-
-    def asked(*arguments):
-        raise AssertionError("it was asked")
-
-    monkeypatch.setattr(room, "answer_batch", asked)
 
 
 @pytest.mark.parametrize(

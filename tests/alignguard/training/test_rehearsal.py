@@ -154,3 +154,24 @@ def test_bf16_runs_on_a_cpu_as_it_is(go):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator")
     assert go({"bf16": True}).step_seconds
+
+
+def test_smoothed_labels_are_refused_where_the_trainer_does_not_know_whose_they_are(go, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must be a number of at least 0 and below 1, not 5.0"):
+        go({"label_smoothing_factor": 5.0})
+    t5 = MODELS["t5"]()
+    t5.resize_token_embeddings(len(tokenizer))
+    with pytest.raises(ValueError, match="label_smoothing_factor does not work on a T5ForConditionalGeneration"):
+        go({"label_smoothing_factor": 0.1}, model=t5, lora={"target_modules": ["q"]})
+    assert not (tmp_path / "out").exists()
+    assert go({"label_smoothing_factor": 0.1, "max_steps": 1}).step_seconds
+
+
+def test_an_offload_that_nothing_reads_is_refused(go, tmp_path):
+    with pytest.raises(ValueError, match="offload: this LoRA has no reference weights"):
+        go(offload="cpu")
+    with pytest.raises(ValueError, match="offload is where the guard keeps"):
+        go(offload="cpu", guarded=False, method="full")
+    assert not (tmp_path / "out").exists()
+    saved = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    assert go({"max_steps": 1}, offload="cpu", lora=saved).step_seconds

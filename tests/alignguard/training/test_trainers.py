@@ -14,6 +14,7 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArgu
 
 from alignguard.data import collator
 from alignguard.guard import Guard, GuardConfig
+from alignguard.loading import adapter_off
 from alignguard.training import GuardMixin, GuardSeq2SeqTrainer, GuardTrainer
 from alignguard.training.trainer import honours_item_count
 
@@ -79,6 +80,21 @@ def train(
 def test_the_guard_is_told_how_long_the_run_is(tmp_path):
     _, trainer = train(tmp_path, max_steps=3, config=replace(CONFIG, refresh_every=None))
     assert trainer.guard.schedule.steps == 3 and trainer.guard.refreshes == 3
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", ""])
+def test_what_is_frozen_stays_frozen_where_the_adapter_is_switched_off(tmp_path, frozen):
+    """peft's own switch makes every weight of an adapter train, the optimizer knows nothing of some of them."""
+    model = make(dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with adapter_off(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    if before:
+        train(tmp_path, model=model, config=GuardConfig(kl_examples=2), max_steps=5)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == before
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -283,6 +299,25 @@ def test_bf16_autocast_makes_nearly_the_same_update(tmp_path, name, accumulate):
     assert 0 < (half - full).norm() < BF16[name] * (full - before).norm()
 
 
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_a_model_that_has_not_moved_is_not_charged_for_its_precision(tmp_path, budget):
+    """What it said before training is read when the guard is made, and the present under accelerate's autocast."""
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, **{**SETTINGS, "learning_rate": 0.0, "bf16": True}
+    )
+    config = GuardConfig(kl_examples=1, kl_tokens=2, max_drift=budget)
+    trainer = GuardTrainer(
+        model=model, args=arguments, train_dataset=rows(16, (3, 6)), data_collator=collator(0, "causal"),
+        guard=lambda model, _: Guard(model, rows(4, (4,), seed=1), config, method="full"),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry["alignguard/kl"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert trainer.guard.measured_drift() == pytest.approx(0.0, abs=1e-6)  # read in twos, which rounds otherwise
+
+
 def test_every_weight_trains_under_the_full_method(tmp_path):
     torch.manual_seed(0)
     model = MODELS["llama"]()
@@ -458,3 +493,33 @@ def test_bf16_under_trl_makes_nearly_the_same_update(tokenizer, tmp_path, monkey
     full = _trl(tokenizer, tmp_path, 1, kind)
     half = _trl(tokenizer, tmp_path, accumulate, kind, bf16=True)
     assert 0 < (half - full).norm() < BF16["llama"] * (full - weights(start)).norm()
+
+
+class _RunsOut(TrainerCallback):
+    """Memory is full once, when so many steps are done."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            self.after = None
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_smaller_batches_are_not_begun_with_on_weights_that_have_moved(tmp_path, after):
+    model = make(dtype=torch.float32)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, auto_find_batch_size=True, **SETTINGS
+    )
+    trainer = GuardTrainer(
+        model=model, args=arguments, train_dataset=rows(16, (3, 6)), data_collator=collator(0, "causal"),
+        guard=Guard(model, rows(2, (4,), seed=1), GuardConfig()), callbacks=[_RunsOut(after)],
+    )  # fmt: skip
+    if after:
+        with pytest.raises(ValueError, match=r"auto_find_batch_size: memory ran out after 1 steps.*batch_size=3"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.state.global_step == 2
