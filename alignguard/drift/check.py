@@ -43,7 +43,7 @@ def _base_nll(
 ) -> list[tuple[float | None, int]]:
     """Mean negative log-likelihood a token of each answer under the base, and its tokens; None for empty answers.
 
-    The very tokens that the model read and wrote are scored: text rendered anew would have an end that an answer cut off
+    The tokens that the model read and wrote are scored: text rendered anew would have an end that an answer cut off
     at its longest never came to.
     """
     written: list[list[int]] = [list(getattr(text, "ids", [])) for text in said]

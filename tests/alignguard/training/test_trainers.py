@@ -307,7 +307,7 @@ def test_a_model_that_has_not_moved_is_not_charged_for_its_precision(tmp_path, b
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=4, **{**SETTINGS, "learning_rate": 0.0, "bf16": True}
     )
-    config = GuardConfig(kl_examples=1, kl_tokens=2, max_drift=budget)
+    config = GuardConfig(kl_examples=1, kl_tokens=2, kl_memory=0, max_drift=budget)
     trainer = GuardTrainer(
         model=model, args=arguments, train_dataset=rows(16, (3, 6)), data_collator=collator(0, "causal"),
         guard=lambda model, _: Guard(model, rows(4, (4,), seed=1), config, method="full"),
