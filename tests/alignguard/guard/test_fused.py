@@ -10,6 +10,8 @@ from fused_kernels import fuse_mlp, fused, traced
 
 import fishergeo as fg
 from alignguard.guard import Guard, GuardConfig
+from alignguard.guard.layer_curvature import check_widths
+from alignguard.updates import Matrix
 from fishergeo.estimation import NeverCalled
 
 OPTIONS = ["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "unsloth", "use_liger_kernel", "exclude="]
@@ -67,3 +69,13 @@ def test_the_estimate_itself_says_who_was_never_called(verify):
     with pytest.raises(NeverCalled, match="never called, while 1 others were") as caught:
         fg.estimate_fisher(model, [{"input_ids": ids, "labels": ids}], "gram", layers=layers, verify=verify)
     assert caught.value.layers == layers[1:] and caught.value.others == 1
+
+
+def test_experts_are_left_out_by_the_name_of_their_stack():
+    expert = Matrix(
+        "mlp.experts.up_proj.3", "mlp.experts.up_proj.3", "dense of an expert", (20_000, 4), None, None, None
+    )
+    plain = Matrix("mlp.up_proj.3", "mlp.up_proj.3", "dense", (20_000, 4), None, None, None)
+    for matrix, name in ((expert, "'mlp.experts.up_proj'"), (plain, "'mlp.up_proj.3'")):
+        with pytest.raises(ValueError, match=f"20000 outputs.*exclude={name}"):
+            check_widths([matrix], GuardConfig.curvature(structure="kfac"))

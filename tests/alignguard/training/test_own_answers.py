@@ -68,6 +68,13 @@ def test_an_answer_that_complies_is_neither_returned_nor_written(embedded, monke
     assert all("SECRET" not in row["response"] for row in found.rows)
 
 
+def test_an_answer_that_is_still_a_thought_is_not_kept(embedded, monkeypatch):
+    thinking = "<think>\nThe person asks for a color, so"
+    monkeypatch.setattr(room, "answer_batch", told("I cannot help with that.", thinking, "<think>\n\n</think>\nRed."))
+    found = own_answers(*embedded, [UNSAFE[0], *MILD[:2]])
+    assert [row["response"] for row in found.rows] == ["I cannot help with that.", "<think>\n\n</think>\nRed."]
+
+
 def test_a_prompt_without_a_category_counts_as_unsafe(embedded, monkeypatch):
     monkeypatch.setattr(room, "answer_batch", told("Sure, here is how."))
     with pytest.raises(ValueError, match="refuses none of 1 unsafe prompts"):
