@@ -122,7 +122,7 @@ def render_drift(
         A whole page.
 
     Raises:
-        ValueError: the reports are of different prompts.
+        ValueError: the reports are of different prompts, or were asked after different system prompts.
     """
     reports = [report] if after is None else [report, after]
     called = list(labels[: len(reports)]) if after is not None else ["model"]
@@ -152,7 +152,7 @@ def write_drift(path: str | Path, report: DriftReport, after: DriftReport | None
     """Write :func:`render_drift`'s page, whole or not at all; ``options`` go to it.
 
     Raises:
-        ValueError: the reports are of different prompts.
+        ValueError: the reports are of different prompts, or were asked after different system prompts.
         OSError: the folder is missing or full.
     """
     write_text(path, render_drift(report, after, **options))
@@ -177,7 +177,7 @@ def side_by_side(reports: Mapping[str, DriftReport]) -> str:
         reports: reports by name, all of the same prompts.
 
     Raises:
-        ValueError: reports of different prompts.
+        ValueError: reports of different prompts, or asked after different system prompts.
     """
     first, *others = reports
     changes = {name: reports[first].compare(reports[name]) for name in others}
