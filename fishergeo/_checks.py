@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, value: object, *, min_dim: int = 0) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -144,6 +145,19 @@ def leading_pairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     else:
         found = tuple(each.to(matrix.dtype) for each in torch.linalg.eigh(matrix.double()))
     return found[0].flip(0)[:k], found[1].flip(1)[:, :k]
+
+
+def binary_exponent(peak: float, dtype: torch.dtype) -> int:
+    """The power of two by which numbers up to ``peak`` are divided to be of the size of one, which is exact.
+
+    Squares of small or large numbers leave a dtype's range; so may the power itself, and is bounded.
+
+    Args:
+        peak: largest magnitude; 0 gives 0.
+        dtype: float32 or float64, in which they are divided.
+    """
+    most = 1000 if dtype == torch.float64 else 120
+    return max(-most, min(most, math.frexp(peak)[1]))
 
 
 def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:

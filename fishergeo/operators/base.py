@@ -15,7 +15,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from fishergeo._checks import FLOAT_DTYPES, check_choice, check_finite, check_number
+from fishergeo._checks import FLOAT_DTYPES, HALF_DTYPES, check_choice, check_finite, check_number
 from fishergeo._linalg import leading_pairs
 
 DENSE_LIMIT = 8192
@@ -221,14 +221,13 @@ class SymmetricOperator(abc.ABC):
 
     def _widened(self) -> SymmetricOperator:
         """The same operator in float32 where it is in half precision, whose range squares of small updates leave."""
-        if torch.promote_types(self.dtype, torch.float32) == self.dtype:
+        if self.dtype not in HALF_DTYPES:
             return self
         try:
             tensors = self.tensors()
         except TypeError:
             return self
-        half = (torch.float16, torch.bfloat16)
-        wide = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()}
+        wide = {name: tensor.float() if tensor.dtype in HALF_DTYPES else tensor for name, tensor in tensors.items()}
         return self.from_tensors(wide, self.side)
 
     def apply(self, delta: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
+from fishergeo._checks import HALF_DTYPES, check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import directions
 from fishergeo.operators import BlackBox, SpectralOperator, SymmetricOperator, black_box
 from fishergeo.sketching.error import ErrorEstimate, factor_error
 from fishergeo.sketching.psd_sketch import factor_eigh, nystrom_factor
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class NystromSketch:
@@ -91,7 +89,7 @@ class NystromSketch:
         check_finite("product", product)
         # Rounding of half precision is found by the factorisation itself: a shift of its size would cost more than it saves.
         self._eps = max(self._eps, torch.finfo(torch.promote_types(product.dtype, torch.float32)).eps)
-        self._half = product.dtype if product.dtype in HALF else self._half
+        self._half = product.dtype if product.dtype in HALF_DTYPES else self._half
         self.product = self.product + product.to(self.product)
         self.trace = None if trace is None or self.trace is None else self.trace + float(trace)
 
@@ -213,7 +211,7 @@ def _widened(op: BlackBox) -> BlackBox:
     """The same numbers in float32 where they are in half precision, since products are rounded to what they are in."""
     if isinstance(op, SymmetricOperator):
         return op._widened()
-    return op.float() if isinstance(op, Tensor) and op.dtype in HALF else op
+    return op.float() if isinstance(op, Tensor) and op.dtype in HALF_DTYPES else op
 
 
 def _trace(op: BlackBox) -> float | None:

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
-from fishergeo._linalg import directions
+from fishergeo._linalg import binary_exponent, directions
 from fishergeo.operators import DENSE_LIMIT, BlackBox, SymmetricOperator, black_box
 from fishergeo.spectral.traces import Estimate
 
@@ -135,9 +135,8 @@ def spectral_density(
         if not bool(torch.isfinite(image).all()):
             raise FloatingPointError("the operator's product holds NaN or infinity")
         if j == 0:
-            # A power of two, so exact: the squares of a small operator's products would be zero, and all chains end.
-            most = 1000 if dtype == torch.float64 else 120
-            exponent = max(-most, min(most, math.frexp(float(image.abs().max()))[1]))
+            # The squares of a small operator's products would be zero, and all chains end.
+            exponent = binary_exponent(float(image.abs().max()), dtype)
         image = image * math.ldexp(1.0, -exponent)
         alphas[j] = (q * image).sum(0).cpu().double()
         rest = image.T[:, :, None]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fishergeo import _storage
-from fishergeo._linalg import directions, orthonormalise
+from fishergeo._linalg import binary_exponent, directions, orthonormalise
 from fishergeo.operators import fix_signs
 from fishergeo.sketching.error import check_trace
 from fishergeo.spectral.spectrum import Spectrum
@@ -161,9 +161,8 @@ class KrylovRun:
             raise FloatingPointError(f"{where}the operator's product holds NaN or infinity")
         peak = float(product.abs().max())
         if self.numbers["exponent"] is None and peak > 0:
-            # A power of two, so exact: operators of any scale are solved as if of norm about one.
-            most = 1000 if asked.dtype == torch.float64 else 120
-            self.numbers["exponent"] = max(-most, min(most, math.frexp(peak)[1]))
+            # Operators of any scale are solved as if of norm about one.
+            self.numbers["exponent"] = binary_exponent(peak, asked.dtype)
         image = product.to(asked) * math.ldexp(1.0, -(self.numbers["exponent"] or 0))
         overlap = asked.T @ image
         skew = float((overlap - overlap.T).abs().max())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
+from fishergeo._linalg import binary_exponent
 from fishergeo.spectral.rank import rank_for_energy
 
 BLOCK = 16  # and a 64th of the matrix, if that is more
@@ -78,9 +79,8 @@ def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Te
     while 3 * (basis.shape[1] + width) <= size:
         image = matrix @ block
         if not len(projected):
-            # A power of two, so exact: the squares of a small matrix's residuals would be zero, and any pair settled.
-            widest = 1000 if matrix.dtype == torch.float64 else 120
-            exponent = max(-widest, min(widest, math.frexp(float(image.abs().max()))[1]))
+            # The squares of a small matrix's residuals would be zero, and any pair settled.
+            exponent = binary_exponent(float(image.abs().max()), matrix.dtype)
             total = total * math.ldexp(1.0, -exponent)
         image = image * math.ldexp(1.0, -exponent)
         basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)

@@ -23,6 +23,7 @@ from fishergeo._checks import (
     check_number,
     check_tensor,
 )
+from fishergeo._linalg import binary_exponent
 
 
 def marchenko_pastur_edge(samples: int, size: int, variance: float = 1.0) -> float:
@@ -217,8 +218,7 @@ def rank_by_sign_flips(
     check_integer("draws", draws, low=1)
     check_number("level", level, low=1e-6, high=1 - 1e-6)
     rest = samples.detach().double()
-    # A power of two, so exact: the squares of small or large samples would leave the range of float64.
-    rest = rest * math.ldexp(1.0, -max(-1000, min(1000, math.frexp(float(rest.abs().max()))[1])))
+    rest = rest * math.ldexp(1.0, -binary_exponent(float(rest.abs().max()), rest.dtype))
     if dual:
         if rest.ndim != 2 or rest.shape[0] != rest.shape[1]:
             raise ValueError(f"the Gram matrix must be square, got shape {tuple(samples.shape)}")

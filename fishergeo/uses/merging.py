@@ -13,7 +13,7 @@ from fishergeo._checks import check_finite, check_integer, check_number
 from fishergeo.capture import Layer, adapter_factors, write_matrix
 from fishergeo.operators import ROUNDINGS, DenseOperator, DiagonalOperator, FactoredKronecker, SymmetricOperator
 from fishergeo.spectral import ConvergenceWarning
-from fishergeo.uses.weights import Curvature, check_same_layers, effective, layers_of
+from fishergeo.uses.weights import Curvature, check_same_layers, effective, layers_of, wide_dtype
 
 Act = Callable[[Tensor], Tensor]
 
@@ -112,9 +112,8 @@ def merge_weights(
     found = Merged({}, (), {}, {}, state)
     for name in layers[0]:
         operators = [fisher[name] for fisher in fishers]
-        weights = [
-            _wide(effective(model, own[name]), operators[0].dtype) for model, own in zip(models, layers, strict=True)
-        ]
+        weights = [effective(model, own[name]) for model, own in zip(models, layers, strict=True)]
+        weights = [weight.to(wide_dtype(weight.dtype, operators[0].dtype)) for weight in weights]
         for place, weight in enumerate(weights):
             check_finite(f"the weight of layer {name!r} in models[{place}]", weight)
         try:
@@ -189,11 +188,6 @@ def _averages(models: Sequence[nn.Module], shares: Sequence[float]) -> tuple[dic
             differing.append(name)
             means[name] = _mean(others, shares).to(first.dtype)
     return means, differing
-
-
-def _wide(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the wider of its own dtype and another, float32 at least: a Fisher's may not tell two weights apart."""
-    return weight.to(torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32))
 
 
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

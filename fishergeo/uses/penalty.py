@@ -15,7 +15,7 @@ from fishergeo._checks import check_number
 from fishergeo.capture import Layer, select_layers
 from fishergeo.operators import SymmetricOperator, operator_from_tensors
 from fishergeo.updates import LowRank
-from fishergeo.uses.weights import Curvature, adapter_update, check_fits, effective, layers_of
+from fishergeo.uses.weights import Curvature, adapter_update, check_fits, effective, layers_of, wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +111,12 @@ class QuadraticPenalty:
         layer = self._layers[name]
         if "weight" in anchor:
             weight = effective(self.model, layer)
-            work = torch.promote_types(torch.promote_types(weight.dtype, anchor["weight"].dtype), torch.float32)
+            work = wide_dtype(weight.dtype, anchor["weight"].dtype)
             return weight.to(work) - anchor["weight"].to(work)
         now, before = adapter_update(self.model, layer), LowRank(anchor["left"], anchor["right"])
         if now is None:
             return -before
-        work = torch.promote_types(torch.promote_types(now.dtype, before.dtype), torch.float32)
+        work = wide_dtype(now.dtype, before.dtype)
         now, before = now.to(work), before.to(work)
         # Of other factors, as of another rank, the difference is one of large terms.
         alike = (now.left.shape, now.right.shape) == (before.left.shape, before.right.shape)

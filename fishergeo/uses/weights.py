@@ -84,6 +84,11 @@ def effective(model: nn.Module, layer: Layer) -> Tensor:
     return weight
 
 
+def wide_dtype(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The wider of two, float32 at least: in the narrower, a Fisher's say, two weights may be one."""
+    return torch.promote_types(torch.promote_types(first, second), torch.float32)
+
+
 def adapter_update(model: nn.Module, layer: Layer) -> LowRank | None:
     """What the active adapters add to a frozen weight, in factors; None where the weight itself trains or has none."""
     pairs = adapter_factors(model, layer.name)
