@@ -63,11 +63,24 @@ def _encode_pair(tokenizer: Any, row: Mapping[str, Any], max_length: int) -> Cut
         raise ValueError("the tokenizer has no chat template, which tools and chat_template_kwargs need")
     more = {"tools": row.get("tools"), "template": row.get("chat_template_kwargs")}
     prompt = render_prompt(tokenizer, before, encoder=True, **more)
-    answer = tokenizer(last["content"], add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer, end = _target(tokenizer, last["content"])
     room = max_length - len(end)
     lost = {part for part, gone in (("prompt", len(prompt) > max_length), ("response", len(answer) > room)) if gone}
     return {"input_ids": prompt[-max_length:], "labels": answer[:room] + end}, lost
+
+
+def _target(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """What a decoder is to say after its start token, and the end of it.
+
+    A tokenizer that ends its targets knows how they begin too: BART's with ``<s>``, mBART's with the language. One that
+    does not end them would put there what begins a text, which T5Gemma's decoder has read already.
+    """
+    eos = tokenizer.eos_token_id
+    target = list(tokenizer(text_target=text)["input_ids"])
+    if eos is not None and target[-1:] == [eos]:
+        return target[:-1], [eos]
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return plain, [] if eos is None else [eos]
 
 
 def _check_length(max_length: int) -> None:

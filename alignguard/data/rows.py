@@ -19,6 +19,8 @@ ROLES = {
 
 SPEAKERS = ("system", "user", "assistant", "tool")
 
+LEARNED = ("train", "training", "loss")  # true or false of a message, as other trainers say what is learned from
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 ANSWERS = ("response", "completion", "output", "messages", "conversations", "chosen", "label")
@@ -127,6 +129,13 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     for name in THOUGHTS:
         if name in message:
             message[name] = _content(message[name], where)
+    for name in LEARNED:
+        if isinstance(learned := message.get(name), bool):
+            if message.setdefault("weight", int(learned)) != learned:
+                raise ValueError(
+                    f"{where}: {name!r} of a message says otherwise than its 'weight'; leave out one of them"
+                )
+            del message[name]
     if "weight" in message and message["weight"] not in (0, 1):
         raise ValueError(f"{where}: the weight of a message must be 0 or 1, found {message['weight']!r}")
     return message

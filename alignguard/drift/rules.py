@@ -343,7 +343,7 @@ def is_right(row: Mapping[str, Any], text: str) -> bool:
         row: holds ``answer``, and ``match``: ``"words"`` (the default: the answer stands in the text as whole words),
             ``"number"`` (the text's last number equals it; thousands commas and a dollar sign of either are read over)
             or ``"choice"`` (the option letter that the text names).
-        text: the model's answer.
+        text: the model's answer, of which thoughts are left out; one that was cut off while still thinking is not right.
 
     Returns:
         Whether it does.
@@ -352,9 +352,10 @@ def is_right(row: Mapping[str, Any], text: str) -> bool:
         ValueError: an ``answer`` that is no number, or no letter, where ``match`` compares such.
     """
     answer, match = str(row["answer"]).strip(), row.get("match", "words")
+    said = answer_of(text) or ""
     if match == "number":
-        found, wanted = final_number(text), right_number(answer)
+        found, wanted = final_number(said), right_number(answer)
         return found is not None and abs(found - wanted) < 1e-6
     if match == "choice":
-        return chosen_option(text) == right_option(answer)
-    return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text.lower()) is not None
+        return chosen_option(said) == right_option(answer)
+    return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", said.lower()) is not None

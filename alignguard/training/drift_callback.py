@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from alignguard.drift import CATEGORIES, MEASURES, REFUSAL, DriftReport, driftch
 from alignguard.drift.judges import Judge
 from alignguard.drift.prompts import Prompts
 from alignguard.guard import Reference
+from alignguard.guard.distributed import agreed
 from alignguard.loading import adapter_off
 from alignguard.objective import model_kind
 from alignguard.updates import starts_at_base
@@ -209,8 +211,11 @@ class DriftCallback(TrainerCallback):
         else:
             state.log_history.append({**found, "step": state.global_step})
         for name, most in (("drift", self.max_drift), ("lost", self.max_lost)):
-            value = found.get(f"driftcheck/{name}")
-            if most is not None and value is not None and value > most and self.stopped is None:
+            if most is None:
+                continue
+            # Of several processes one that stops alone would leave the others waiting in their next exchange.
+            value = agreed(found.get(f"driftcheck/{name}", math.nan))
+            if value > most and self.stopped is None:
                 self.stopped = f"{name} {value:.3g} above {most:.3g} at step {state.global_step}"
                 logger.warning("training stops: %s", self.stopped)
         if self.stopped is not None:

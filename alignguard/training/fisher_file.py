@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fishergeo as fg
-from alignguard.data import as_source, encode_source, pad_id, pad_rows
+from alignguard.data import as_source, check_fits, encode_source, pad_id, pad_rows
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.objective import base_model, model_kind
+
+logger = logging.getLogger(__name__)
 
 
 def origin_path(path: str | Path) -> Path:
@@ -45,8 +48,11 @@ def write_fisher(
     """
     kind = model_kind(model)
     rows = encode_source(data, "data", tokenizer, kind, config.max_length)
-    rows.sort(key=lambda row: len(row["input_ids"]))
     pad, size = pad_id(tokenizer), config.batch_size
+    check_fits(model, rows, "data", pad)
+    for note in rows.notes:
+        logger.warning("%s", note)
+    rows.sort(key=lambda row: len(row["input_ids"]))
     fisher = fg.estimate_fisher(
         model,
         [pad_rows(rows[i : i + size], pad, kind) for i in range(0, len(rows), size)],

@@ -206,6 +206,25 @@ def test_no_end_of_sequence_stands_before_the_response(tokenizer):
     assert pair["input_ids"][-1] == ending.eos_token_id and ending.decode(pair["labels"]) == f"Hello{eos}"
 
 
+@pytest.mark.parametrize(
+    ("form", "labels"), [("{start} $A {eos}", "{start}Hello{eos}"), ("{start} $A", "Hello{eos}"), ("$A", "Hello{eos}")]
+)
+def test_a_decoders_target_begins_as_the_tokenizer_has_it(tokenizer, form, labels):
+    """BART's begin with ``<s>`` and end with ``</s>``, T5's are ended alone; T5Gemma's tokenizer begins what is no target."""
+    import copy
+
+    own, eos, start = copy.deepcopy(tokenizer), tokenizer.eos_token, tokenizer.pad_token
+    marks = {name: (getattr(own, f"{kind}_token"), getattr(own, f"{kind}_token_id")) for name, kind in
+             (("start", "pad"), ("eos", "eos"))}  # fmt: skip
+    own._tokenizer.post_processor = TemplateProcessing(
+        single=form.format(start=start, eos=eos), special_tokens=list(marks.values())
+    )
+    pair = encode_source([{"prompt": "Hi", "response": "Hello"}], "task", own, "seq2seq", 64)[0]
+    assert own.decode(pair["labels"]) == labels.format(start=start, eos=eos)
+    cut = encode_source([{"prompt": "Hi", "response": "Hello " * 40}], "task", own, "seq2seq", 12)[0]["labels"]
+    assert len(cut) == 12 and cut[-1] == own.eos_token_id and cut[0] == pair["labels"][0]
+
+
 def test_without_a_template_turns_and_tools_are_refused(tokenizer):
     import copy
 

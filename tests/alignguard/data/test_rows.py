@@ -86,6 +86,14 @@ def test_the_turns_that_are_learned_from_are_all_the_last_or_those_with_weight()
         conversation({"messages": [USER, {**ANSWER, "weight": 0.5}]})
 
 
+@pytest.mark.parametrize("name", ["train", "training", "loss"])
+def test_what_other_trainers_mark_as_not_learned_is_not_learned(name):
+    row = {"messages": [USER, {**ANSWER, name: False}, USER, {**ANSWER, name: True}]}
+    assert weights(row) == [0, 1] and all(name not in message for message in conversation(row)["messages"])
+    with pytest.raises(ValueError, match=f"{name!r} of a message says otherwise than its 'weight'"):
+        conversation({"messages": [USER, {**ANSWER, name: False, "weight": 1}]})
+
+
 def test_tool_calls_come_in_every_spelling():
     spellings = [
         {"role": "assistant", "content": None, "tool_calls": [CALL]},

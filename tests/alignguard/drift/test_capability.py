@@ -76,6 +76,16 @@ def test_words_must_stand_whole():
     assert is_right({"answer": 12}, "It is 12.") and not is_right({"answer": 12}, "It is 112.")
 
 
+@pytest.mark.parametrize(
+    ("match", "wrong", "right"), [("words", "Rome", "Paris"), ("number", "11", "12"), ("choice", "B", "A")]
+)
+def test_what_was_only_thought_of_is_no_answer(match, wrong, right):
+    row = {"answer": right, "match": match}
+    assert not is_right(row, f"<think>The answer is {right}.</think> The answer is {wrong}.")
+    assert is_right(row, f"<think>The answer is {wrong}.</think> The answer is {right}.")
+    assert not is_right(row, f"<think>The answer is {right}.")
+
+
 def test_the_packaged_answers_are_found_in_an_answer_that_gives_them():
     for row in load_prompts():
         if row["category"] == "capability":

@@ -42,6 +42,18 @@ def test_a_fisher_file_serves_the_model_it_came_from_and_no_other(folder, capsys
     assert cli.main([*run, "--fisher", str(folder / "gone"), "--overwrite"]) == 2
 
 
+def test_a_fisher_file_tells_of_cut_rows_and_refuses_another_models_tokens(
+    tmp_path, tiny_llama, tokenizer, alignment_rows, caplog
+):
+    model, config = tiny_llama(layers=1), GuardConfig.curvature(structure="gram", max_length=8)
+    write_fisher(tmp_path / "f", model, tokenizer, alignment_rows, config, name="x")
+    assert f"data: {len(alignment_rows)} of {len(alignment_rows)} rows are longer than 8 tokens and cut" in caplog.text
+    model.resize_token_embeddings(4)
+    with pytest.raises(ValueError, match=r"^data, row 1: token \d+ is beyond the model's vocabulary of 4"):
+        write_fisher(tmp_path / "g", model, tokenizer, alignment_rows, config, name="x")
+    assert not (tmp_path / "g").exists()
+
+
 def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, tokenizer, alignment_rows):
     model, config = tiny_llama(layers=1), GuardConfig.curvature(structure="gram")
     write_fisher(tmp_path / "f", model, tokenizer, alignment_rows, config, name="x")

@@ -113,6 +113,19 @@ def test_the_run_stops_where_drift_or_lost_refusals_go_too_far(tiny_llama, token
         assert watch.logged[1]["driftcheck/lost"] == 1.0
 
 
+def test_the_first_process_says_whether_the_run_stops(tiny_llama, tokenizer, task_rows, tmp_path, monkeypatch):
+    asked = []
+
+    def first(value):  # another process, which measured 9 nats
+        asked.append(value)
+        return 9.0
+
+    monkeypatch.setattr("alignguard.training.drift_callback.agreed", first)
+    watch = callback(max_drift=8.0)
+    trainer = train(adapted(tiny_llama), tokenizer, task_rows, tmp_path, [watch])
+    assert watch.stopped == "drift 9 above 8 at step 0" and trainer.state.global_step == 1 and asked[0] < 1e-6
+
+
 def test_a_resumed_run_measures_from_the_same_start(tiny_llama, tokenizer, task_rows, tmp_path):
     whole, second = callback(), callback()
     train(adapted(tiny_llama), tokenizer, task_rows, tmp_path, [whole], save_strategy="steps", save_steps=2)
