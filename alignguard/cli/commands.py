@@ -147,7 +147,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     demo.set_defaults(run=_demo)
     fit.set_defaults(run=_fit)
     fisher.set_defaults(run=_fisher)
-    return parser, {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands), **add_start(commands)}
+    parsers = {"demo": demo, "fit": fit, "fisher": fisher, **add_drift(commands), **add_start(commands)}
+    parsers["completion"].set_defaults(parsers=parsers)
+    return parser, parsers
 
 
 def add_data_options(parser: argparse.ArgumentParser, what: str = "") -> None:

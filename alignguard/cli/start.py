@@ -15,7 +15,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def add_start(commands: Any) -> dict[str, argparse.ArgumentParser]:
-    """Add the two commands' options; the parsed arguments carry ``run``."""
+    """Add the two commands' options; the parsed arguments carry ``run``, and what ``completion`` writes needs ``parsers`` too."""
     init: argparse.ArgumentParser = commands.add_parser("init", help="write a commented run file for a model and data")
     init.add_argument("--model", required=True, help="folder, GGUF file or hub name")
     init.add_argument("--task-data", required=True, help="file, folder or hub name of what to learn")
@@ -100,9 +100,7 @@ def _run_file(args: argparse.Namespace, rows: int, longest: int, length: int, ba
 
 def run_completion(args: argparse.Namespace) -> None:
     """Print the script; a shell reads it from its own start file."""
-    from alignguard.cli.commands import build_parser
-
-    print(completion_script(args.shell, build_parser()[1]))
+    print(completion_script(args.shell, args.parsers))
 
 
 def completion_script(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
