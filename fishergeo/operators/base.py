@@ -211,7 +211,7 @@ class SymmetricOperator(abc.ABC):
             ValueError: if the shape does not fit, or there are several updates.
         """
         check_single(delta)
-        form = self._widened()
+        form = self.widened()
         if isinstance(delta, Tensor):
             form._check_delta(*delta.shape)
             return form._quadratic_dense(delta.to(form.dtype))
@@ -219,8 +219,12 @@ class SymmetricOperator(abc.ABC):
         form._check_delta(left.shape[0], right.shape[1])
         return form._quadratic_factored(left.to(form.dtype), right.to(form.dtype))
 
-    def _widened(self) -> SymmetricOperator:
-        """The same operator in float32 where it is in half precision, whose range squares of small updates leave."""
+    def widened(self) -> SymmetricOperator:
+        """The same operator in float32 where it is in half precision, whose range squares of small updates leave.
+
+        Returns:
+            Another operator; this one itself where it is in float32 or float64 already, or is not made of tensors.
+        """
         if self.dtype not in HALF_DTYPES:
             return self
         try:

@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fishergeo._checks import check_finite, check_integer, check_tensor
+from fishergeo._checks import check_finite, check_integer, check_symmetric, check_tensor
 from fishergeo.operators.base import SymmetricOperator
 
 Product = Callable[[Tensor], Tensor]
@@ -120,19 +120,20 @@ def _of_matrix(op: SymmetricOperator | LinearOperator | Tensor) -> tuple[Product
         return _of_scipy(op)
     if op.ndim != 2 or op.shape[0] != op.shape[1]:
         raise ValueError(f"op must be square, got shape {tuple(op.shape)}")
-    op = check_tensor("op", op.detach())
-    if op.layout == torch.strided:
-        entries, skew = op, op - op.T
-    else:
-        # In float64, since half precision has no sums of sparse tensors.
-        whole = op.to_sparse_coo().double()
-        entries, skew = whole.coalesce().values(), (whole - whole.T).coalesce().values()
-    check_finite("op", entries)
-    if len(skew) and bool(skew.abs().max() > torch.finfo(op.dtype).eps ** 0.5 * entries.abs().max()):
-        raise ValueError(
-            f"op is not symmetric: entries differ from their mirror image by up to {float(skew.abs().max()):.3g}"
-        )
-    return op.__matmul__, op.shape[0], op.dtype, op.device
+    check = check_symmetric if op.layout == torch.strided else _check_sparse
+    matrix = check("op", op.detach())
+    return matrix.__matmul__, matrix.shape[0], matrix.dtype, matrix.device
+
+
+def _check_sparse(name: str, value: Tensor) -> Tensor:
+    """As :func:`~fishergeo._checks.check_symmetric`, of what is stored alone."""
+    matrix = check_tensor(name, value)
+    whole = matrix.to_sparse_coo().double()  # since half precision has no sums of sparse tensors
+    entries, skew = whole.coalesce().values(), (whole - whole.T).coalesce().values()
+    check_finite(name, entries)
+    if len(skew) and bool(skew.abs().max() > torch.finfo(matrix.dtype).eps ** 0.5 * entries.abs().max()):
+        raise ValueError(f"{name} must be symmetric, the largest entry of |M − Mᵀ| is {float(skew.abs().max()):.3g}")
+    return matrix
 
 
 def _guarded(op: Product) -> Product:

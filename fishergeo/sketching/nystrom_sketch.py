@@ -210,7 +210,7 @@ class NystromSketch:
 def _widened(op: BlackBox) -> BlackBox:
     """The same numbers in float32 where they are in half precision, since products are rounded to what they are in."""
     if isinstance(op, SymmetricOperator):
-        return op._widened()
+        return op.widened()
     return op.float() if isinstance(op, Tensor) and op.dtype in HALF_DTYPES else op
 
 

@@ -217,7 +217,7 @@ def _merged(
     elif one_sided:
         operators = [DenseOperator(op.to_dense().double(), op.side) for op in operators]
     else:
-        operators = [op._widened() for op in operators]
+        operators = [op.widened() for op in operators]
     dtype = operators[0].dtype
     away = [(weight - mean).to(dtype) for weight in weights]
     # Weights of the size of one: their product with a small Fisher is then no smaller than that is.

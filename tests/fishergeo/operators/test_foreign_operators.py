@@ -174,7 +174,7 @@ def test_the_effective_dimension_of_scipys_operator_is_that_of_its_eigenvalues()
     for op in (sparse(), column_wise()):
         assert abs(fg.effective_dimension(op, damping=3.0) - want) < 1e-12 * want
     lopsided = np.triu(np.ones((4, 4)))
-    with pytest.raises(ValueError, match="not symmetric"):
+    with pytest.raises(ValueError, match="op must be symmetric"):
         fg.effective_dimension(scipy.sparse.linalg.aslinearoperator(lopsided), damping=1.0)
     huge = scipy.sparse.linalg.aslinearoperator(scipy.sparse.eye(9000))
     with pytest.raises(ValueError, match="spectral_density"):
@@ -190,9 +190,9 @@ def test_a_sparse_matrix_is_looked_at_like_a_dense_one(layout):
     assert float(fg.trace(sparsely(lopsided), 16).value) == 36
     assert float(fg.trace(sparsely(torch.zeros(8, 8)), 16).value) == 0
     lopsided[0, 5] = 1.0
-    with pytest.raises(ValueError, match="op is not symmetric: entries differ from their mirror image by up to 1"):
+    with pytest.raises(ValueError, match=r"op must be symmetric, the largest entry of .* is 1\b"):
         fg.lanczos(sparsely(lopsided), 1)
-    with pytest.raises(ValueError, match="not symmetric"):
+    with pytest.raises(ValueError, match="op must be symmetric"):
         fg.NystromSketch(8, 2).add_operator(sparsely(lopsided))
     with pytest.raises(ValueError, match="op has 1 entries that are NaN or infinite"):
         fg.trace(sparsely(torch.diag(torch.tensor([1.0, torch.inf]))), 4)

@@ -462,7 +462,7 @@ def test_pairs_are_the_same_on_every_device():
     [
         (lambda: fg.lanczos(torch.eye(3), 4), ValueError, "k must be at least 1 and at most 3"),
         (lambda: fg.lanczos(torch.ones(3, 2), 1), ValueError, "op must be square"),
-        (lambda: fg.lanczos(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 1), ValueError, "op is not symmetric"),
+        (lambda: fg.lanczos(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 1), ValueError, "op must be symmetric"),
         (lambda: fg.lanczos(torch.eye(3) / 0, 1), ValueError, "op has"),
         (lambda: fg.lanczos(torch.eye(3, dtype=torch.int64), 1), TypeError, "op must be a real floating"),
         (lambda: fg.lanczos("A", 1), TypeError, "op must be a SymmetricOperator"),
