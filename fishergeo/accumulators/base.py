@@ -99,6 +99,7 @@ class Accumulator:
         group: input group of the layer, named after its first layer: those that read one input, and hold once the sums
             named in ``shared``. A layer's own name where nothing is held in common.
         shared: names of the sums (and of tensors of :meth:`state`) that an input group holds once.
+        adds_shared: whether merging adds these, so that both estimates must have the same groups.
         sketches: those at work, whose memory a plan counts by formula.
 
     Raises:
@@ -106,6 +107,8 @@ class Accumulator:
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
+
+    adds_shared: ClassVar[bool] = True
 
     sketches: tuple[PsdSketch, ...] = ()
 

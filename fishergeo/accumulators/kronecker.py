@@ -154,7 +154,8 @@ class KfacAccumulator(Accumulator):
         total, tokens = self.sums["input"], self.sums["tokens"]
         made = {} if made is None else made
         if self.group not in made:
-            made[self.group] = mirrored(total, tokens.clamp_min(1e-300).to(total.dtype))
+            rows = torch.where(tokens > 0, tokens, 1)  # an expert may have none
+            made[self.group] = mirrored(total, rows.to(total.dtype))
         return KroneckerOperator(mirrored(self.sums["output"], count), made[self.group])
 
     def output_eigenvectors(self) -> Tensor:
@@ -195,6 +196,7 @@ class EkfacAccumulator(Accumulator):
     """
 
     shared = ("input_basis",)
+    adds_shared = False
 
     def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
         super().__init__(layout, sums)

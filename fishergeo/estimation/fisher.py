@@ -181,7 +181,7 @@ class Fisher(Mapping[str, SymmetricOperator]):
         """Refuse to add sums that one of the two holds once for several layers, and the other apart or for others."""
         for name, mine in self.accumulators.items():
             ours, theirs = (_group(one.input_groups, name) for one in (self, other))
-            if mine.shared and ours != theirs:
+            if mine.shared and mine.adds_shared and ours != theirs:
                 raise ValueError(
                     f"layer {name!r} shares its input with {', '.join(sorted(ours - {name})) or 'no other'} here, with "
                     f"{', '.join(sorted(theirs - {name})) or 'no other'} there; estimate both with share_inputs=False"

@@ -28,8 +28,9 @@ def _check_pair(a: object, b: object, definite: bool) -> tuple[torch.Tensor, tor
         wide = matrix.to(work)
         wide = (wide + wide.mT) / 2
         values = torch.linalg.eigvalsh(wide.detach())
-        # Each matrix of a batch has a rounding of its own.
-        rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values.abs().amax(-1)
+        # Each matrix of a batch has a rounding of its own: of the eigensolver, and of the entries in half precision.
+        eps = max(matrix.shape[-1] * torch.finfo(work).eps, 2 * torch.finfo(matrix.dtype).eps)
+        rounding = eps * values.abs().amax(-1)
         least = values.amin(-1)
         wrong = least <= rounding if definite else least < -rounding
         if bool(wrong.any()):

@@ -22,7 +22,7 @@ from fishergeo.operators.spectral import SpectralOperator
 
 
 class ExactOperator(SymmetricOperator):
-    """1/N Σ vec(G_i) vec(G_i)ᵀ, (pq, pq), row-major, the definition itself; nothing of that size is formed.
+    """1/N Σ w_i vec(G_i) vec(G_i)ᵀ, (pq, pq), row-major, the definition itself; nothing of that size is formed.
 
     Products form weight gradients of a few examples at a time, which costs 2Tpq multiplications an example and 2pq
     for every column of the block. Eigenpairs come from the dual matrix ⟨G_i, G_j⟩/N, (N, N), wherever N < pq.
@@ -148,11 +148,11 @@ class ExactOperator(SymmetricOperator):
         return total / self.count
 
     def trace(self) -> Tensor:
-        """Σ ‖G_i‖² / N, a scalar tensor."""
+        """Σ w_i‖G_i‖² / N, a scalar tensor."""
         return torch.stack([g.square().sum() for _, g in self._weight_gradients()]).sum() / self.count
 
     def partial_trace(self, side: str = "output") -> Tensor:
-        """1/N Σ G_i G_iᵀ, (p, p), or 1/N Σ G_iᵀ G_i, (q, q), by ``side``; weight gradients of a few examples at a time.
+        """1/N Σ w_i G_i G_iᵀ, (p, p), or 1/N Σ w_i G_iᵀ G_i, (q, q), by ``side``; weight gradients of a few examples at a time.
 
         Raises:
             ValueError: for another side than ``"output"`` and ``"input"``.
@@ -263,7 +263,8 @@ class ExactOperator(SymmetricOperator):
         """The k largest eigenvalues, descending, and their orthonormal vectors, exact, through the dual matrix.
 
         Args:
-            k: number of eigenpairs, by default min(N, pq), beyond which all eigenvalues are zero.
+            k: number of eigenpairs, by default min(M, pq), beyond which all eigenvalues are zero; M is N, but examples that do
+                not reach the layer count as one.
 
         Returns:
             (values (k,), vectors (pq, k)).

@@ -13,7 +13,7 @@ from fishergeo.operators.exact import ExactOperator
 
 
 class JointFisher:
-    r"""1/N Σ g_i g_iᵀ over several layers, g_i their gradients of example i end to end, by definition.
+    r"""1/N Σ w_i g_i g_iᵀ over several layers, g_i their gradients of example i end to end, by definition.
 
     A Fisher by layers charges an update Σ_l vec(ΔW_l)ᵀ F_l vec(ΔW_l): the diagonal blocks of this matrix. What it
     leaves out are the products of two layers' effects on one example. In a deep model these are most of the drift, since
@@ -94,7 +94,7 @@ class JointFisher:
             updates: weight updates, as :meth:`inner`.
 
         Returns:
-            Scalar tensor of the operators' dtype.
+            Scalar tensor of the operators' dtype, float32 at least.
 
         Raises:
             ValueError: no update, a layer that this Fisher does not have, or several updates of a layer or one of another shape.
@@ -102,7 +102,7 @@ class JointFisher:
         self._check_layers(updates)
         for update in updates.values():
             check_single(update)
-        moved = [self.operators[name]._weighted_inner(delta) for name, delta in updates.items()]
+        moved = [self.operators[name].widened()._weighted_inner(delta) for name, delta in updates.items()]
         return torch.stack(moved).sum(0).square().sum() / next(iter(self.operators.values())).count
 
     def dual(self) -> Tensor:
@@ -110,7 +110,7 @@ class JointFisher:
         return torch.stack([operator.dual() for operator in self.operators.values()]).sum(0)
 
     def trace(self) -> Tensor:
-        """Σ_i ‖g_i‖²/N, a scalar tensor; the sum of the layers' traces."""
+        """Σ_i w_i‖g_i‖²/N, a scalar tensor; the sum of the layers' traces."""
         return torch.stack([operator.trace() for operator in self.operators.values()]).sum()
 
     def __repr__(self) -> str:

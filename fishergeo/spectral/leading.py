@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import binary_exponent
+from fishergeo.sketching.error import check_trace
 from fishergeo.spectral.rank import rank_for_energy
 
 BLOCK = 16  # and a 64th of the matrix, if that is more
@@ -43,7 +44,8 @@ def leading_eigenpairs(
 
     Raises:
         TypeError: no floating tensor.
-        ValueError: a matrix that is not square or not finite, or a share or bound out of range.
+        ValueError: a matrix that is not square or not finite, a share or bound out of range, or a ``total`` that is less than
+            the sum of the eigenvalues found.
 
     Examples:
         >>> values, vectors = fg.leading_eigenpairs(torch.diag(torch.tensor([1.0, 8.0, 1.0])))
@@ -100,6 +102,8 @@ def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Te
                 residuals = (images @ rotation[:, :m] - vectors * theta).norm(dim=0)
                 settled = float(residuals.max()) <= limit * float(values[0])
                 if settled and not _crowded(values[:m], residuals.double(), width):
+                    found, unit = float(values.clamp_min(0).sum()), math.ldexp(1.0, exponent)
+                    check_trace(total * unit, found * unit, torch.finfo(matrix.dtype).eps, len(values))
                     return theta.clamp_min(0) * math.ldexp(1.0, exponent), vectors
         for _ in range(2):  # once is not enough where the image lies almost within the space
             image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q

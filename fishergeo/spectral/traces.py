@@ -113,9 +113,9 @@ def _hutch_plus_plus(
 
 
 def _unit(tensor: Tensor) -> Tensor:
-    """The power of two just above the largest magnitude, to divide by without rounding; 1 where all is zero."""
+    """The power of two below the largest magnitude, to divide by without rounding; 1 where all is zero."""
     mantissa, exponent = torch.frexp(tensor.abs().max())
-    return torch.where(mantissa == 0, 1, torch.ldexp(torch.ones_like(mantissa), exponent))
+    return torch.where(mantissa == 0, 1, torch.ldexp(torch.ones_like(mantissa), exponent - 1))
 
 
 def _mean(samples: Tensor, products: int) -> Estimate:

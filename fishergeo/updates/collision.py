@@ -24,7 +24,7 @@ from fishergeo._checks import (
     check_tensor,
 )
 from fishergeo.updates._overlap import DenseOverlap, FactoredOverlap
-from fishergeo.updates.lowrank import LowRank, as_update, check_finite_update, magnitude
+from fishergeo.updates.lowrank import LowRank, as_update, check_finite_update, magnitude, summing_dtype
 
 REDUCTIONS = ("sum", "mean")
 
@@ -208,20 +208,23 @@ class _ApplyOperator(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Any, matrix: torch.Tensor) -> torch.Tensor:
         ctx.operator = operator
-        return operator @ matrix
+        image = operator @ matrix
+        return image.to(matrix.dtype) if isinstance(image, torch.Tensor) else image
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, _ApplyOperator.apply(ctx.operator, grad)  # type: ignore[no-untyped-call]
 
 
-def _apply_metric(metric: object, update: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
+def _apply_metric(metric: object, update: LowRank | torch.Tensor, work: torch.dtype) -> LowRank | torch.Tensor:
     matrix = update.left if isinstance(update, LowRank) else update
-    image = metric @ matrix if isinstance(metric, torch.Tensor) else _ApplyOperator.apply(metric, matrix)  # type: ignore[no-untyped-call]
+    shown = matrix.to(work)
+    image = metric @ shown if isinstance(metric, torch.Tensor) else _ApplyOperator.apply(metric, shown)  # type: ignore[no-untyped-call]
     if not isinstance(image, torch.Tensor) or image.shape != matrix.shape:
         raise ValueError(
             f"metric @ X must have the shape {tuple(matrix.shape)} of X, got {getattr(image, 'shape', type(image))}"
         )
+    image = image.to(matrix.dtype)
     return LowRank(image, update.right) if isinstance(update, LowRank) else image
 
 
@@ -244,6 +247,16 @@ def _check_metric(metric: object, update: LowRank | torch.Tensor) -> None:
 
 def _inner(first: Any, second: Any) -> torch.Tensor:
     return first.inner(second) if isinstance(first, LowRank) else (first * second).sum(dim=(-2, -1))
+
+
+def _to_sum(part: Any, rest: Any) -> tuple[Any, Any]:
+    """The updates in the dtype that they are multiplied in; a right factor that they share, they share there too."""
+    if not isinstance(part, LowRank):
+        work = torch.promote_types(part.dtype, torch.float32)
+        return part.to(work), rest.to(work)
+    wide = part.to(summing_dtype(part))
+    right = wide.right if rest.right is part.right else rest.right.to(wide.dtype)
+    return wide, LowRank(rest.left.to(wide.dtype), right)
 
 
 def _normalised(part: Any, rest: Any) -> tuple[Any, Any]:
@@ -282,9 +295,9 @@ def _trace(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x * y.mT).sum(dim=(-2, -1))
 
 
-def _images(metric: object, parts: Sequence[Any]) -> list[Any]:
+def _images(metric: object, parts: Sequence[Any], work: torch.dtype) -> list[Any]:
     """M @ each part, both over one constant of their size, which the ratio does not see."""
-    images = [_apply_metric(metric, part) for part in parts]
+    images = [_apply_metric(metric, part, work) for part in parts]
     thin = [image.left if isinstance(image, LowRank) else image for image in images]
     for matrix in thin:
         check_finite("metric @ part", matrix)
@@ -292,14 +305,14 @@ def _images(metric: object, parts: Sequence[Any]) -> list[Any]:
     return [LowRank(x.left / size, x.right) if isinstance(x, LowRank) else x / size for x in images]
 
 
-def _metric_squares(parts: Sequence[Any], images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """⟨X, MX⟩ for both parts, zero where it is rounding: a part in the null space of M has no angle."""
+def _metric_squares(parts: Sequence[Any], images: Sequence[Any], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """⟨X, MX⟩ for both parts, zero where it is rounding (``eps``, of M): a part in the null space of M has no angle."""
     sizes = [_inner(x, x).detach() for x in parts]
     stretches = [_inner(y, y).detach() / torch.where(size > 0, size, 1) for y, size in zip(images, sizes, strict=True)]
     scale = torch.maximum(*stretches).clamp(min=0).sqrt()
     squares = []
     for x, y, size in zip(parts, images, sizes, strict=True):
-        square, eps = _inner(x, y), torch.finfo(size.dtype).eps
+        square = _inner(x, y)
         if bool((square < -(eps**0.5) * scale * size).any()):
             raise ValueError(f"metric is not positive semidefinite: ⟨X, MX⟩ is {square.min().item():.3g} for a part X")
         squares.append(torch.where(square > eps * scale * size, square, 0))
@@ -353,19 +366,19 @@ def geodesic_separation(
     else:
         _check_metric(metric, part)
     work = torch.promote_types(part.dtype, torch.float32)
-    a, t = _normalised(part.to(work), rest.to(work))
+    a, t = _normalised(*_to_sum(part, rest))
     if isinstance(metric, str) and metric != "euclidean":
         numerator, *squares = _gram_inners(a, t) if metric == "input-gram" else _gram_inners(a.mT, t.mT)
         power = 0.5
     else:
         if isinstance(metric, torch.Tensor):
             metric = metric.to(work)
-        image_a, image_t = (a, t) if isinstance(metric, str) else _images(metric, (a, t))
+        image_a, image_t = (a, t) if isinstance(metric, str) else _images(metric, (a, t), work)
         numerator = _inner(a, image_t) ** 2
-        squares = list(_metric_squares((a, t), (image_a, image_t)))
+        squares = list(_metric_squares((a, t), (image_a, image_t), torch.finfo(work).eps))
         power = 1.0
     zero = (squares[0] <= 0) | (squares[1] <= 0)
     denominator = (torch.where(zero, 1, squares[0]) * torch.where(zero, 1, squares[1])) ** power
-    ratio = torch.where(zero, 0, numerator) / denominator
+    ratio = (torch.where(zero, 0, numerator) / denominator).to(work)
     # Cauchy and Schwarz bound the ratio by one; rounding may not. The gradient is left as it is.
     return ratio + (ratio.clamp(0, 1) - ratio).detach()

@@ -28,12 +28,23 @@ def _check_factor(name: str, factor: object) -> torch.Tensor:
 
 
 def magnitude(*matrices: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
-    """Largest magnitude of all over `dim`, which is kept, as a constant to divide by: 1 where all is zero."""
+    """The power of two below the largest magnitude of all over `dim`, which is kept: a constant, 1 where all is zero.
+
+    What is divided by it is not rounded: of factors that cancel, a rounding of each would be much of the matrix.
+    """
     size = matrices[0].new_zeros(()).expand(*matrices[0].shape[:-2], 1, 1)
     for matrix in matrices:
         if matrix.numel():
             size = torch.maximum(size, matrix.detach().abs().amax(dim=dim, keepdim=True))
-    return torch.where(size > 0, size, 1)
+    return torch.where(size > 0, size.log2().floor().exp2(), 1)
+
+
+def summing_dtype(factor: Any) -> torch.dtype:
+    """The dtype in which thin factors are multiplied and summed: of those that cancel, float32 would leave noise.
+
+    float64, for r×r matrices cost little; on Apple's GPUs, which have none, float32.
+    """
+    return torch.float32 if factor.device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +53,12 @@ class LowRank:
 
     Sums concatenate factors (so ranks add), products multiply into the thinner side, and norms and inner products
     go through r×r matrices, tr(LᵀL·RRᵀ): nothing of size p×q is ever formed but by `to_dense`. Leading
-    dimensions are a batch, for example of experts. Everything stays in the factors' dtype and is differentiable; what
-    is summed to a number is summed in float32 or wider.
+    dimensions are a batch, for example of experts. Everything stays in the factors' dtype and is differentiable; norms and
+    inner products of factors are summed in float64, what else is summed to a number in float32 or wider.
 
     A difference of nearly equal matrices has large factors that cancel: its norm is good to about eps·‖left‖·‖right‖ in
-    absolute terms, its inner products and quadratic forms to no more than eps·‖left‖²·‖right‖². Where both have factors of
+    absolute terms, eps that of the factors, and what it makes of a dense tensor (`inner`, quadratic forms) to no more than
+    eps·‖left‖²·‖right‖². Where both have factors of
     one shape, as a weight before and after a step, `change_from` gives the difference in factors that are small themselves.
 
     Args:
@@ -272,17 +284,18 @@ class LowRank:
             raise TypeError(f"other must be a LowRank or a torch.Tensor, got {type(other).__name__}")
         self._check_like(other)
         # In half precision the Gram matrices and their products would leave the dtype's range long before the sum does.
-        work = torch.promote_types(self.dtype, torch.float32)
-        left, right = self.left.to(work), self.right.to(work)
         if isinstance(other, torch.Tensor):
-            return (left * (other.to(work) @ right.mT)).sum(dim=(-2, -1)).to(self.dtype)
-        grams = left.mT @ other.left.to(work), right @ other.right.to(work).mT
+            work = torch.promote_types(self.dtype, torch.float32)
+            image = other.to(work) @ self.right.to(work).mT
+            return (self.left.to(work) * image).sum(dim=(-2, -1)).to(self.dtype)
+        work = summing_dtype(self)
+        grams = self.left.to(work).mT @ other.left.to(work), self.right.to(work) @ other.right.to(work).mT
         return (grams[0] * grams[1]).sum(dim=(-2, -1)).to(self.dtype)
 
     def _balanced(self) -> tuple["LowRank", torch.Tensor]:
         """The matrix over a constant of its own size, in float32 or wider, and that constant, (..., 1, 1).
 
-        Every row of `right` and `left` as a whole have entries up to one, so that nothing that matters leaves the
+        Every row of `right` and `left` as a whole have entries below two, so that nothing that matters leaves the
         dtype's range where it is squared.
         """
         work = torch.promote_types(self.dtype, torch.float32)
@@ -295,22 +308,20 @@ class LowRank:
     def squared_norm(self) -> torch.Tensor:
         """Squared Frobenius norm tr(LᵀL·RRᵀ), never negative, of the batch shape; its gradient at zero is zero."""
         balanced, size = self._balanced()
-        return (balanced._squares() * size[..., 0, 0].square()).to(self.dtype)
+        size = size[..., 0, 0]  # whose square may leave the dtype's range where the product does not
+        return (balanced._squares() * size * size).to(self.dtype)
 
     def _squares(self) -> torch.Tensor:
         """Squared norm of balanced factors, differentiable through their Gram matrices."""
         value = self.inner(self)
         with torch.no_grad():
-            exact = self._uncancelled()
+            exact = value.clamp(min=0) if summing_dtype(self) != self.dtype else self._uncancelled()
         # Of factors that cancel the Gram matrices leave noise, perhaps below zero; their gradient, linear in the matrix,
         # is good to rounding.
         return value + (exact - value).detach()
 
     def _uncancelled(self) -> torch.Tensor:
         """Squared norm of which cancellation between the factors takes eps·‖left‖·‖right‖ and not the root of that."""
-        if self.dtype != torch.float64 and self.device.type != "mps":  # where products of float64 are exact enough
-            wide = self.to(torch.float64)
-            return wide.inner(wide).clamp(min=0).to(self.dtype)
         left, right = (torch.linalg.qr(factor, mode="r").R for factor in (self.left, self.right.mT))
         return (left @ right.mT).square().sum(dim=(-2, -1))
 

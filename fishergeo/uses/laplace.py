@@ -71,13 +71,14 @@ class Laplace:
             for name, layer in self._layers.items()
         }
         self._roots: dict[str, SymmetricOperator] = {}
-        for name, operator in self.operators.items():
-            checked_damping(name, operator, self.prior[name], self.examples)
 
     def _checked_prior(self, prior: float | Mapping[str, float]) -> dict[str, float]:
         each = dict(prior) if isinstance(prior, Mapping) else dict.fromkeys(self.operators, prior)
         check_same_layers("prior_precision", each, "fisher", self.operators)
-        return {name: check_number("prior_precision", value, low=1e-300) for name, value in each.items()}
+        checked = {name: check_number("prior_precision", value, low=1e-300) for name, value in each.items()}
+        for name, operator in self.operators.items():
+            checked_damping(name, operator, checked[name], self.examples)
+        return checked
 
     def _root(self, name: str) -> SymmetricOperator:
         """(F + τ/N·I)^−½, which times N^−½ is the root of the covariance."""
@@ -146,7 +147,8 @@ class Laplace:
             prior_precision: another τ than the one at hand, to compare several; None for that one.
 
         Raises:
-            ValueError: for a prior that is not positive or lacks a layer.
+            ValueError: for a prior that is not positive, lacks a layer, or leaves one singular to the precision of its
+                dtype, whose determinant then says nothing.
         """
         prior = self.prior if prior_precision is None else self._checked_prior(prior_precision)
         total = log_likelihood

@@ -23,7 +23,7 @@ class Merged:
     """What :func:`fishergeo.merge_weights` found.
 
     Attributes:
-        weights: layer -> merged weight, (p, q), of the dtype of its operators.
+        weights: layer -> merged weight, (p, q), of the wider dtype of weight and operators, float32 at least.
         averaged: names of the parameters and buffers that differ between the models and have no Fisher, so that they are
             plain averages.
         steps: layer -> steps of conjugate gradients; 0 for a closed form.

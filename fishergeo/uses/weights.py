@@ -118,11 +118,15 @@ def checked_damping(name: str, operator: SymmetricOperator, damping: float, scal
 
     Raises:
         ValueError: if the damped operator is singular to the precision of its dtype, naming the layer and the damping that
-            would do.
+            would do; or if it has a negative eigenvalue, or NaN.
     """
     shift = check_number("damping", damping, low=0.0) / scale
     values = operator.eigenvalues()
-    if not bool((operator._damped(values, shift) > 0).all()):
+    try:
+        damped = operator._damped(values, shift)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    if not bool((damped > 0).all()):
         least, largest = (scale * (float(value.clamp_min(0)) + shift) for value in (values.min(), values.max()))
         enough = max(1e-6, 2 * ROUNDINGS * torch.finfo(operator.dtype).eps) * max(largest, 1e-300)
         raise ValueError(

@@ -235,3 +235,14 @@ def test_estimates_that_share_inputs_otherwise_are_not_added():
     apart = [fg.estimate_fisher(Pair(t), [data], "kfac", loss=loss, share_inputs=False) for t in (True, False)]
     moments = data.T @ data, data.flip(1).T @ data.flip(1)
     assert_close(apart[0].merge(apart[1])["b"].input_factor, (moments[0] + moments[1]) / 8)
+
+
+def test_moments_in_equal_bases_are_added_however_they_were_shared():
+    data = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = lambda model, batch: model(batch).sin().sum(1)
+    together, apart = (fg.estimate_fisher(Pair(True), [data], "kfac", loss=loss, share_inputs=s) for s in (True, False))
+    first, second = (fg.estimate_fisher(Pair(True), [data], "ekfac", loss=loss, basis=b) for b in (together, apart))
+    assert first.input_groups != second.input_groups
+    merged = first.merge(second)
+    for layer in "ab":  # a mean over the same data twice
+        assert torch.allclose(merged[layer].to_dense(), first[layer].to_dense(), rtol=1e-12, atol=0)

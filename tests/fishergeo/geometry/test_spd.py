@@ -145,6 +145,8 @@ def test_batches_and_half_precision(distance):
     half = distance(a.bfloat16().float().bfloat16(), b.bfloat16())
     assert half.dtype == torch.float32
     assert torch.allclose(half.double(), distance(a, b), atol=0.1)
+    wide = torch.eye(200).bfloat16()
+    assert float(distance(wide, wide)) == 0 < float(distance(wide, 4 * wide))
 
 
 def test_second_derivatives_are_refused_not_wrong():

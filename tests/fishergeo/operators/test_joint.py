@@ -198,3 +198,27 @@ def test_what_an_update_does_to_an_example_is_the_same_whatever_its_weight(unit)
     nothing = estimate([batches[0] | {"w": torch.tensor([1.0, 0.0, 1.0])}], example_weights="w")
     with pytest.raises(ValueError, match="have the weight zero"):
         fg.JointFisher(dict(nothing)).inner(moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_small_update_does_not_leave_the_range_of_half_precision(dtype):
+    operator = fg.ExactOperator(torch.ones(2, 3, dtype=dtype), torch.ones(2, 4, dtype=dtype), torch.tensor([1, 1]), 2)
+    update = torch.full((3, 4), 1e-6)
+    found = fg.JointFisher({"layer": operator}).quadratic({"layer": update})
+    assert found.dtype == torch.float32 and float(found) == pytest.approx(float(operator.quadratic(update)), rel=1e-6)
+    assert float(found) == pytest.approx(1.44e-10, rel=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "kfac-sketch", "gram", "diagonal", "exact"])
+def test_an_expert_that_no_counted_example_reaches_has_a_fisher_of_zero(structure):
+    weights = lambda x: (x[:, 0, 0] < 0).to(x)
+    fisher = fg.estimate_fisher(
+        Routed().float(),
+        [routed_batch().float()],
+        structure,
+        layers=list(EXPERTS),
+        loss=summed,
+        example_weights=weights,
+    )
+    assert float(fisher[EXPERTS[0]].trace()) > 0
+    assert not fisher[EXPERTS[1]].to_dense().any()

@@ -454,6 +454,8 @@ def test_functions_of_an_indefinite_operator_are_its_own_or_refused():
     for call in (operator.sqrt, lambda: operator.inverse(0.5), operator.logdet):
         with pytest.raises(ValueError, match="not positive semi-definite: its least eigenvalue is -1"):
             call()
+    noise = -20 * torch.finfo(torch.float32).eps  # as a float32 sum of thousands of batches leaves it
+    assert fg.DenseOperator(torch.diag(torch.tensor([4.0, noise]))).sqrt().to_dense().diagonal().tolist() == [2.0, 0.0]
     entries = fg.DiagonalOperator(torch.tensor([[3.0, -1e-9]]).double())
     with pytest.raises(ValueError, match="least eigenvalue is -1e-09"):
         entries.power(0.5)
@@ -471,3 +473,10 @@ def test_known_pairs_come_in_order_and_zeros_count_among_them():
 def test_a_log_determinant_is_not_rounded_to_the_dtype_of_the_operator():
     operator = fg.DiagonalOperator(torch.full((1000, 1000), 3.0))
     assert float(operator.logdet(1.0)) == pytest.approx(1e6 * torch.tensor(4.0).double().log().item(), rel=1e-13)
+
+
+@pytest.mark.parametrize(("entry", "exponent"), [(1e20, 3.0), (1e-20, -3.0)])
+def test_a_power_that_leaves_the_dtypes_range_is_refused(entry, exponent):
+    operator = fg.DiagonalOperator(torch.full((2, 2), entry))
+    with pytest.raises(ValueError, match=f"exponent={exponent:g} of"):
+        operator.power(exponent)

@@ -90,6 +90,17 @@ def test_what_has_no_leading_pairs_is_refused(call, words):
         call()
 
 
+@pytest.mark.parametrize("size", [400, 600])
+def test_a_trace_that_is_less_than_what_is_found_is_refused_at_every_size(size):
+    values = torch.full((size,), 1e-6).double()
+    values[:4] = torch.tensor([10.0, 5.0, 2.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double()).Q
+    matrix = (basis * values) @ basis.T
+    assert len(fg.leading_eigenpairs(1e-30 * matrix)[0]) == 2
+    with pytest.raises(ValueError, match=r"less than the sum|at least 1.8e-29"):
+        fg.leading_eigenpairs(1e-30 * matrix, total=1e-30)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("copies", [16, 20, 40])
 def test_every_copy_of_an_eigenvalue_is_found_however_many_a_block_has_columns(dtype, copies):

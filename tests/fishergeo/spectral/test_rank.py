@@ -73,6 +73,13 @@ def test_bad_input_is_refused_by_name(values, keywords, error, message):
         fg.rank_for_energy(values, **keywords)
 
 
+def test_the_exact_trace_of_a_sketched_operator_is_enough():
+    rows = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    operator = fg.nystrom(rows @ rows.T, 256).operator()
+    assert float(operator.values.sum()) > float(operator.full_trace)  # by the shift of 264 columns
+    assert fg.rank_for_energy(operator.values, operator.full_trace) == 1
+
+
 def test_shares_are_summed_in_float64():
     assert fg.rank_for_energy([0.7, 0.3], energy=0.7) == 1
     many = torch.tensor([1.0] + [1e-8] * 100, dtype=torch.float32)

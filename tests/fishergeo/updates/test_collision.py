@@ -637,3 +637,17 @@ def test_bases_of_one_task_overlap_more_than_bases_of_two():
     first, again, other = basis(100, 0), basis(100, 50), basis(200, 90)
     assert float(fg.subspace_overlap(first, again)) > 0.99
     assert float(fg.subspace_overlap(first, other)) < 0.5
+
+
+@pytest.mark.parametrize("parts", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", [torch.bfloat16, torch.float32])
+def test_an_operator_as_metric_may_have_a_dtype_of_its_own(parts, metric):
+    op = fg.DenseOperator(torch.diag(torch.arange(1.0, 9.0)).to(metric))
+    a, t = fg.LowRank(gaussian(0, 8, 2), gaussian(1, 2, 6)), fg.LowRank(gaussian(2, 8, 2), gaussian(3, 2, 6))
+    wanted = separation_formula(a.to_dense(), t.to_dense(), op.to_dense().double())
+    a, t = a.to(parts), t.to(parts)
+    for pair in ((a, t), (a.to_dense(), t.to_dense())):
+        value = fg.geodesic_separation(*pair, op)
+        assert value.dtype == torch.promote_types(parts, torch.float32)
+        half = torch.bfloat16 in (parts, metric)
+        assert float(value) == pytest.approx(float(wanted), rel=0.1 if half else 1e-5)

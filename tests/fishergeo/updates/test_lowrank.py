@@ -342,6 +342,25 @@ def test_the_norm_of_a_small_difference_is_good_to_rounding_of_its_factors(dtype
 def test_a_squared_norm_does_not_depend_on_how_the_scale_is_shared_out():
     tiny = fg.LowRank(torch.full((3, 1), 1e-24), torch.full((1, 3), 1e14))
     assert float(tiny.squared_norm()) == pytest.approx(9e-20, rel=1e-5)
+    cancelled = fg.LowRank(torch.tensor([[1e20, -1e20]]), torch.ones(2, 1))
+    assert float(cancelled.squared_norm()) == float(cancelled.norm()) == 0
+    least = fg.LowRank(torch.full((2000, 1), 2e-22), torch.ones(1, 3000))
+    assert float(least.squared_norm()) == pytest.approx(6e6 * 4e-44, rel=1e-2)  # of a float32 so small
+
+
+@pytest.mark.parametrize("away", [1e-2, 1e-4])
+def test_angles_between_small_differences_are_those_of_float64(away):
+    left, right = gaussian(0, 64, 4).float(), gaussian(1, 4, 48).float()
+    start = fg.LowRank(left, right)
+    one, other = (fg.LowRank(left + away * gaussian(seed, 64, 4).float(), right) - start for seed in (2, 3))
+    a, b = (x.to(torch.float64).to_dense() for x in (one, other))
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    found = fg.layer_cosines([{"layer": one}, {"layer": other}])["layer"][0, 1]
+    assert float(found) == pytest.approx(float(cosine), abs=1e-6)
+    for metric in ("euclidean", "input-gram", "output-gram", torch.eye(64)):
+        wanted = fg.geodesic_separation(a, b, metric.double() if isinstance(metric, torch.Tensor) else metric)
+        found = fg.geodesic_separation(one, other, metric)
+        assert found.dtype == torch.float32 and float(found) == pytest.approx(float(wanted), abs=1e-6)
 
 
 def test_a_change_of_factors_is_the_difference_and_zero_where_nothing_moved():

@@ -157,6 +157,10 @@ def test_what_is_refused_is_named():
     with pytest.raises(ValueError, match="prior_precision lacks layer '2'"):
         fg.Laplace(model, fisher, {"0+bias": 1.0})
     laplace = fg.Laplace(model, fisher, dict.fromkeys(LAYERS, 1.0))
+    with pytest.raises(ValueError, match=r"leaves layer .* singular to the precision of torch.float64"):
+        laplace.log_marginal_likelihood(-1.0, 1e-20)
+    with pytest.raises(ValueError, match=r"^layer '2': .* not positive semi-definite"):
+        fg.Laplace(model, {"2": fg.DenseOperator(torch.diag(torch.tensor([1.0, 1.0, -1.0])))}, 0.1, examples=1)
     with pytest.raises(ValueError, match="count"):
         laplace.sample(0)
     with pytest.raises(ValueError, match="'3'"), laplace.using({"3": torch.ones(2, 2)}):
