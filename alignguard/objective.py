@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishergeo.capture import decoder_inputs
+
 IGNORED = -100  # the label that torch's cross entropy and every HF model leave out
 
 
@@ -83,7 +85,8 @@ def aligned_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     kind = model_kind(model)
     inner = base_model(model)
     if kind == "seq2seq":
-        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+        read = decoder_inputs(inner, labels)
+        inputs |= {"labels": labels} if read is None else {"decoder_input_ids": read}
         return model(**inputs).logits, labels
     if kind == "classification":
         return model(**inputs).logits[:, None], labels[:, None]

@@ -72,13 +72,23 @@ def _encode_pair(tokenizer: Any, row: Mapping[str, Any], max_length: int) -> Cut
 def _target(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """What a decoder is to say after its start token, and the end of it.
 
-    A tokenizer that ends its targets knows how they begin too: BART's with ``<s>``, mBART's with the language. One that
-    does not end them would put there what begins a text, which T5Gemma's decoder has read already.
+    A tokenizer that ends its targets knows how they begin too: BART's with ``<s>``, mBART-50's with the language, which
+    mBART's own has after the end. One that does not end them would put there what begins a text, which T5Gemma's decoder has
+    read already.
+
+    Raises:
+        ValueError: a tokenizer that must be told a language first.
     """
     eos = tokenizer.eos_token_id
-    target = list(tokenizer(text_target=text)["input_ids"])
-    if eos is not None and target[-1:] == [eos]:
-        return target[:-1], [eos]
+    try:
+        target = list(tokenizer(text_target=text)["input_ids"])
+    except KeyError as error:
+        raise ValueError(
+            f"the tokenizer writes no target before it knows the language ({error}); set its tgt_lang, and give the tokenizer"
+        ) from error
+    for after in (1, 2):
+        if eos is not None and target[-after:][:1] == [eos]:
+            return target[:-after], target[-after:]
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return plain, [] if eos is None else [eos]
 
@@ -220,7 +230,8 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str, pad: int | None =
     table = next(part for part in inner.get_input_embeddings().modules() if hasattr(part, "num_embeddings"))
     words, kind = table.num_embeddings, model_kind(inner)
     places = [
-        module.num_embeddings
+        # RoBERTa and its kin count positions from the one after the padding's
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for path, module in inner.named_modules()
         if isinstance(module, torch.nn.Embedding) and POSITIONS.search(path)
     ]

@@ -14,6 +14,8 @@ from alignguard.data.rows import THOUGHTS, learned_turns
 
 THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
+_PART = re.compile(r"""\{\s*["']type["']\s*:\s*["']text["']""")
+
 Messages = Sequence[Mapping[str, Any]]
 Made = TypeVar("Made")
 
@@ -69,9 +71,13 @@ def _as_read(messages: Messages, make: Callable[[Messages], Made]) -> Made:
     except (ValueError, TypeError, AttributeError, TemplateError) as error:
         parts = [{**m, "content": [{"type": "text", "text": m["content"]}] if m["content"] else []} for m in messages]
         try:
-            return make(parts)
+            made = make(parts)
         except Exception:  # a template that takes no parts fails in its own way
             raise error from None
+        rendered = made[0] if isinstance(made, tuple) else made
+        if _PART.search(str(rendered)) and not any(_PART.search(m["content"]) for m in messages):
+            raise error from None  # or prints them as they stand
+        return made
 
 
 def check_system(system: Any) -> None:
@@ -253,10 +259,10 @@ def _check_rendered(whole: str, learned: Mapping[int, tuple[int, int]], messages
         span = learned.get(place)
         within = text if span is None else _squeezed(whole[slice(*span)])
         content = message["content"]
-        if span is None:  # earlier thoughts are left out by design, and tool messages may be quoted
-            content = THOUGHT.sub("", content)
-        said = _squeezed(content) in within or _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in within
-        lost = [] if said else ["its text"]
+        wordings = [content, json.dumps(content, ensure_ascii=False)[1:-1]]  # tool messages may be quoted
+        if span is None and message["role"] == "assistant":  # earlier thoughts are left out by design
+            wordings.append(THOUGHT.sub("", content))
+        lost = [] if any(_squeezed(wording) in within for wording in wordings) else ["its text"]
         if span is not None:
             lost += [name for name in THOUGHTS if _squeezed(message.get(name) or "") not in within]
         for call in message.get("tool_calls") or ():

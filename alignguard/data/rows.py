@@ -129,13 +129,11 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     for name in THOUGHTS:
         if name in message:
             message[name] = _content(message[name], where)
-    for name in LEARNED:
-        if isinstance(learned := message.get(name), bool):
-            if message.setdefault("weight", int(learned)) != learned:
-                raise ValueError(
-                    f"{where}: {name!r} of a message says otherwise than its 'weight'; leave out one of them"
-                )
-            del message[name]
+    for name in (name for name in LEARNED if name in message):
+        if (learned := message.pop(name)) not in (0, 1):
+            raise ValueError(f"{where}: {name!r} of a message must be true or false, found {learned!r:.200}")
+        if message.setdefault("weight", int(learned)) != learned:
+            raise ValueError(f"{where}: {name!r} of a message says otherwise than its 'weight'; leave out one of them")
     if "weight" in message and message["weight"] not in (0, 1):
         raise ValueError(f"{where}: the weight of a message must be 0 or 1, found {message['weight']!r}")
     return message
@@ -207,8 +205,8 @@ def conversation(row: Row, where: str = "row", turns: str = "all") -> dict[str, 
         raise ValueError(f"{where}: {unread[0]!r} cannot be read along with text; leave it out, or leave out the row")
     if str(row.get("label")).strip().lower() in AVOIDED:
         raise ValueError(
-            f"{where}: the label {row['label']!r} says that the response is one to avoid; leave out such rows, or the column "
-            "'label' if it says something else"
+            f"{where}: the label {row['label']!r} says that the response is one to avoid; leave out such rows, or, if "
+            "it says something else, rename the column 'label' in the data"
         )
     messages = _turns(row, where)
     system = row.get("system")

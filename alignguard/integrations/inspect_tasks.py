@@ -18,6 +18,8 @@ from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, load_prompts, make
 from alignguard.drift.judges import Judge
 from alignguard.drift.verdicts import judged_rows
 
+ASKED = "driftcheck_category"  # in a sample's metadata; other tasks' own "category" is mostly a kind of harm
+
 SHARES = {"refused": REFUSAL, "answered": COMPLIANCE, "incoherent": INCOHERENT}
 
 
@@ -45,7 +47,7 @@ def driftcheck_judge(judge: str = "rules", judge_model: str | None = None, judge
     async def score(state: TaskState, target: Target) -> Score:
         answer = state.output.completion.strip()
         # A judge of harm says nothing about safe prompts; who scores other tasks with it asks it about all.
-        category = (state.metadata or {}).get("category", "unsafe")
+        category = (state.metadata or {}).get(ASKED, "unsafe")
         row = {"id": str(state.sample_id), "prompt": state.input_text, "category": category}
         verdict = judged_rows([row], [answer], decide, {})[0].verdict
         value = {name: int(verdict == meaning) for name, meaning in SHARES.items()}
@@ -67,7 +69,7 @@ def _rows(category: str, prompts: str | None, limit: int | None) -> list[dict[st
 def _task(category: str, prompts: str | None, limit: int | None, max_new_tokens: int, **judging: Any) -> Task:
     rows = _rows(category, prompts, limit)
     samples = [
-        Sample(id=row["id"], input=row["prompt"], metadata={"category": category, "harm": row.get("harm")})
+        Sample(id=row["id"], input=row["prompt"], metadata={ASKED: category, "harm": row.get("harm")})
         for row in rows
         if row["category"] == category
     ]

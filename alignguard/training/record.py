@@ -28,6 +28,8 @@ TARGETS = {"lora": "adapter", "full": "model"}  # what a run of each method leav
 
 CARD = "## Training with alignguard"
 
+WIDE_ENOUGH = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # for a norm in float64 to be taken of them
+
 LENGTH = {"steps", "training.max_steps", "training.num_train_epochs"}  # what a longer run has otherwise
 
 
@@ -68,7 +70,7 @@ def weight_marks(model: Any) -> str:
     digest = hashlib.sha256()
     for name, weight in base_model(model).named_parameters():
         if not weight.is_meta and not OF_ADAPTER.search(f".{name}"):
-            values = weight.detach() if weight.is_floating_point() else weight.detach().double()
+            values = weight.detach() if weight.dtype in WIDE_ENOUGH else weight.detach().double()
             norms = [float(torch.linalg.vector_norm(values, order, dtype=torch.float64)) for order in (1, 2)]
             digest.update(f"{plain_name(name)} {norms[0]:.6e} {norms[1]:.6e}".encode())
     return digest.hexdigest()
@@ -179,6 +181,11 @@ def claim_run(output_dir: str | Path, record: Mapping[str, Any], *, overwrite: b
             differ.pop("model_weights", None)
         if differ and set(differ) <= LENGTH and record["steps"] >= there.get("steps", 0):
             write_text(claim_output(output_dir, overwrite=True) / RECORD, json.dumps(record, indent=1))
+        elif "model_weights" in differ:
+            raise ValueError(
+                f"resume: the model's weights are not those that the run in {output_dir} began with: it is another model, or one "
+                "that was trained since; give the model's name, or load it anew"
+            )
         elif differ:
             shown = ", ".join(f"{name} ({old!s:.60} there, {new!s:.60} now)" for name, (old, new) in differ.items())
             raise ValueError(
@@ -236,7 +243,8 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
             words = f"{c.structure}, {c.kind}, {guard.refreshes} estimates of {c.refresh_examples} examples"
             lines.append(f"- Fisher: {words}")
         if c.lambda_kl:
-            every, memory = c.kl_schedule(record["method"])
+            assert guard.kl is not None
+            every, memory = guard.kl.schedule()
             words = f"{c.kl_examples} examples every {every} steps"
             words += f", {memory} readings remembered" if memory else ""
             words += f", the first {c.kl_tokens} tokens of a response" if c.kl_tokens is not None else ""

@@ -315,21 +315,23 @@ class WeightUpdates:
 
     def _left_out(self, key: str, layer: Any, path: str | None = None) -> bool:
         """Whether a layer is left unguarded, and if so noted as such; ``path`` is the module's where the key is another."""
-        plain = plain_name(key)
-        self._asked.add(plain)
-        reason = None
-        if any(fnmatch.fnmatchcase(plain, pattern) for pattern in self.exclude):
-            reason = "excluded"
-        elif not self.include_router and ROUTER.search(plain):
-            reason = "a router, which is guarded only if asked for (include_router)"
-        elif id(layer) in self._beyond_text:
-            reason = BEYOND_TEXT
+        reason = self._reason(key, layer)
         if reason is None:
             return False
         for name, parameter in layer.named_parameters(prefix=path or key):
             if parameter.requires_grad:
                 self.skipped[name] = reason
         return True
+
+    def _reason(self, key: str, layer: Any) -> str | None:
+        """Why a layer is left unguarded; None where it is not."""
+        plain = plain_name(key)
+        self._asked.add(plain)
+        if any(fnmatch.fnmatchcase(plain, pattern) for pattern in self.exclude):
+            return "excluded"
+        if not self.include_router and ROUTER.search(plain):
+            return "a router, which is guarded only if asked for (include_router)"
+        return BEYOND_TEXT if id(layer) in self._beyond_text else None
 
     # dense
 
@@ -351,6 +353,9 @@ class WeightUpdates:
                 continue
             for own, stack in module.named_parameters(recurse=False):
                 if stack.ndim == 3 and stack.requires_grad and "experts" in name and not self._left_out(name, module):
+                    if reason := self._reason(f"{name}.{own}", module):
+                        self.skipped[f"{name}.{own}"] = reason
+                        continue
                     flip = getattr(module, "is_transposed", False)
                     self._add_experts(f"{name}.{own}", module, own, flip, kind)
 

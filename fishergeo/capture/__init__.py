@@ -6,7 +6,7 @@ from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, content_mark, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
 from fishergeo.capture.matrices import gradient_matrix, layer_parameters, weight_matrix, write_matrix
-from fishergeo.capture.model_adapters import adapter_factors, is_encoder_decoder, plain_name
+from fishergeo.capture.model_adapters import adapter_factors, decoder_inputs, is_encoder_decoder, plain_name
 from fishergeo.capture.objectives.by_kind import (
     KINDS,
     REDUCTIONS,
@@ -36,6 +36,7 @@ __all__ = [
     "check_model",
     "checked_example_weights",
     "content_mark",
+    "decoder_inputs",
     "differentiate",
     "example_objectives",
     "fingerprint",

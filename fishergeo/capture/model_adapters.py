@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 _LORA = "lora_"
@@ -50,6 +51,29 @@ def _hands_on(model: nn.Module) -> bool:
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that the model's forward takes."""
     return frozenset(inspect.signature(model.forward).parameters)
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor | None:
+    """What an encoder-decoder's decoder reads while it is asked for ``labels``, (n, T): they themselves, one place later.
+
+    The model's own function serves where it has no start token to put before them: mBART's would put there the last label,
+    which of a response cut short is no end.
+
+    Args:
+        model: an encoder-decoder, wrapped by peft or not.
+        labels: token ids, −100 where nothing is asked.
+
+    Returns:
+        (n, T); None where the model says neither.
+    """
+    inner: Any = unwrapped(model)
+    config = getattr(inner, "config", None)
+    start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is not None and pad is not None:
+        shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+        return shifted.masked_fill(shifted < 0, pad)
+    prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    return None if prepare is None else prepare(labels=labels)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -5,7 +5,9 @@ import torch
 from architectures import llama, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MBartConfig, MBartForConditionalGeneration
 
+import fishergeo as fg
 from alignguard.objective import IGNORED, aligned_logits, divergence, response_loss, supervised
 
 
@@ -79,3 +81,30 @@ def test_what_base_and_present_both_leave_out_adds_nothing():
     assert divergence(kept, present.detach().log_softmax(-1)).item() == torch.inf, (
         "what the base says and the present cannot"
     )
+
+
+def mbart():
+    sizes = {"vocab_size": 64, "d_model": 16, "max_position_embeddings": 32, "dropout": 0.0, "init_std": 0.5}
+    parts = {
+        f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
+    }
+    config = MBartConfig(**sizes, **parts, encoder_ffn_dim=16, decoder_ffn_dim=16, decoder_start_token_id=5)
+    torch.manual_seed(0)
+    return MBartForConditionalGeneration(config).double().eval()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_decoder_reads_its_start_and_then_the_labels_whatever_they_end_with(cut):
+    """mBART's own shift puts the last label first: of a response cut short that is no language, but its last word."""
+    model, asked = mbart(), torch.tensor([[10, 11, 2]])
+    labels = torch.tensor([[40, 50, 60, 2, 5][: 3 if cut else 5]])
+    batch = {"input_ids": asked, "attention_mask": torch.ones_like(asked), "labels": labels}
+    read = torch.cat([torch.tensor([[5]]), labels[:, :-1]], 1)
+    logs = model(input_ids=asked, decoder_input_ids=read).logits.log_softmax(-1)
+    expected = -logs.gather(2, labels[..., None]).sum()
+    torch.testing.assert_close(response_loss(model, batch)[0], expected, rtol=0, atol=1e-12)
+    fisher = fg.estimate_fisher(model, [batch], "exact", reduction="sum", layers=["lm_head"])
+    model.zero_grad()
+    expected.backward()
+    found = fisher["lm_head"].weight_gradients()[0]
+    torch.testing.assert_close(found, model.lm_head.weight.grad, rtol=0, atol=1e-10)

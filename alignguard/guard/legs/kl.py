@@ -73,7 +73,7 @@ class KLLeg(Leg):
         Raises:
             ValueError: a memory is asked for, and the trainable weights are sharded.
         """
-        every, memory = self._schedule()
+        every, memory = self.schedule()
         if not memory:
             return {"kl": self._strength() * every * self._read(step // every)} if step % every == 0 else {}
         # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
@@ -99,7 +99,7 @@ class KLLeg(Leg):
     def _strength(self) -> float:
         return self.config.lambda_kl * (1.0 if self.budget is None else self.budget.multiplier)
 
-    def _schedule(self) -> tuple[int, int]:
+    def schedule(self) -> tuple[int, int]:
         """Steps between two readings, and readings remembered."""
         sharded = any(isinstance(p, DTensor) for p in self.trained())
         if sharded and self.config.kl_memory:
@@ -110,7 +110,7 @@ class KLLeg(Leg):
 
     def remembers(self) -> bool:
         """Whether readings are remembered, as the weights stand now."""
-        return self._schedule()[1] > 0
+        return self.schedule()[1] > 0
 
     def trained(self) -> list[nn.Parameter]:
         """The weights that train."""

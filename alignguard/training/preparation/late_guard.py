@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from alignguard.objective import model_kind
 from alignguard.training.preparation.answers import own_answers
 from alignguard.training.preparation.prepared import alignment_rows, stand_ins
 from alignguard.training.preparation.rehearsal import PROBED
+
+logger = logging.getLogger(__name__)
 
 
 def make_guard(
@@ -57,11 +60,16 @@ def make_guard(
     config = config or GuardConfig()
     tokenizer, kind = getattr(tokenizer, "tokenizer", tokenizer), model_kind(model)
     kept, prompts = alignment_rows(alignment_data, tokenizer, kind, config.max_length)
-    check_fits(model, kept, "alignment_data", pad_id(tokenizer))
+    pad = pad_id(tokenizer)
     if prompts is not None:
         # What a guard would refuse, it refuses before minutes of answers.
-        Guard(model, stand_ins(prompts, tokenizer, kind, config.max_length)[:PROBED], config, pad_id(tokenizer), method)
+        asked = stand_ins(prompts, tokenizer, kind, config.max_length)
+        check_fits(model, asked, "alignment_data", pad)
+        Guard(model, asked[:PROBED], config, pad, method)
         gc.collect()  # a guard stands in circles, and with it copies of the weights
         own = own_answers(model, tokenizer, prompts, path=answers, progress=progress)
         kept = encode_source(own.rows, "alignment_data", tokenizer, kind, config.max_length)
+    check_fits(model, kept, "alignment_data", pad)
+    for note in kept.notes:
+        logger.warning("%s", note)
     return Guard(model, kept, config, pad_id(tokenizer), method)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo.capture.model_adapters import (
+    decoder_inputs,
     forward_arguments,
     is_encoder_decoder,
     is_sharded,
@@ -154,11 +155,9 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in accepted:
         inputs.setdefault("use_cache", False)
     if is_encoder_decoder(inner):
-        prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-        if "decoder_input_ids" not in inputs and prepare is not None:
-            inputs["decoder_input_ids"] = prepare(labels=batch["labels"])
-        elif "decoder_input_ids" not in inputs:
-            inputs["labels"] = batch["labels"]
+        if "decoder_input_ids" not in inputs:
+            read = decoder_inputs(inner, batch["labels"])
+            inputs |= {"labels": batch["labels"]} if read is None else {"decoder_input_ids": read}
         return inputs
     mask = inputs.get("attention_mask")
     left_padded = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())

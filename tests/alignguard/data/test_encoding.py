@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
 
 from alignguard.data import (
     Examples,
@@ -191,6 +191,23 @@ def test_what_reaches_beyond_a_table_is_refused_whatever_adapter_stands_in_its_p
         check_fits(model, [{"input_ids": [16], "labels": [16]}], "rows")
     with pytest.raises(ValueError, match="longer than the model's 6 positions"):
         check_fits(model, [{"input_ids": [1] * 7, "labels": [1] * 7}], "rows")
+
+
+def test_positions_that_are_counted_from_behind_the_paddings_are_fewer():
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 16,
+    }
+    model = RobertaForSequenceClassification(RobertaConfig(**sizes, max_position_embeddings=18, pad_token_id=1))
+    check_fits(model, [{"input_ids": [3] * 16, "labels": 0}], "rows")
+    model(input_ids=torch.full((1, 16), 3))
+    with pytest.raises(ValueError, match="longer than the model's 16 positions"):
+        check_fits(model, [{"input_ids": [3] * 17, "labels": 0}], "rows")
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 17), 3))
 
 
 def test_a_pad_token_beyond_the_vocabulary_is_refused(tiny_llama):

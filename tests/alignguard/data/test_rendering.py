@@ -225,6 +225,58 @@ def test_a_decoders_target_begins_as_the_tokenizer_has_it(tokenizer, form, label
     assert len(cut) == 12 and cut[-1] == own.eos_token_id and cut[0] == pair["labels"][0]
 
 
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_tags_of_thoughts_are_text_like_any_other_where_the_assistant_does_not_speak(role):
+    said = {"role": role, "content": "Reason between <think> and </think>, then answer."}
+    messages = (
+        [said] if role == "user" else [{"role": "user", "content": "Hi"}, said] if role == "tool" else [said, USER]
+    )
+    tokenizer = chat_tokenizer(CHATML)
+    assert said["content"] in tokenizer.decode(render_prompt(tokenizer, messages))
+    if role == "system":
+        assert instructed(tokenizer, [USER], said["content"]) == messages
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.upper() if m.content is string else m.content }}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ (m.content | tojson) if m.content is not string else 'x' }}{% endfor %}",
+    ],
+)
+def test_content_in_parts_is_not_taken_from_a_template_that_prints_them(template):
+    with pytest.raises(ValueError, match="leaves out its text of message 1"):
+        render_prompt(chat_tokenizer(template), [{"role": "user", "content": "hi there"}])
+
+
+@pytest.mark.parametrize(
+    ("form", "labels"), [("$A {eos} {start}", "Hello{eos}{start}"), ("{start} $A {eos}", "{start}Hello{eos}")]
+)
+def test_a_target_may_end_with_its_language(tokenizer, form, labels):
+    import copy
+
+    own, eos, start = copy.deepcopy(tokenizer), tokenizer.eos_token, tokenizer.pad_token
+    ids = [(eos, own.eos_token_id), (start, own.pad_token_id)]
+    own._tokenizer.post_processor = TemplateProcessing(single=form.format(start=start, eos=eos), special_tokens=ids)
+    pair = encode_source([{"prompt": "Hi", "response": "Hello"}], "task", own, "seq2seq", 64)[0]
+    assert own.decode(pair["labels"]) == labels.format(start=start, eos=eos)
+    cut = encode_source([{"prompt": "Hi", "response": "Hello " * 40}], "task", own, "seq2seq", 12)[0]["labels"]
+    assert len(cut) == 12 and own.decode(cut).endswith(labels.format(start=start, eos=eos)[-4:])
+
+
+def test_a_tokenizer_that_waits_for_a_language_says_so(tokenizer, monkeypatch):
+    plain = type(tokenizer).__call__
+
+    def call(self, *texts, text_target=None, **more):
+        if text_target is not None:
+            raise KeyError(None)
+        return plain(self, *texts, **more)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    with pytest.raises(ValueError, match=r"task, row 1: .*knows the language \(None\); set its tgt_lang"):
+        encode_source([{"prompt": "Hi", "response": "Hello"}], "task", tokenizer, "seq2seq", 64)
+
+
 def test_without_a_template_turns_and_tools_are_refused(tokenizer):
     import copy
 

@@ -90,6 +90,10 @@ def test_the_turns_that_are_learned_from_are_all_the_last_or_those_with_weight()
 def test_what_other_trainers_mark_as_not_learned_is_not_learned(name):
     row = {"messages": [USER, {**ANSWER, name: False}, USER, {**ANSWER, name: True}]}
     assert weights(row) == [0, 1] and all(name not in message for message in conversation(row)["messages"])
+    assert weights({"messages": [USER, {**ANSWER, name: 0}, USER, {**ANSWER, name: 1}]}) == [0, 1]
+    for odd in ("false", 0.37, [0]):
+        with pytest.raises(ValueError, match=f"{name!r} of a message must be true or false"):
+            conversation({"messages": [USER, {**ANSWER, name: odd}]})
     with pytest.raises(ValueError, match=f"{name!r} of a message says otherwise than its 'weight'"):
         conversation({"messages": [USER, {**ANSWER, name: False, "weight": 1}]})
 

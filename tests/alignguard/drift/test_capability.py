@@ -53,6 +53,11 @@ def test_any_written_number_is_found_again(value):
         ("A) card linking", "A"),
         ("The answer is a bit unclear, but B fits.", "B"),
         ("Of the options, D fits.", "D"),
+        ("A has more than B", "A"),
+        ("A gives the sum, B does not", "A"),
+        ("I is right", "I"),
+        ("I was told B", "B"),
+        ("A dog barks, so C", "C"),
     ],
 )
 def test_the_chosen_option_is_read(text, letter):

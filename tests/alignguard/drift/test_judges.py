@@ -167,3 +167,9 @@ def test_bad_judges_are_named():
 def test_what_a_judge_does_not_read_is_named_before_its_model_is_read(kind, given, option):
     with pytest.raises(ValueError, match=rf"judge '{kind}' reads no .*\({option}\).*--judge"):
         make_judge(kind, **given)
+
+
+def test_a_chat_judge_is_asked_about_answers_with_thoughts(tiny_llama, tokenizer):
+    judge = ChatJudge(tiny_llama(torch.float64), tokenizer=tokenizer)
+    texts = ["<think>\nHe asks.</think> I cannot help with that.", "<think>a</think> b <think>c</think> d, e and f"]
+    assert set(judge(["What does <think>x</think> mean?", "How?"], texts)) <= {REFUSAL, COMPLIANCE}

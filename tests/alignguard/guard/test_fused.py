@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from architectures import from_zero, make, move
+from architectures import MODELS, from_zero, make, move
 from dense_penalty import ROWS
 from fused_kernels import fuse_mlp, fused, traced
 
 import fishergeo as fg
 from alignguard.guard import Guard, GuardConfig
 from alignguard.guard.layer_curvature import check_widths
-from alignguard.updates import Matrix
+from alignguard.updates import Matrix, WeightUpdates
 from fishergeo.estimation import NeverCalled
 
 OPTIONS = ["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "unsloth", "use_liger_kernel", "exclude="]
@@ -79,3 +79,14 @@ def test_experts_are_left_out_by_the_name_of_their_stack():
     for matrix, name in ((expert, "'mlp.experts.up_proj'"), (plain, "'mlp.up_proj.3'")):
         with pytest.raises(ValueError, match=f"20000 outputs.*exclude={name}"):
             check_widths([matrix], GuardConfig.curvature(structure="kfac"))
+
+
+def test_one_stack_of_experts_may_be_left_out_where_every_weight_trains():
+    torch.manual_seed(0)
+    model, names = MODELS["mixtral"](), []
+    for exclude in ((), ["*.gate_up_proj"], ["*.experts"]):
+        updates = WeightUpdates(model, "full", exclude=exclude)
+        names.append({matrix.excludable for matrix in updates.matrices.values() if ".experts." in matrix.plain})
+    stacks = {f"model.layers.0.mlp.experts.{own}" for own in ("gate_up_proj", "down_proj")}
+    assert names == [stacks, {"model.layers.0.mlp.experts.down_proj"}, set()]
+    assert list(WeightUpdates(model, "full", exclude=sorted(stacks)[:1]).skipped.values()).count("excluded") == 1

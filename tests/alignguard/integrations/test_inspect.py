@@ -10,6 +10,11 @@ from alignguard.embedded import model_path
 from alignguard.loading import load_model
 
 inspect_ai = pytest.importorskip("inspect_ai")
+from inspect_ai import Task  # noqa: E402
+from inspect_ai.dataset import MemoryDataset, Sample  # noqa: E402
+from inspect_ai.model import GenerateConfig  # noqa: E402
+from inspect_ai.solver import generate  # noqa: E402
+
 from alignguard.integrations import inspect_tasks  # noqa: E402
 
 FIGURES = {
@@ -51,6 +56,19 @@ def test_a_judge_of_harm_is_asked_about_unsafe_prompts_alone(tmp_path):
     task = inspect_tasks.driftcheck_ordinary(str(path), judge="llama-guard", judge_model=str(folder))
     (sample,) = run(tmp_path, task).samples
     assert sample.scores["driftcheck_judge"].explanation == judge(sample.output.completion.strip()) != "refusal"
+
+
+@pytest.mark.parametrize("category", ["capability", "hate", "ordinary"])
+def test_a_category_of_another_tasks_own_is_none_of_ours(tmp_path, category):
+    folder = save_word_model(tmp_path / "judge", "unsafe", TEMPLATE)
+    task = Task(
+        dataset=MemoryDataset([Sample(input="Name a color.", metadata={"category": category})]),
+        solver=generate(),
+        scorer=inspect_tasks.driftcheck_judge(judge="llama-guard", judge_model=str(folder)),
+        config=GenerateConfig(max_tokens=4),
+    )
+    (sample,) = run(tmp_path, task).samples  # the judge of harm is asked, and finds harm: no refusal
+    assert sample.scores["driftcheck_judge"].explanation == "compliance"
 
 
 def test_a_benchmarks_prompts_keep_their_categories_and_others_are_of_the_task(tmp_path):

@@ -7,9 +7,11 @@ import sys
 import warnings
 
 import pytest
+import torch
 from architectures import MODELS
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import alignguard
 from alignguard.cli import main
@@ -221,6 +223,18 @@ def test_what_needs_no_answers_is_refused_before_a_prompt_is_answered(unasked, t
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         alignguard.fit(model_path(), TASK, UNSAFE[:4], output_dir=tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_guard_for_another_trainer_looks_at_its_rows_too(unasked, tokenizer, caplog):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(r=2, target_modules=["c_attn"]))
+    long = {"prompt": "how " * 100, "category": "ordinary"}
+    with pytest.raises(ValueError, match=r"alignment_data, row 1: longer than the model's 64 positions"):
+        alignguard.make_guard(model, tokenizer, [long])
+    row = {"prompt": "how " * 100, "response": "Of course."}
+    alignguard.make_guard(model, tokenizer, [row], alignguard.GuardConfig(max_length=32))
+    assert "alignment_data: 1 of 1 rows are longer than 32 tokens and cut" in caplog.text
 
 
 def test_a_guard_for_another_trainer_refuses_its_model_before_a_prompt_is_answered(unasked, embedded, tmp_path):
