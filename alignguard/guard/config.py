@@ -370,7 +370,7 @@ class GuardConfig:
             (['structure'], [])
         """
         idle: tuple[str, ...] = () if self.reads_fisher else OF_THE_FISHER
-        idle += () if self.lambda_kl else OF_KL
+        idle += OF_KL if not self.lambda_kl else ("kl_climb",) if self.kl_memory == 0 else ()
         idle += () if self.max_drift is not None or self.adaptive else OF_MEASURING
         plain = {field.name: field.default for field in dataclasses.fields(self)}
         # The presets without KL set some of its fields, too.

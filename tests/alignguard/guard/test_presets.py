@@ -44,6 +44,7 @@ def test_fields_of_the_fisher_are_told_where_no_term_reads_it():
     assert GuardConfig(refresh_every=3, energy=0.5).unread() == ["energy", "refresh_every"]
     assert GuardConfig().unread() == [] and GuardConfig(lambda_kl=1.0, exclude=("x",)).unread() == []
     assert GuardConfig.curvature(refresh_every=3).unread() == []
+    assert GuardConfig(kl_memory=0, kl_climb=0.3).unread() == ["kl_climb"] and GuardConfig(kl_memory=0).unread() == []
     assert GuardConfig(lambda_collision=0.1, refresh_every=3).unread() == []
 
 
