@@ -143,4 +143,8 @@ def damped_inverse(name: str, operator: SymmetricOperator, damping: float) -> Sy
         ValueError: as :func:`checked_damping`.
     """
     operator = settled(operator)
-    return operator.inverse(checked_damping(name, operator, damping))
+    try:  # which decomposes it once, and knows as well whether it is singular
+        return operator.inverse(check_number("damping", damping, low=0.0))
+    except ValueError as error:
+        checked_damping(name, operator, damping)
+        raise ValueError(f"layer {name!r}: {error}") from error
