@@ -86,8 +86,11 @@ def aligned_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     inner = base_model(model)
     if kind == "seq2seq":
         read = decoder_inputs(inner, labels)
-        inputs |= {"labels": labels} if read is None else {"decoder_input_ids": read}
-        return model(**inputs).logits, labels
+        if read is None:
+            raise TypeError(
+                f"a {type(inner).__name__} does not say what its decoder reads for given labels; take a model that generates"
+            )
+        return model(**inputs, decoder_input_ids=read).logits, labels
     if kind == "classification":
         return model(**inputs).logits[:, None], labels[:, None]
     targets = labels[:, 1:]

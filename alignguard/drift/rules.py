@@ -283,8 +283,8 @@ _CHOSEN = re.compile(
 
 # A capital letter alone; an "A" before a small word is the article, unless the word says something of the option.
 _LETTER = re.compile(
-    r"(?<![A-Za-z'’])(?:I(?!\s+(?!(?:is|has|because|since|fits|matches)\b)[a-z])|A(?!\s+(?!(?:is|was|has|had|can|could|does|did|"
-    r"will|would|should|must|may|might|because|since|as|and|or|not|fits|matches|seems|looks|describes|applies|covers|gives|makes|means|"
+    r"(?<![A-Za-z'’])(?:I(?!\s+(?!(?:is|has|because|since|fits|matches)\b)[a-z])|A(?!\s+(?!(?:is|was|has|had|could|does|did|"
+    r"would|should|may|might|because|since|as|and|or|not|fits|matches|seems|looks|describes|applies|covers|gives|makes|"
     r"shows|states|contains|includes|says|names|lists|leads|holds|works|refers|comes|answers|represents|requires|remains)\b)[a-z])"
     r"|[B-HJ-Z])(?![A-Za-z'’])"
 )

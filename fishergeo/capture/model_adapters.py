@@ -18,6 +18,7 @@ _LORA = "lora_"
 _BASE = ".base_layer"
 _WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|\+|$)|\.modules_to_save\.[^.]+(?=\.|$)")
 _PARAMETER_WRAPPER = "ParamWrapper"
+_LAST_FIRST = ("mbart", "plbart")  # whose own shift of labels wraps the last one around
 _UNSHIFTED = ("MaskedLM", "TokenClassification")
 _CLASSIFIERS = ("SequenceClassification", "ImageClassification", "VideoClassification", "AudioClassification")
 
@@ -54,26 +55,27 @@ def forward_arguments(model: nn.Module) -> frozenset[str]:
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor | None:
-    """What an encoder-decoder's decoder reads while it is asked for ``labels``, (n, T): they themselves, one place later.
+    """What a generating encoder-decoder's decoder reads while it is asked for ``labels``: they themselves, one place later.
 
-    The model's own function serves where it has no start token to put before them: mBART's would put there the last label,
-    which of a response cut short is no end.
+    As the model's own function has it, but for those that put the last label first: of a response cut short that is no
+    end and no language, and their start token is taken.
 
     Args:
         model: an encoder-decoder, wrapped by peft or not.
-        labels: token ids, −100 where nothing is asked.
+        labels: token ids, (n, T), −100 where nothing is asked.
 
     Returns:
-        (n, T); None where the model says neither.
+        (n, T); None where the model does not say, as a classifier.
     """
     inner: Any = unwrapped(model)
-    config = getattr(inner, "config", None)
-    start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
-    if start is not None and pad is not None:
-        shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
-        return shifted.masked_fill(shifted < 0, pad)
     prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-    return None if prepare is None else prepare(labels=labels)
+    if prepare is None:
+        return None
+    start, pad = (getattr(inner.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if inner.config.model_type not in _LAST_FIRST or start is None or pad is None:
+        return prepare(labels=labels)
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted < 0, pad)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -58,7 +58,7 @@ def check_trace(trace: float, held: float, eps: float, columns: int = 0, name: s
     Raises:
         ValueError: for such a trace, NaN or infinity.
     """
-    if not held * (1 - max(1e-5, eps**0.5, 10 * columns * eps)) <= trace < math.inf:
+    if not held * (1 - max(1e-5, eps**0.5, min(0.1, 10 * columns * eps))) <= trace < math.inf:
         where = f"layer {name!r}: " if name else ""
         raise ValueError(
             f"{where}trace must be finite and at least {held:.6g}, the sum of the eigenvalues that were found, got "

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_number, check_tensor
 from fishergeo._linalg import binary_exponent
-from fishergeo.sketching.error import check_trace
 from fishergeo.spectral.rank import rank_for_energy
 
 BLOCK = 16  # and a 64th of the matrix, if that is more
@@ -102,8 +101,11 @@ def _settled(matrix: Tensor, energy: float, total: float, most: int) -> tuple[Te
                 residuals = (images @ rotation[:, :m] - vectors * theta).norm(dim=0)
                 settled = float(residuals.max()) <= limit * float(values[0])
                 if settled and not _crowded(values[:m], residuals.double(), width):
-                    found, unit = float(values.clamp_min(0).sum()), math.ldexp(1.0, exponent)
-                    check_trace(total * unit, found * unit, torch.finfo(matrix.dtype).eps, len(values))
+                    if (found := float(values.clamp_min(0).sum())) > total * (1 + max(1e-5, limit)):
+                        raise ValueError(
+                            f"the trace is {math.ldexp(total, exponent):.6g}, less than the sum {math.ldexp(found, exponent):.6g} "
+                            "of the eigenvalues found: a matrix that is not positive semi-definite, or another's total"
+                        )
                     return theta.clamp_min(0) * math.ldexp(1.0, exponent), vectors
         for _ in range(2):  # once is not enough where the image lies almost within the space
             image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q

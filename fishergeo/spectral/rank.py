@@ -305,7 +305,7 @@ def rank_for_energy(
     )
     # A trace that was summed in another order or in single precision may be a rounding less than the sum, which the shift
     # of a sketch's columns adds to besides.
-    if whole < known * (1 - max(1e-5, 10 * len(values) * eps)):
+    if whole < known * (1 - max(1e-5, min(0.1, 10 * len(values) * eps))):
         raise ValueError(f"total is {whole:.6g}, less than the sum {known:.6g} of the values it should contain")
     if known == 0:
         return 0

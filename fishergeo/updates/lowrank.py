@@ -1,5 +1,6 @@
 """Matrices known by two thin factors, and the algebra that never multiplies them out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ def magnitude(*matrices: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tens
     for matrix in matrices:
         if matrix.numel():
             size = torch.maximum(size, matrix.detach().abs().amax(dim=dim, keepdim=True))
-    return torch.where(size > 0, size.log2().floor().exp2(), 1)
+    most = math.frexp(torch.finfo(size.dtype).max)[1] - 1  # the logarithm of the very largest is rounded up
+    return torch.where(size > 0, size.log2().floor().clamp(max=most).exp2(), 1)
 
 
 def summing_dtype(factor: Any) -> torch.dtype:

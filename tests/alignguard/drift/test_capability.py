@@ -58,6 +58,7 @@ def test_any_written_number_is_found_again(value):
         ("I is right", "I"),
         ("I was told B", "B"),
         ("A dog barks, so C", "C"),
+        ("A means of travel, so C", "C"),
     ],
 )
 def test_the_chosen_option_is_read(text, letter):

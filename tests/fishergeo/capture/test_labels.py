@@ -64,6 +64,35 @@ def test_a_vision_model_that_regresses_on_several_outputs():
     check(hf.ViTForImageClassification(config), "classifier", batch)
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_encoder_decoder_that_classifies_reads_no_labels(kind, several):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50,
+        "d_model": 16,
+        "num_labels": 3,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "dropout_rate": 0.0,
+    }
+    if kind == "T5":
+        config = hf.T5Config(**sizes, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        model = hf.T5ForSequenceClassification(config)
+    else:
+        parts = {f"{part}_{what}": n for part in ("encoder", "decoder")
+                 for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+        model = hf.BartForSequenceClassification(
+            hf.BartConfig(**sizes, **parts, dropout=0.0, max_position_embeddings=32)
+        )
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 2, (5, 3), generator=generator).double() if several else torch.tensor([0, 1, 2, 1, 0])
+    if several:
+        model.config.problem_type = "multi_label_classification"
+    ids = torch.cat([IDS, torch.full((5, 1), 2)], 1)  # the end, at which both read
+    check(model, "classification_head.out_proj", {"input_ids": ids, "labels": labels})
+
+
 def test_labels_that_are_no_probabilities_are_refused():
     model = bert_classifier(num_labels=3).double()
     with pytest.raises(ValueError, match=r"multi-label.*\[0, 1\]"):

@@ -456,6 +456,11 @@ def test_functions_of_an_indefinite_operator_are_its_own_or_refused():
             call()
     noise = -20 * torch.finfo(torch.float32).eps  # as a float32 sum of thousands of batches leaves it
     assert fg.DenseOperator(torch.diag(torch.tensor([4.0, noise]))).sqrt().to_dense().diagonal().tolist() == [2.0, 0.0]
+    lifted = fg.DenseOperator(torch.diag(torch.tensor([1.0, -3e-4])))  # what damping lifts is not taken for noise
+    assert float(lifted.inverse(0.01).to_dense()[1, 1]) == pytest.approx(1 / (0.01 - 3e-4), rel=1e-5)
+    for half, entry in ((torch.float16, -0.03), (torch.bfloat16, -0.08)):
+        with pytest.raises(ValueError, match="not positive semi-definite"):
+            fg.DenseOperator(torch.diag(torch.tensor([1.0, entry])).to(half)).inverse(0.01)
     entries = fg.DiagonalOperator(torch.tensor([[3.0, -1e-9]]).double())
     with pytest.raises(ValueError, match="least eigenvalue is -1e-09"):
         entries.power(0.5)

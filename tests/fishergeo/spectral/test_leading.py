@@ -97,7 +97,7 @@ def test_a_trace_that_is_less_than_what_is_found_is_refused_at_every_size(size):
     basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double()).Q
     matrix = (basis * values) @ basis.T
     assert len(fg.leading_eigenpairs(1e-30 * matrix)[0]) == 2
-    with pytest.raises(ValueError, match=r"less than the sum|at least 1.8e-29"):
+    with pytest.raises(ValueError, match=r"less than the sum"):
         fg.leading_eigenpairs(1e-30 * matrix, total=1e-30)
 
 

@@ -64,6 +64,7 @@ def test_the_default_share_is_80_percent_and_a_total_may_be_a_tensor():
         ([1.0], {"energy": 1.1}, ValueError, "energy must be a finite number"),
         ([1.0], {"energy": float("nan")}, ValueError, "energy"),
         ([1.0], {"total": 0.5}, ValueError, "total is 0.5, less than the sum"),
+        (torch.ones(200, dtype=torch.bfloat16), {"total": -5.0}, ValueError, "total is -5, less than the sum"),
         ([1.0], {"total": float("inf")}, ValueError, "total must be a finite"),
         ([1.0], {"total": "1"}, TypeError, "total must be a real number"),
     ],

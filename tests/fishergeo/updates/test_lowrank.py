@@ -344,6 +344,8 @@ def test_a_squared_norm_does_not_depend_on_how_the_scale_is_shared_out():
     assert float(tiny.squared_norm()) == pytest.approx(9e-20, rel=1e-5)
     cancelled = fg.LowRank(torch.tensor([[1e20, -1e20]]), torch.ones(2, 1))
     assert float(cancelled.squared_norm()) == float(cancelled.norm()) == 0
+    most = fg.LowRank(torch.full((1, 1), torch.finfo(torch.float32).max), torch.ones(1, 1))
+    assert float(most.norm()) == torch.finfo(torch.float32).max
     least = fg.LowRank(torch.full((2000, 1), 2e-22), torch.ones(1, 3000))
     assert float(least.squared_norm()) == pytest.approx(6e6 * 4e-44, rel=1e-2)  # of a float32 so small
 
