@@ -160,6 +160,12 @@ def binary_exponent(peak: float, dtype: torch.dtype) -> int:
     return max(-most, min(most, math.frexp(peak)[1]))
 
 
+def power_below(peak: Tensor) -> Tensor:
+    """The power of two below each of these magnitudes, to divide by without rounding; 1 where it is zero."""
+    most = math.frexp(torch.finfo(peak.dtype).max)[1] - 1  # the logarithm of the very largest is rounded up
+    return torch.where(peak > 0, peak.log2().floor().clamp(max=most).exp2(), 1)
+
+
 def gaussian(size: int, columns: int, seed: int, name: str = "") -> Tensor:
     """A Gaussian (size, columns) matrix in float32 that depends on seed and name only, whatever the device or default dtype.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_choice, check_integer
-from fishergeo._linalg import directions
+from fishergeo._linalg import directions, power_below
 from fishergeo.operators import BlackBox, Product, black_box
 
 TRACE_METHODS = ("xtrace", "hutch++", "hutchinson")
@@ -112,15 +112,9 @@ def _hutch_plus_plus(
     return Estimate(inside + outside.value, outside.error, products)
 
 
-def _unit(tensor: Tensor) -> Tensor:
-    """The power of two below the largest magnitude, to divide by without rounding; 1 where all is zero."""
-    mantissa, exponent = torch.frexp(tensor.abs().max())
-    return torch.where(mantissa == 0, 1, torch.ldexp(torch.ones_like(mantissa), exponent - 1))
-
-
 def _mean(samples: Tensor, products: int) -> Estimate:
     """Over the last dimension; squares are of numbers near one, whatever the operator's scale."""
-    unit = _unit(samples)
+    unit = power_below(samples.abs().max())
     error = (samples / unit).std(-1) * unit / samples.shape[-1] ** 0.5
     return Estimate(samples.mean(-1), error, products)
 
@@ -132,7 +126,7 @@ def _left_out(triangle: Tensor) -> Tensor:
     rounding in Q, which is left out without loss; the floor only keeps the inverse finite. A small singular value alone
     does not say that there is nothing beyond the samples' range: a long flat tail has a trace too.
     """
-    left, singular, right = torch.linalg.svd((triangle / _unit(triangle)).cpu().double())
+    left, singular, right = torch.linalg.svd((triangle / power_below(triangle.abs().max())).cpu().double())
     floor = torch.finfo(torch.float64).eps * singular[0]
     inverse = (left / torch.where(singular > floor, singular, torch.where(floor > 0, floor, 1))) @ right
     return (inverse / torch.linalg.vector_norm(inverse, dim=0)).to(triangle)

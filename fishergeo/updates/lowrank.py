@@ -1,6 +1,5 @@
 """Matrices known by two thin factors, and the algebra that never multiplies them out."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from fishergeo._checks import (
     check_same_kind,
     check_tensor,
 )
+from fishergeo._linalg import power_below
 
 
 def _check_factor(name: str, factor: object) -> torch.Tensor:
@@ -37,8 +37,7 @@ def magnitude(*matrices: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tens
     for matrix in matrices:
         if matrix.numel():
             size = torch.maximum(size, matrix.detach().abs().amax(dim=dim, keepdim=True))
-    most = math.frexp(torch.finfo(size.dtype).max)[1] - 1  # the logarithm of the very largest is rounded up
-    return torch.where(size > 0, size.log2().floor().clamp(max=most).exp2(), 1)
+    return power_below(size)
 
 
 def summing_dtype(factor: Any) -> torch.dtype:
