@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import scipy.stats
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -88,10 +88,10 @@ def probe_error(
     count = probes.shape[1]
     images, z = differences.double(), probes.double()
     lengths = torch.linalg.vector_norm(images, dim=0)
-    smallest = scipy.stats.norm.ppf((1 + (1 - level) ** (1 / count)) / 2)
+    smallest = scipy.special.ndtri((1 + (1 - level) ** (1 / count)) / 2)
     spectral = float(lengths.max()) / smallest
     mean = max(0.0, float((z * images).sum() / count))
-    bound = mean * count / scipy.stats.chi2.ppf(1 - level, count)
+    bound = mean * count / scipy.special.chdtri(count, level)
     missing = mean if trace is None else max(0.0, trace - known)
     bound = bound if trace is None else missing
     whole = known + bound
