@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignguard.data import read_jsonl
-from alignguard.drift import DriftReport, driftcheck, load_prompts, measured_kl, task_score
+from alignguard.drift import DriftReport, driftcheck, measured_kl, prompts_of, task_score
 from alignguard.embedded import TRAINING, data_path, model_path
 from alignguard.files import claim_output, write_text
 from alignguard.guard import GuardConfig
@@ -74,11 +74,8 @@ def answers(base: DriftReport, plain: DriftReport, guarded: DriftReport) -> dict
 
 
 def demo_prompts() -> list[dict[str, Any]]:
-    """The leading rows of each DriftCheck category that the demo asks."""
-    rows: list[dict[str, Any]] = []
-    for category, count in PROMPTS.items():
-        rows += [row for row in load_prompts() if row["category"] == category][:count]
-    return rows
+    """The rows of each DriftCheck category that the demo asks."""
+    return [row for category, count in PROMPTS.items() for row in prompts_of(category, limit=count)]
 
 
 def train(output_dir: Path, guarded: bool, seed: int, config: GuardConfig | None = None, **options: Any) -> FitResult:
@@ -123,13 +120,13 @@ def run_demo(output_dir: Path, overwrite: bool = False, seed: int = 0, max_steps
 
     Raises:
         FileExistsError: the folder holds something and ``overwrite`` is false.
-        ValueError: ``max_steps`` below 1.
+        ValueError: ``max_steps`` below 1, or a seed out of range.
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, not {max_steps}")
+    config = GuardConfig(seed=seed)
     console = Console()
     output = claim_output(output_dir, overwrite)
-    config = GuardConfig(seed=seed)
     training = {} if max_steps is None else {"max_steps": max_steps}
     model, tokenizer = load_model(model_path())
     prompts = demo_prompts()

@@ -37,7 +37,7 @@ PRESETS: dict[str, Callable[..., GuardConfig]] = {
     "paper": GuardConfig.paper,
 }
 
-LOOKED_AT = 8  # prompts that the model answers for a dry run
+LOOKED_AT = 16  # prompts that the model answers for a dry run
 
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
@@ -101,18 +101,29 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument("--output-dir", type=place, default=Path("runs/fit"), help="default: runs/fit")
     fit.add_argument(
         "--overwrite",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="allow an output folder that holds something; what a run left there is removed",
     )
-    fit.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint of the same run")
+    fit.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="go on from the last complete checkpoint of the same run",
+    )
     fit.add_argument(
         "--save-every", type=int, default=None, help="optimizer steps between checkpoints; none if left out"
     )
-    fit.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     fit.add_argument(
-        "--verbose", action="store_true", help="a line for every guarded matrix, not for every kind of layer"
+        "--dry-run", action=argparse.BooleanOptionalAction, default=False, help="print the plan and touch nothing"
     )
-    fit.add_argument("--plain", action="store_true", help="without the guard")
+    fit.add_argument(
+        "--verbose",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="a line for every guarded matrix, not for every kind of layer",
+    )
+    fit.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="without the guard")
     fit.add_argument(
         "--preset", choices=PRESETS, default="default",
         help="the guard that its options change: KL to the base (default), the Fisher layer by layer, both, or the method "
@@ -191,17 +202,24 @@ def _required(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is missing")
 
 
+GUARD_FIELDS = tuple(field.name for field in dataclasses.fields(GuardConfig) if field.name != "seed")
+
+READING = ("alignment_data", "alignment_split", "alignment_subset", "alignment_fields", "offload", "fisher")
+
+USUAL = {"alignment_turns": "all", "preset": "default"}
+
+OF_GUARD = (*GUARD_FIELDS, *READING, *USUAL)  # options of fit that a run without the guard does not read
+
+
 def _check_plain(args: argparse.Namespace) -> None:
-    """Refuse what is said of the guard to a run without one, wherever it is said.
+    """Refuse what is said of the guard to a run without one: beside ``--plain``, or in a file that says so itself.
 
     Raises:
         ValueError: named one by one.
     """
-    of_guard = [field.name for field in dataclasses.fields(GuardConfig) if field.name != "seed" and field.name in args]
-    reading = ("alignment_data", "alignment_split", "alignment_subset", "alignment_fields")
-    of_guard += [name for name in (*reading, "offload", "fisher") if getattr(args, name) is not None]
-    usual = {"alignment_turns": "all", "preset": "default"}
-    of_guard += [name for name, value in usual.items() if getattr(args, name) != value]
+    of_guard = [name for name in GUARD_FIELDS if name in args]
+    of_guard += [name for name in READING if getattr(args, name) is not None]
+    of_guard += [name for name, value in USUAL.items() if getattr(args, name) != value]
     if args.plain and of_guard:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in of_guard)
         raise ValueError(f"{named}: of the guard, and --plain trains without it; leave one or the other out")
@@ -294,7 +312,8 @@ def run_command(
     try:
         args = parser.parse_args(arguments)
         if getattr(args, "config", None) is not None:
-            apply_yaml(commands[args.command], args.config)
+            # The plain run beside a guarded one is of the same file; what is typed beside --plain is refused.
+            apply_yaml(commands[args.command], args.config, OF_GUARD if getattr(args, "plain", False) else ())
             args = parser.parse_args(arguments)
         args.run(args)
     except (*BAD_INPUT, OSError, FloatingPointError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from alignguard.cli.yaml_config import place, unclaimed
@@ -13,7 +14,12 @@ from alignguard.drift import JUDGES
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Options that say how a model is read."""
     parser.add_argument("--tokenizer", default=None, help="folder or hub name, in place of the model's own")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python that comes with the model")
+    parser.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run Python that comes with the model",
+    )
 
 
 def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
@@ -41,7 +47,7 @@ def add_drift(commands: Any) -> dict[str, argparse.ArgumentParser]:
     drift.add_argument("--category", default=None, help="category of prompts that name none")
     drift.add_argument("--split", default=None, help="split of a hub name or folder with several")
     drift.add_argument("--system", default=None, help="a system prompt before every prompt and row (default: none)")
-    drift.add_argument("--limit", type=int, default=None, help="only the first so many prompts of each category")
+    drift.add_argument("--limit", type=int, default=None, help="only so many prompts of each category, evenly spaced")
     drift.add_argument("--alignment-data", default=None, help="prompts and responses on which KL from the base is read")
     drift.add_argument("--task-data", default=None, help="held-out task rows: teacher-forced accuracy and loss")
     drift.add_argument("--likelihoods", action="store_true", help="margins of refusing, and answers under the base")
@@ -252,5 +258,15 @@ def run_compare(args: argparse.Namespace) -> None:
             told = "not defined, both gave one verdict throughout" if kappa is None else f"{kappa:.3f}"
             print(f"Cohen's κ of the two reports' judges: {told}")
     if args.html is not None:
-        labels = (args.before.stem, args.after[0].stem if after is not None else "")
+        labels = (args.before.stem, "") if after is None else told_apart(args.before, args.after[0])
         write_drift(args.html, before, after, labels=labels)
+
+
+def told_apart(before: Path, after: Path) -> tuple[str, str]:
+    """Names of two files by which people tell them apart: their own, or of the last folders in which the paths part."""
+    for ours, theirs in zip(
+        before.resolve().with_suffix("").parts[::-1], after.resolve().with_suffix("").parts[::-1], strict=False
+    ):
+        if ours != theirs:
+            return ours, theirs
+    return "before", "after"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from alignguard.cli.yaml_config import place, unclaimed
 
 LONGEST = 2048  # most tokens of a task example that a written file asks for
+STEP = 64  # of which what it asks for is a multiple
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -36,29 +38,39 @@ def run_init(args: argparse.Namespace) -> None:
     from alignguard.data import encode_source
     from alignguard.files import write_text
     from alignguard.guard import GuardConfig
-    from alignguard.loading import kind_of, load_tokenizer
+    from alignguard.loading import kind_of, load_tokenizer, positions_of
     from alignguard.training import DEFAULT_TRAINING
     from alignguard.training.preparation.prepared import alignment_rows
 
     unclaimed("--output", args.output, args.overwrite)
     kind = kind_of(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
-    rows = encode_source(args.task_data, "--task-data", tokenizer, kind, LONGEST)
-    if args.alignment_data is not None:
-        alignment_rows(args.alignment_data, tokenizer, kind, GuardConfig().max_length)
-    lengths = sorted(len(row["input_ids"]) for row in rows)
+    rows = encode_source(args.task_data, "--task-data", tokenizer, kind, sys.maxsize)
+    alignment_rows(args.alignment_data, tokenizer, kind, GuardConfig().max_length)
+    # an encoder-decoder's prompt and response are limited alike, each by itself
+    lengths = sorted(max(len(row["input_ids"]), len(row["labels"]) if kind == "seq2seq" else 0) for row in rows)
     most = lengths[math.ceil(0.99 * len(lengths)) - 1]
-    length = min(LONGEST, max(64, 64 * math.ceil(most / 64)))
+    room = positions_of(args.model, args.trust_remote_code) or LONGEST
+    bound = min(LONGEST, room // STEP * STEP or room)
+    length = min(bound, max(STEP, STEP * math.ceil(most / STEP)))
     batch = min(int(DEFAULT_TRAINING["per_device_train_batch_size"]), len(rows))
     steps = math.ceil(len(rows) / batch)
-    text = _run_file(args, len(rows), lengths[-1], length, batch, steps)
+    longer = sum(found > length for found in lengths)
+    told = (
+        "no row is longer"
+        if not longer
+        else f"{longer} of {len(rows)} rows {'is' if longer == 1 else 'are'} longer and cut"
+    )
+    text = _run_file(args, len(rows), lengths[-1], length, told, batch, steps)
     write_text(args.output, text)
     print(f"written to {args.output}: {len(rows)} task rows, {steps} optimizer steps")
+    if longer:
+        print(f"task_max_length {length}: {told}")
     print(f"look at the plan:  alignguard fit --config {args.output} --dry-run")
     print(f"then train:        alignguard fit --config {args.output}")
 
 
-def _run_file(args: argparse.Namespace, rows: int, longest: int, length: int, batch: int, steps: int) -> str:
+def _run_file(args: argparse.Namespace, rows: int, longest: int, length: int, told: str, batch: int, steps: int) -> str:
     def quoted(value: str) -> str:
         return json.dumps(str(value), ensure_ascii=False)
 
@@ -79,7 +91,7 @@ def _run_file(args: argparse.Namespace, rows: int, longest: int, length: int, ba
         f"task_data: {quoted(args.task_data)}\n"
         f"{kept}"
         "output_dir: runs/fit\n\n"
-        "# Tokens of a task example that are read; 99 of 100 rows are no longer.\n"
+        f"# Tokens of a task example that are read; {told}.\n"
         f"task_max_length: {length}\n"
         f"# {steps} optimizer steps an epoch at this batch size.\n"
         f"per_device_train_batch_size: {batch}\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,13 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
+def apply_yaml(parser: argparse.ArgumentParser, path: Path, left_out: Sequence[str] = ()) -> None:
     """Make the values of a YAML file the defaults of a command.
+
+    Args:
+        parser: the command's.
+        path: the file.
+        left_out: options whose values are checked and left as they are.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not a mapping, an option that is unknown or stands there twice, or a
@@ -91,9 +96,8 @@ def apply_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     if unknown := sorted(set(values) - set(actions)):
         raise ValueError(f"--config {path}: unknown options {unknown}")
-    parser.set_defaults(
-        **{key: _value(actions[key], value, f"--config {path}: {key}") for key, value in values.items()}
-    )
+    read = {key: _value(actions[key], value, f"--config {path}: {key}") for key, value in values.items()}
+    parser.set_defaults(**{key: value for key, value in read.items() if key not in left_out})
 
 
 def _value(action: argparse.Action, value: Any, where: str) -> Any:

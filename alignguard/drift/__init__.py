@@ -6,7 +6,7 @@ from alignguard.drift.generation import PromptBatch, answer_batch, plan_batches,
 from alignguard.drift.generation import fingerprint as answers_fingerprint
 from alignguard.drift.judges import JUDGES, ChatJudge, ClassifierJudge, PublishedJudge, make_judge
 from alignguard.drift.likelihood import measured_kl, task_score
-from alignguard.drift.prompts import CATEGORIES, load_prompts
+from alignguard.drift.prompts import CATEGORIES, load_prompts, prompts_of, spaced
 from alignguard.drift.prompts.recipes import build_prompts
 from alignguard.drift.report import MEASURES, OTHER_SHARES, DriftReport, DriftRow, shown_answer
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, answer_of, is_right, judge
@@ -44,8 +44,10 @@ __all__ = [
     "measured_kl",
     "paired",
     "plan_batches",
+    "prompts_of",
     "room_for_prompt",
     "share_of",
     "shown_answer",
+    "spaced",
     "task_score",
 ]

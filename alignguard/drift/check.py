@@ -151,7 +151,7 @@ def driftcheck(
         system: system prompt before every prompt and row, the base's too; the report states it. None for none, or
             whatever the chat template puts there of itself. A template without a place for it has the text before the
             user's message.
-        limit: keep only the first so many prompts of each category.
+        limit: keep only so many prompts of each category, evenly spaced over it.
         batch_size: prompts answered together.
         max_new_tokens: longest answer in tokens; a refusal shows in its first words.
         capability_tokens: longest answer in tokens to a capability prompt, which may need to reason first.

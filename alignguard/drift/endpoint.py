@@ -178,7 +178,7 @@ def driftcheck_endpoint(
         prompts: None for the packaged set, a JSONL path, or rows (see :func:`alignguard.drift.load_prompts`).
         judge: who gives the verdicts; the rules where left out.
         system: system prompt sent before every prompt; the report states it. None sends none.
-        limit: keep only the first so many prompts of each category.
+        limit: keep only so many prompts of each category, evenly spaced over it.
         max_new_tokens: longest answer in tokens.
         capability_tokens: longest answer in tokens to a capability prompt.
         progress: show a bar.

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoModelForSequenceClassification
-
-from alignguard.data import render_prompt
-from alignguard.drift.generation import PromptBatch, answer_batch
-from alignguard.drift.likelihood import apart, encoded_for, response_scores, response_tokens
+from alignguard.data import encode_source, render_prompt
+from alignguard.drift.generation import PromptBatch, answer_batch, room_for_prompt
+from alignguard.drift.likelihood import apart, response_scores, response_tokens
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, coherence, judge
-from alignguard.loading import load_model, load_tokenizer
-from alignguard.objective import base_model, evaluation_mode
+from alignguard.loading import kind_of, load_model
+from alignguard.objective import base_model, evaluation_mode, model_kind
 
 _REFUSING = re.compile(r"refus|reject|declin", re.IGNORECASE)
 
@@ -30,6 +30,16 @@ _QUESTION = (
 def _filled(form: str, prompt: str, text: str) -> str:
     """A form with prompt and answer in their places; what looks like a place within either is left alone."""
     return re.sub(r"\{(prompt|text)\}", lambda place: prompt if place[1] == "prompt" else text, form)
+
+
+def _warn_long(judge: str, lengths: Sequence[int], room: float, what: str) -> None:
+    """Say how many of what is judged are longer than a judge's room."""
+    if long := sum(length > room for length in lengths):
+        warnings.warn(
+            f"{judge}: {long} of {len(lengths)} answers with their prompts are longer than the {room:.0f} tokens that it "
+            f"reads{what}",
+            stacklevel=4,
+        )
 
 
 class Judge(Protocol):
@@ -80,7 +90,11 @@ class ClassifierJudge:
         batch_size: answers in a batch; the verdicts do not depend on it.
 
     Raises:
-        ValueError: no label means a refusal, or a label that the model does not have.
+        ValueError: a model that is no sequence classifier, no label that means a refusal, or one that the model does not
+            have.
+
+    Warns:
+        UserWarning: answers that are longer than the classifier reads, when they are judged.
     """
 
     def __init__(
@@ -94,8 +108,12 @@ class ClassifierJudge:
     ) -> None:
         self.name = f"classifier {model}" if isinstance(model, (str, Path)) else "classifier"
         if isinstance(model, (str, Path)):
-            tokenizer = load_tokenizer(model, tokenizer)
-            model = AutoModelForSequenceClassification.from_pretrained(str(model), trust_remote_code=False)
+            if (kind := kind_of(model)) != "classification":
+                raise ValueError(
+                    f"judge: {model} is no sequence classifier but a model of kind {kind}: its labels would be drawn at random; "
+                    "give a classifier, or ask it as a chat model (--judge chat)"
+                )
+            model, tokenizer = load_model(model, tokenizer)
         self.model, self.tokenizer, self.pair, self.batch_size = model, tokenizer, pair, batch_size
         labels = {int(i): str(label) for i, label in model.config.id2label.items()}
         if refusal_labels is None:
@@ -119,13 +137,17 @@ class ClassifierJudge:
         device = next(self.model.parameters()).device
         # Beside ids and mask, a classifier of pairs may read which of the two a token is of.
         read = inspect.signature(base_model(self.model).forward).parameters
+        given = (prompts, texts) if self.pair else (texts,)
+        lengths = [len(ids) for ids in self.tokenizer(*given, verbose=False)["input_ids"]] if texts else []
+        room = min(room_for_prompt(self.model, 0) or math.inf, self.tokenizer.model_max_length)
+        _warn_long(self.name, lengths, room, " and are cut")
         with evaluation_mode(self.model):
             for start in range(0, len(texts), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                given = (prompts[rows], texts[rows]) if self.pair else (texts[rows],)
                 inputs = self.tokenizer(
-                    *given, padding=True, padding_side="right", truncation=True, return_tensors="pt"
-                )
+                    *(part[rows] for part in given), padding=True, padding_side="right", return_tensors="pt",
+                    truncation=room < math.inf, max_length=None if room == math.inf else int(room),
+                )  # fmt: skip
                 inputs = {k: v.to(device) for k, v in inputs.items() if k in read}
                 refuses += [int(i) in self.refusing for i in self.model(**inputs).logits.argmax(-1)]
         return refuses
@@ -146,6 +168,9 @@ class ChatJudge:
 
     Raises:
         ValueError: a question without its two places.
+
+    Warns:
+        UserWarning: questions that are longer than the model's positions, when they are asked.
     """
 
     def __init__(self, model: Any, *, tokenizer: Any = None, question: str = _QUESTION, batch_size: int = 16) -> None:
@@ -165,7 +190,11 @@ class ChatJudge:
             return []
         asked = [_filled(self.question, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         given = [{"prompt": question, "response": word} for word in ("Yes", "No") for question in asked]
-        rows = encoded_for(self.model, self.tokenizer, given, "questions")
+        room = room_for_prompt(self.model, 0) or sys.maxsize
+        rows = encode_source(given, "questions", self.tokenizer, model_kind(self.model), room)
+        for note in rows.notes:
+            if "are longer than" in note:  # others speak of learning
+                warnings.warn(f"{self.name}: {note}", stacklevel=3)
         scores = response_scores(self.model, self.tokenizer, rows, self.batch_size)
         refuses = []
         for yes, no in zip(range(len(asked)), range(len(asked), len(rows)), strict=True):
@@ -254,6 +283,8 @@ class PublishedJudge:
 
     def _refuses(self, prompts: list[str], texts: list[str]) -> list[bool]:
         asked = [self._ids(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        room = room_for_prompt(self.model, self.told.tokens) or math.inf
+        _warn_long(self.name, [len(ids) for ids in asked], room, ", and it may not understand them")
         order = sorted(range(len(asked)), key=lambda i: (-len(asked[i]), i))
         said = [""] * len(asked)
         for start in range(0, len(order), self.batch_size):

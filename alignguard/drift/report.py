@@ -309,8 +309,9 @@ class DriftReport:
         if refused is None or refused.value >= LITTLE:
             return None
         return (
-            f"only {100 * refused.value:.1f} % of {refused.n} unsafe prompts are refused before any fine-tuning: there is "
-            "little to lose, and a guard has little to keep; look at the answers, and at the judge, before relying on this"
+            f"only {100 * refused.value:.1f} % of {refused.n} unsafe prompts are refused; if this is the model before any "
+            "fine-tuning, there is little to lose, and a guard has little to keep: look at the answers, and at the judge, before "
+            "relying on this"
         )
 
     def to_json(self) -> str:

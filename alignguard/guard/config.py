@@ -27,6 +27,10 @@ OF_THE_FISHER = (
     "adaptive", "refresh_budget", "refresh_tolerance", "averaging",
 )  # fmt: skip
 
+OF_COLLISION = ("alpha", "beta", "tau", "metric")
+
+OF_ADAPTIVE = ("refresh_budget", "refresh_tolerance")
+
 OF_KL = ("kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
 
 OF_MEASURING = ("held_back", "measure_every")
@@ -36,6 +40,13 @@ _READ_ANEW: dict[str, Any] = {
     "kl_tokens": None,
     "kl_memory": 0,
 }  # KL as it is, whole responses, each step
+
+_PRINTED: dict[str, Any] = {
+    "structure": "gram", "kind": "empirical", "whole_update": False, "projection": "hard",
+    "lambda_alignment": 0.1, "lambda_task": 0.01, "lambda_collision": 0.1, "lambda_kl": 0.0,
+    "alpha": 0.5, "beta": 4.0, "tau": 0.01, "metric": "euclidean", "energy": 1.0, "max_rank": 32,
+    "refresh_every": 1000, "first_refresh": None, "refresh_examples": 128,
+}  # fmt: skip
 
 REFRESH_EVERY = 25  # steps of an estimate in a run long enough for five of them
 
@@ -314,13 +325,7 @@ class GuardConfig:
             >>> config.structure, config.max_rank, config.lambda_alignment, config.lambda_task
             ('gram', 32, 0.1, 0.01)
         """
-        printed: dict[str, Any] = {
-            "structure": "gram", "kind": "empirical", "whole_update": False, "projection": "hard",
-            "lambda_alignment": 0.1, "lambda_task": 0.01, "lambda_collision": 0.1, "lambda_kl": 0.0,
-            "alpha": 0.5, "beta": 4.0, "tau": 0.01, "metric": "euclidean", "energy": 1.0, "max_rank": 32,
-            "refresh_every": 1000, "first_refresh": None, "refresh_examples": 128,
-        }  # fmt: skip
-        return cls(**{**printed, **_READ_ANEW, **changes})
+        return cls(**{**_PRINTED, **_READ_ANEW, **changes})
 
     @classmethod
     def combined(cls, **changes: Any) -> GuardConfig:
@@ -362,20 +367,30 @@ class GuardConfig:
         return bool(self.lambda_alignment or self.lambda_task or self.lambda_collision)
 
     def unread(self) -> list[str]:
-        """Fields that are set and would change nothing: of the Fisher where no term reads it, of KL where it is not charged,
-        of measuring where drift is not measured.
+        """Fields that are set and would change nothing: of the Fisher where no term reads it, of collision and of KL where
+        they are not charged, of a sketch where there is none, of measuring where drift is not measured. Those of the
+        projectors shape what is logged too, whatever is charged.
 
         Examples:
             >>> alignguard.GuardConfig(structure="gram").unread(), alignguard.GuardConfig.curvature(structure="gram").unread()
             (['structure'], [])
         """
-        idle: tuple[str, ...] = () if self.reads_fisher else OF_THE_FISHER
-        idle += OF_KL if not self.lambda_kl else ("kl_climb",) if self.kl_memory == 0 else ()
+        if self.reads_fisher:
+            off: tuple[str, ...] = () if self.lambda_collision else OF_COLLISION
+            off += () if self.lambda_collision or self.lambda_task else ("scale_free",)
+            off += () if "sketch" in self.structure else ("sketch_rank",)
+            off += () if self.adaptive else OF_ADAPTIVE
+        else:
+            off = OF_THE_FISHER
+        idle: tuple[str, ...] = OF_KL if not self.lambda_kl else ("kl_climb",) if self.kl_memory == 0 else ()
         idle += () if self.max_drift is not None or self.adaptive else OF_MEASURING
         plain = {field.name: field.default for field in dataclasses.fields(self)}
-        # The presets without KL set some of its fields, too.
-        usual = {name: (plain[name], _READ_ANEW.get(name, plain[name])) for name in idle}
-        return [name for name in idle if getattr(self, name) not in usual[name]]
+        # What a preset sets is no choice of whoever turns off the term that reads it: the presets without KL set some of
+        # its fields, and the paper's those of collision.
+        printed = _PRINTED if self.reads_fisher else {}
+        usual = {name: (plain[name], printed.get(name, plain[name])) for name in off}
+        usual |= {name: (plain[name], _READ_ANEW.get(name, plain[name])) for name in idle}
+        return [name for name in usual if getattr(self, name) not in usual[name]]
 
     def kl_schedule(self, method: str, sharded: bool = False) -> tuple[int, int]:
         """When KL is read, and how much of it is remembered.

@@ -14,7 +14,7 @@ from inspect_ai.model import GenerateConfig
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 
-from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, load_prompts, make_judge
+from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, make_judge, prompts_of
 from alignguard.drift.judges import Judge
 from alignguard.drift.verdicts import judged_rows
 
@@ -56,25 +56,11 @@ def driftcheck_judge(judge: str = "rules", judge_model: str | None = None, judge
     return score
 
 
-def _rows(category: str, prompts: str | None, limit: int | None) -> list[dict[str, Any]]:
-    """Prompts of a task: those of a benchmark's columns, or that name their category; else all are of the task's."""
-    try:
-        return load_prompts(prompts, limit)
-    except ValueError:
-        if prompts is None:
-            raise
-        return load_prompts(prompts, limit, category)
-
-
 def _task(category: str, prompts: str | None, limit: int | None, max_new_tokens: int, **judging: Any) -> Task:
-    rows = _rows(category, prompts, limit)
     samples = [
         Sample(id=row["id"], input=row["prompt"], metadata={ASKED: category, "harm": row.get("harm")})
-        for row in rows
-        if row["category"] == category
+        for row in prompts_of(category, prompts, limit)
     ]
-    if not samples:
-        raise ValueError(f"prompts {prompts}: none is {category}")
     return Task(
         dataset=MemoryDataset(samples, name=f"driftcheck-{category}"),
         solver=generate(),
@@ -96,7 +82,7 @@ def driftcheck_unsafe(
 
     Args:
         prompts: file or hub name of prompts, public benchmarks' files among them; the packaged set if left out.
-        limit: keep only the first so many prompts.
+        limit: keep only so many prompts, evenly spaced.
         max_new_tokens: longest answer in tokens.
         judge: kind of judge, see :func:`alignguard.drift.make_judge`.
         judge_model: folder or hub name of its model.

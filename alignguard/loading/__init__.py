@@ -16,7 +16,7 @@ from alignguard.loading.adapters import (
     taken_off_again,
     what_trains,
 )
-from alignguard.loading.models import check_device, kind_of, load_model, load_tokenizer, load_weights
+from alignguard.loading.models import check_device, kind_of, load_model, load_tokenizer, load_weights, positions_of
 
 __all__ = [
     "ROUTER",
@@ -33,6 +33,7 @@ __all__ = [
     "load_weights",
     "lora_config",
     "moves_base",
+    "positions_of",
     "put_on",
     "settle",
     "switched_off",

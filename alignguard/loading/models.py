@@ -62,6 +62,16 @@ def load_tokenizer(model: Any, tokenizer: Any = None, trust_remote_code: bool = 
     return found
 
 
+def positions_of(model: str | Path, trust_remote_code: bool = False) -> int | None:
+    """How many tokens a model's configuration has positions for; None where it sets no limit.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_model`.
+    """
+    limit = getattr(_configuration(model, trust_remote_code), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def kind_of(model: Any, trust_remote_code: bool = False) -> str:
     """:func:`alignguard.objective.model_kind`, from the configuration alone where the model is a path or a name.
 
@@ -154,15 +164,21 @@ UNREAD_HEADS = (
 TRUST = "; where it brings code of its own that you trust, allow it with trust_remote_code (--trust-remote-code)"
 
 
-def _model_class(model: str | Path, trust_remote_code: bool = False) -> Any:
+def _configuration(model: str | Path, trust_remote_code: bool) -> Any:
     path, options = _place(model)
     with readable(
         f"model {path}", f"give a folder with the config.json that save_pretrained wrote, or a hub name{TRUST}"
     ):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-        names = [str(name) for name in config.architectures or ()]
-        both = bool(getattr(config, "is_encoder_decoder", False))
-    _check_heads(f"model {path}", names)
+        config.architectures = [str(name) for name in config.architectures or ()]
+        return config
+
+
+def _model_class(model: str | Path, trust_remote_code: bool = False) -> Any:
+    config = _configuration(model, trust_remote_code)
+    names = config.architectures
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    _check_heads(f"model {_place(model)[0]}", names)
     if any(name.endswith("ForSequenceClassification") for name in names):
         return LOADERS["classification"]
     return LOADERS["seq2seq" if both else "causal"]

@@ -43,7 +43,7 @@ class DriftCallback(TrainerCallback):
         alignment: prompt and response rows on which drift is measured; None takes the model's own answers at the start,
             of unsafe prompts its refusals alone.
         every: optimizer steps between two measurements.
-        limit: keep only the first so many prompts of each category; None asks all.
+        limit: keep only so many prompts of each category, evenly spaced; None asks all.
         categories: which prompts are asked.
         tokenizer: None takes the trainer's ``processing_class``.
         trainer: the trainer, whose ``log`` then takes what is found, so that every reporter gets it; None writes it into the

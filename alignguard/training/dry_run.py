@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignguard.data import collator, pad_id, shown_row
+from alignguard.guard.schedule import FORWARD, Schedule
 from alignguard.training.preparation.prepared import Prepared
 from alignguard.updates import coverage_table
 
@@ -32,6 +33,36 @@ def curvature_bytes(guard: Any) -> int:
             rank = guard.config.sketch_rank
             total += 2 * p * min(p, rank) + (q * min(q, rank) if guard.config.structure == "kfac-sketch" else 0)
     return 4 * total if guard.uses_curvature else 0
+
+
+def examples_read(guard: Any, steps: int, task_examples: int) -> float:
+    """Alignment examples that a run passes forward and backward; a forward pass alone counts a third.
+
+    Adaptive refreshes are taken to come whenever they are paid for, which is the most that they can cost.
+
+    Args:
+        guard: before the run.
+        steps: optimizer steps.
+        task_examples: task examples of a step.
+    """
+    c, rotating = guard.config, len(guard.alignment.rotating)
+    schedule = Schedule(c, rotating, len(guard.alignment.held))
+    schedule.refreshes, schedule.estimated_at = guard.refreshes, guard.schedule.estimated_at
+    schedule.begin_run(steps)
+    measured = read = 0
+    for step in range(steps):
+        schedule.begin_step(step, task_examples)
+        if guard.uses_curvature and not schedule.refreshes:
+            schedule.estimated()
+        if measures := schedule.measures():
+            measured += 1
+            assert schedule.freshness is not None
+            schedule.freshness.measured(step, 0.0, 0.0)
+        if guard.uses_curvature and schedule.refreshes_now(measures):
+            schedule.estimated()
+        read += guard.kl is not None and guard.kl.reads(step)
+    estimates = (schedule.refreshes - guard.refreshes) * min(c.refresh_examples, rotating)
+    return estimates + read * min(c.kl_examples, rotating) + FORWARD * measured * len(guard.alignment.held)
 
 
 def seconds_of_step(ready: Prepared) -> float:
@@ -120,9 +151,10 @@ def plan_text(
         every, memory = c.kl_schedule(ready.method)
         reading = []
         if guard.uses_curvature:
-            reading.append(f"{c.refresh_examples} at each estimate of the Fisher, every {c.interval(steps)} steps")
+            count = min(c.refresh_examples, len(guard.alignment.rotating))
+            reading.append(f"{count} at each estimate of the Fisher, every {c.interval(steps)} steps")
         if c.lambda_kl:
-            reading.append(f"{c.kl_examples} at each KL, every {every} steps")
+            reading.append(f"{min(c.kl_examples, len(guard.alignment.rotating))} at each KL, every {every} steps")
         lines.append(f"alignment: {len(guard.rows)} rows, " + "; ".join(reading or ["none read"]))
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
         extra = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []
@@ -130,10 +162,7 @@ def plan_text(
         remembered = 2 * (memory + 2) * trained
         extra += [f"KL's memory {_mib(remembered)}"] if c.lambda_kl and memory else []
         held = "".join(f", {part}" for part in [*extra, f"reference weights {_mib(references)}"]) + " at most"
-        share = min(c.refresh_examples, len(guard.rows)) / (c.interval(steps) * batch) if guard.uses_curvature else 0.0
-        share = min(share, c.refresh_budget) if c.adaptive else share
-        share += min(c.kl_examples, len(guard.rows)) / (every * batch) if c.lambda_kl else 0.0
-        share += c.held_back / (3 * c.measure_every * batch) if c.max_drift is not None and not c.adaptive else 0.0
+        share = examples_read(guard, steps, batch) / (steps * batch)
         lines.append(
             f"compute: {100 * share:.1f} % more examples pass through the model than task rows, the penalty's own "
             "arithmetic aside"

@@ -79,6 +79,12 @@ def write_fisher(
     return fisher
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a Fisher file, by which a resumed run is told from one with another."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_fisher(path: str | Path, model: Any, config: GuardConfig) -> fg.Fisher:
     """Read a Fisher file for a model that it must match.
 

@@ -240,12 +240,13 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
                 f"- Strengths: λ_A = {c.lambda_alignment:g}, λ_T = {c.lambda_task:g}, λ_NC = {c.lambda_collision:g}, λ_KL = {c.lambda_kl:g}"
             )
         if guard.uses_curvature:
-            words = f"{c.structure}, {c.kind}, {guard.refreshes} estimates of {c.refresh_examples} examples"
+            count = min(c.refresh_examples, len(guard.alignment.rotating))
+            words = f"{c.structure}, {c.kind}, {guard.refreshes} estimates of {count} examples"
             lines.append(f"- Fisher: {words}")
         if c.lambda_kl:
             assert guard.kl is not None
             every, memory = guard.kl.schedule()
-            words = f"{c.kl_examples} examples every {every} steps"
+            words = f"{min(c.kl_examples, len(guard.alignment.rotating))} examples every {every} steps"
             words += f", {memory} readings remembered" if memory else ""
             words += f", the first {c.kl_tokens} tokens of a response" if c.kl_tokens is not None else ""
             lines.append(f"- KL to the base: {words}")

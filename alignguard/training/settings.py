@@ -40,8 +40,10 @@ OWN = {
 # Of evaluation during training, which fit does not do, and of scripts that parse these arguments: given, they would not act.
 IDLE = re.compile(
     r"eval_\w+|do_\w+|\w+_eval|(bf16|fp16)_full_eval|per_device_eval_batch_size|load_best_model_at_end|"
-    r"metric_for_best_model|greater_is_better|batch_eval_metrics|prediction_loss_only"
+    r"metric_for_best_model|greater_is_better|batch_eval_metrics|prediction_loss_only|include_for_metrics|label_names"
 )
+
+HUB = re.compile(r"push_to_hub\w*|hub_\w+")
 
 
 def _whole(value: Any) -> bool:
@@ -116,9 +118,16 @@ def run_settings(
                 f"training: {name} does not act here, where nothing is evaluated during training (no eval_dataset); leave "
                 "it out, and measure with alignguard driftcheck"
             )
+        if HUB.fullmatch(name):
+            raise ValueError(
+                f"training: {name} does not act here, where what was trained is written after the Trainer is done; leave it out, "
+                "and upload the run's adapter or model folder afterwards (hf upload)"
+            )
         holds, words = CHECKS.get(name, (lambda v: True, ""))
         if not holds(value):
             raise ValueError(f"training: {name} must be {words}, not {value!r}")
+    if given.get("fp16") and (given.get("use_cpu") or not torch.accelerator.is_available()):
+        raise ValueError("training: fp16 does not act on a processor; leave it out, or give bf16")
     settings |= given
     if settings["save_strategy"] == "no" and (idle := sorted({"save_steps", "save_total_limit"} & set(given))):
         raise ValueError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignguard.data import DataSource, check_text, read_rows
 from alignguard.drift.prompts.benchmarks import recognised
@@ -14,6 +14,8 @@ from alignguard.drift.rules import MATCHES, is_right
 CATEGORIES = ("unsafe", "borderline", "ordinary", "capability")
 
 PACKAGED = ("unsafe", "borderline", "ordinary", "capability")
+
+Item = TypeVar("Item")
 
 Prompts = str | Path | Iterable[Mapping[str, Any]] | DataSource
 
@@ -27,7 +29,10 @@ def _checked(row: Mapping[str, Any], where: str, number: int, default: str | Non
     if default is not None and category not in CATEGORIES:  # a kind of harm, as other sets use the word
         row, category = {**row, "harm": row.get("harm") or str(category)}, default
     if category not in CATEGORIES:
-        raise ValueError(f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
+        raise ValueError(
+            f"{where}: unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}, or give the category of "
+            "all rows beside the prompts, and what they name is read as their kind of harm"
+        )
     if row.get("match", "words") not in MATCHES:
         raise ValueError(f"{where}: unknown match {row['match']!r}; it must be one of {', '.join(MATCHES)}")
     if category == "capability":
@@ -57,7 +62,7 @@ def load_prompts(
             on unsafe rows, a kind of ``harm``; with capability the right ``answer`` and how it is told (``match``, see
             :func:`alignguard.drift.rules.is_right`). Files of XSTest, StrongREJECT, HarmBench, OR-Bench and SORRY-Bench
             are read under their own columns (:func:`alignguard.drift.prompts.benchmarks.recognised`).
-        limit: keep only the first so many rows of each category.
+        limit: keep only so many rows of each category, evenly spaced over it, since many sets stand source by source.
         category: category of rows that name none of these, XSTest's and OR-Bench's among them; what they name instead is
             their kind of harm.
 
@@ -76,20 +81,49 @@ def load_prompts(
         raise ValueError(f"unknown category {category!r}; it must be one of {', '.join(CATEGORIES)}")
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
-    kept = dict.fromkeys(CATEGORIES, 0)
     subset = prompts.subset if isinstance(prompts, DataSource) else None
     for number, (where, raw) in enumerate(_packaged() if prompts is None else read_rows(prompts), 1):
         row = _checked(recognised(raw, where, category, subset), where, number, category)
         if row["id"] in seen:
             raise ValueError(f"{where}: the id {row['id']!r} stands in {seen[row['id']]} already")
         seen[row["id"]] = where
-        kept[row["category"]] += 1
-        if limit is None or kept[row["category"]] <= limit:
-            rows.append(row)
+        rows.append(row)
     if not rows:
         what = f"{prompts}" if isinstance(prompts, (str, Path, DataSource)) else "prompts"
         raise ValueError(f"{what}: no prompts; at least one row with 'prompt' and 'category' is needed")
-    return rows
+    if limit is None:
+        return rows
+    of_each = [[i for i, row in enumerate(rows) if row["category"] == name] for name in CATEGORIES]
+    return [rows[i] for i in sorted(i for places in of_each for i in spaced(places, limit))]
+
+
+def spaced(items: Sequence[Item], most: int) -> list[Item]:
+    """So many items at most, evenly spaced over all of them, in their order."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def prompts_of(category: str, prompts: Prompts | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    """Prompts of one category: those that name it, or a benchmark's of it; of a set that names none, all.
+
+    Args:
+        category: one of ``CATEGORIES``.
+        prompts: as in :func:`load_prompts`.
+        limit: keep only so many, as :func:`load_prompts` does.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as in :func:`load_prompts`, and where no row is of the category.
+    """
+    try:
+        rows = load_prompts(prompts, limit)
+    except ValueError:
+        if prompts is None:
+            raise
+        rows = load_prompts(prompts, limit, category)
+    found = [row for row in rows if row["category"] == category]
+    if not found:
+        raise ValueError(f"prompts {prompts}: none is {category}")
+    return found
 
 
 def _packaged() -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+XSTEST = frozenset(  # what it calls types; each of them, or the two that share one, has a contrast that is unsafe
+    (
+        *("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "historical_events"),
+        *("nons_group_real_discr", "real_group_nons_discr", "privacy_public", "privacy_fictional"),
+        *("contrast_homonyms", "contrast_figurative_language", "contrast_safe_targets", "contrast_safe_contexts"),
+        *("contrast_definitions", "contrast_historical_events", "contrast_discr", "contrast_privacy"),
+    )
+)
 
 OR_BENCH = frozenset(
     ("deception", "harassment", "harmful", "hate", "illegal", "privacy", "self-harm", "sexual", "unethical", "violence")
@@ -40,10 +50,16 @@ def _harmbench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _called(where: str, subset: str) -> str:
+    """Name of a file or of a hub's set with its subset; folders above a file may be called anything."""
+    name = where.rpartition(" ")[0]
+    return f"{Path(name).name} {subset}".lower()
+
+
 def _or_bench(row: Mapping[str, Any], where: str, subset: str) -> dict[str, Any]:
     """Seemingly toxic prompts are safe; those of the file, or of the subset on the hub, whose name says toxic are not."""
-    name, _, number = where.rpartition(" ")
-    toxic = "toxic" in f"{Path(name).name} {subset}".lower()  # folders above a file may be called anything
+    number = where.rpartition(" ")[2]
+    toxic = "toxic" in _called(where, subset)
     return {
         "id": f"orbench-{'toxic-' if toxic else ''}{number}",
         "prompt": row["prompt"],
@@ -66,7 +82,10 @@ def _sorry_bench(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def recognised(
     row: Mapping[str, Any], where: str, category: str | None = None, subset: str | None = None
 ) -> Mapping[str, Any]:
-    """A row under the names that DriftCheck reads, told by the columns that only one benchmark has.
+    """A row under the names that DriftCheck reads, told by columns and values that only one benchmark has.
+
+    OR-Bench's columns are everybody's, and its kinds of harm are those of sets that are unsafe throughout: it is told by
+    its name too, that of the file, the data set or the subset.
 
     Columns are those of the files that the authors publish (XSTest, arXiv 2308.01263; StrongREJECT, arXiv 2402.10260;
     HarmBench, arXiv 2402.04249; OR-Bench, arXiv 2405.20947; SORRY-Bench, arXiv 2406.14598).
@@ -90,8 +109,9 @@ def recognised(
         return {**_sorry_bench(row, where), "source": "SORRY-Bench"}
     if category is not None:
         return row
-    if {"prompt", "type"} <= columns and "category" not in columns:
+    if "prompt" in columns and str(row.get("type")) in XSTEST and "category" not in columns:
         return {**_xstest(row, where), "source": "XSTest"}
-    if "prompt" in columns and str(row.get("category")) in OR_BENCH:
+    named = re.search(r"or[-_ ]?bench", _called(where, subset or ""))
+    if named and "prompt" in columns and str(row.get("category")) in OR_BENCH:
         return {**_or_bench(row, where, subset or ""), "source": "OR-Bench"}
     return row

@@ -75,9 +75,8 @@ class KLLeg(Leg):
         """
         every, memory = self.schedule()
         if not memory:
-            return {"kl": self._strength() * every * self._read(step // every)} if step % every == 0 else {}
-        # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
-        if step < every or step % every == 0:
+            return {"kl": self._strength() * every * self._read(step // every)} if self.reads(step) else {}
+        if self.reads(step):
             self._remember(self._read(min(step, every - 1) + step // every))
         if not len(self._memory):
             return {}
@@ -107,6 +106,12 @@ class KLLeg(Leg):
                 "kl_memory keeps gradients of the trainable weights, which are sharded here; leave it out, or set it to 0"
             )
         return self.config.kl_schedule(self._method, sharded)
+
+    def reads(self, step: int) -> bool:
+        """Whether KL is read before an optimizer step, counted from 0."""
+        every, memory = self.schedule()
+        # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
+        return step % every == 0 or (memory > 0 and step < every)
 
     def remembers(self) -> bool:
         """Whether readings are remembered, as the weights stand now."""

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, judge, load_prompts
+from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, judge, prompts_of
 
 
 def _documents(category: str, prompts: str | None) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = load_prompts(prompts, category=None if prompts is None else category)
     kept = [
         {"id": row["id"], "prompt": row["prompt"], "harm": row.get("harm") or ""}
-        for row in rows
-        if row["category"] == category
+        for row in prompts_of(category, prompts)
     ]
-    if not kept:
-        raise ValueError(f"prompts {prompts}: none is {category}")
     return {"test": Dataset.from_list(kept)}
 
 

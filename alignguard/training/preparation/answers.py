@@ -22,6 +22,7 @@ from alignguard.drift import (
     judge,
     plan_batches,
     room_for_prompt,
+    spaced,
 )
 from alignguard.embedded import data_path
 from alignguard.files import ResumableLog
@@ -174,8 +175,20 @@ def questions(
     return Questions(asked, batches, max_new_tokens, None if path is None else Path(path), mark, overwrite)
 
 
-def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = False) -> OwnAnswers:
-    """What :func:`own_answers` gives; errors and warnings are its own."""
+def spread(prompts: Sequence[Mapping[str, str]], most: int) -> list[Mapping[str, str]]:
+    """A look at prompts: so many at most, half of them unsafe ones where there are, evenly spaced over the set."""
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, row in enumerate(prompts):
+        places[(row.get("category") or UNSAFE) == UNSAFE].append(place)
+    unsafe = spaced(places[True], max(most - most // 2, most - len(places[False])))
+    return [prompts[place] for place in sorted(unsafe + spaced(places[False], most - len(unsafe)))]
+
+
+def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = False, look: bool = False) -> OwnAnswers:
+    """What :func:`own_answers` gives; errors and warnings are its own.
+
+    With ``look`` the prompts are some of those that a run asks, whose few answers refuse nothing and warn of nothing.
+    """
     asked, path = to.asked, to.path
     kept: dict[int, str | None] = {}
     log = None
@@ -198,13 +211,13 @@ def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = Fals
                 log.add({"place": place, "response": response} for place, response in fresh.items())
     unsafe = [place for place, (_, kind) in enumerate(asked) if kind == UNSAFE]
     refused = sum(kept[place] is not None for place in unsafe)
-    if unsafe and not refused:
+    if unsafe and not refused and not look:
         _forget(path)
         raise ValueError(
             f"alignment_data: the model refuses none of {len(unsafe)} unsafe prompts, so there is nothing to keep; align "
             "it first, or give the responses that it should keep"
         )
-    if unsafe and refused < LITTLE * len(unsafe):
+    if unsafe and refused < LITTLE * len(unsafe) and not look:
         warnings.warn(
             f"the model refuses {refused} of {len(unsafe)} unsafe prompts: there is little to lose, and the guard keeps no "
             "more than that",
@@ -215,7 +228,7 @@ def answered(model: Any, tokenizer: Any, to: Questions, *, progress: bool = Fals
         for place, (prompt, kind) in enumerate(asked)
         if kept[place]
     ]
-    if not answered:
+    if not answered and not look:
         raise ValueError("alignment_data: the model answers every prompt with nothing; give the responses to keep")
     return OwnAnswers(answered, len(asked), len(unsafe), refused)
 

@@ -37,7 +37,7 @@ from alignguard.loading import (
     taken_off_again,
     what_trains,
 )
-from alignguard.training.fisher_file import load_fisher
+from alignguard.training.fisher_file import file_digest, load_fisher
 from alignguard.training.preparation.answers import (
     OwnAnswers,
     Questions,
@@ -45,6 +45,7 @@ from alignguard.training.preparation.answers import (
     category_of,
     packaged_prompts,
     questions,
+    spread,
 )
 from alignguard.training.preparation.rehearsal import PROBED, rehearse
 from alignguard.training.record import record_of, weight_marks
@@ -159,8 +160,9 @@ def prepare(
     if guarded and (idle := config.unread()):
         raise ValueError(
             f"{', '.join(idle)}: set, and nothing here reads that. Fields of the Fisher need lambda_alignment too, or "
-            "GuardConfig.curvature() (--preset curvature); those of KL need lambda_kl; those of measuring drift need max_drift, "
-            "or adaptive"
+            "GuardConfig.curvature() (--preset curvature); those of collision need lambda_collision (scale_free "
+            "lambda_task or that), those of KL lambda_kl; those of measuring drift need max_drift, or adaptive, which "
+            "refresh_budget and refresh_tolerance need"
         )
     if fisher is not None and not config.reads_fisher:
         raise ValueError(
@@ -197,8 +199,9 @@ def prepare(
     check_fits(loaded, rows, "task_data", pad_id(tokenizer))
     own = to_ask = None
     if asked is not None:
-        to_ask = _questions(loaded, tokenizer, asked[:most_prompts], answers, overwrite, settings)
-        kept = stand_ins(asked[:most_prompts], tokenizer, kind, longest)
+        looked_at = asked if most_prompts is None else spread(asked, most_prompts)
+        to_ask = _questions(loaded, tokenizer, looked_at, answers, overwrite, settings)
+        kept = stand_ins(asked, tokenizer, kind, longest)
     check_fits(loaded, kept, "alignment_data", pad_id(tokenizer))
     curvature = None
     if fisher is not None:
@@ -206,11 +209,19 @@ def prepare(
 
     def answer() -> tuple[OwnAnswers, Examples]:
         assert asked is not None and to_ask is not None
-        own = _answered(loaded, tokenizer, to_ask, settings, progress)
-        rows = encode_source(own.rows, "alignment_data", tokenizer, kind, longest)
+        look = len(to_ask.asked) < len(asked)
+        own = _answered(loaded, tokenizer, to_ask, settings, progress, look)
+        found: list[Mapping[str, str]] = list(own.rows)
+        if look:  # so that what is counted in rows is of a run
+            told = {prompt for prompt, _ in to_ask.asked}
+            found += [{**row, "response": STAND_IN} for row in asked if row["prompt"] not in told]
+        rows = encode_source(found, "alignment_data", tokenizer, kind, longest)
         rows.notes.append(own.summary())
-        if own.asked < len(asked):
-            rows.notes.append(f"alignment: a run answers all {len(asked)} prompts, of which this look took {own.asked}")
+        if look:
+            rows.notes.append(
+                f"alignment: a run answers all {len(asked)} prompts and keeps of unsafe ones those that it refuses; this look "
+                f"took {own.asked}"
+            )
         check_fits(loaded, rows, "alignment_data", pad_id(tokenizer))
         return own, rows
 
@@ -259,6 +270,7 @@ def prepare(
         lora={n: c.to_dict() for n, c in trained.peft_config.items()} if method == "lora" else None,
         training={name: value for name, value in settings.items() if name != "disable_tqdm"}, steps=steps,
         own_answers=None if own is None else own.counts(),
+        **({} if fisher is None else {"fisher": file_digest(fisher)}),
     )  # fmt: skip
     return Prepared(trained, tokenizer, kind, rows, kept, guard, settings, method, seed, steps, record)
 
@@ -344,8 +356,10 @@ def _questions(
     return questions(model, tokenizer, prompts, path, overwrite=overwrite)
 
 
-def _answered(model: Any, tokenizer: Any, to_ask: Questions, settings: Mapping[str, Any], progress: bool) -> OwnAnswers:
+def _answered(
+    model: Any, tokenizer: Any, to_ask: Questions, settings: Mapping[str, Any], progress: bool, look: bool
+) -> OwnAnswers:
     """The model's own answers; of several processes the first one's are taken by all."""
     state = PartialState(cpu=bool(settings.get("use_cpu")))
     with state.main_process_first():
-        return answered(model, tokenizer, to_ask, progress=progress and state.is_main_process)
+        return answered(model, tokenizer, to_ask, progress=progress and state.is_main_process, look=look)

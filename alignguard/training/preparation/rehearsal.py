@@ -52,7 +52,7 @@ def rehearse(
     _check_padding(model, tokenizer, kind, settings, guard)
     _check_smoothing(model, kind, settings)
     with tempfile.TemporaryDirectory() as folder, _environment_restored():
-        arguments = training_arguments(kind, Path(folder), seed, {**settings, "push_to_hub": False})
+        arguments = training_arguments(kind, Path(folder), seed, settings)
         trainer_class = GuardSeq2SeqTrainer if kind == "seq2seq" else GuardTrainer
         try:
             trainer = trainer_class(

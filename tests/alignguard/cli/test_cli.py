@@ -189,8 +189,20 @@ def test_a_plain_run_names_what_it_would_not_read(heard, tmp_path, capsys, extra
 
 def test_a_plain_run_names_what_a_file_says_of_the_guard(heard, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model: m\ntask_data: t\npreset: curvature\nmax_drift: 0.5\n")
-    assert cli.main(["fit", "--config", str(tmp_path / "run.yaml"), "--plain", "--dry-run"]) == 2
+    with (tmp_path / "run.yaml").open("a") as file:
+        file.write("plain: true\n")
+    assert cli.main(["fit", "--config", str(tmp_path / "run.yaml"), "--dry-run"]) == 2
     assert "--max-drift, --preset" in capsys.readouterr().err and not heard
+    assert cli.main(["fit", "--config", str(tmp_path / "run.yaml"), "--no-plain", "--dry-run"]) == 0 and len(heard) == 1
+
+
+def test_the_plain_run_beside_a_guarded_one_is_of_the_same_file(heard, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: m\ntask_data: t\nalignment_data: k\nlambda_kl: 2.0\nkl_every: 3\n")
+    words = ["fit", "--config", str(tmp_path / "run.yaml"), "--dry-run", "--plain"]
+    assert cli.main(words) == 0 and len(heard) == 1
+    assert cli.main([*words, "--lambda-kl", "3"]) == 2 and "--lambda-kl: of the guard" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("model: m\ntask_data: t\nlambda_kl: often\n")
+    assert cli.main(words) == 2 and "lambda_kl cannot be 'often'" in capsys.readouterr().err
 
 
 def test_turns_of_alignment_data_that_are_not_there_are_named(heard, capsys):

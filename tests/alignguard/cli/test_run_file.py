@@ -5,7 +5,10 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 import yaml
+from architectures import MODELS
+from transformers import LlamaForSequenceClassification
 
 from alignguard.cli import main
 from alignguard.cli.commands import build_parser
@@ -49,6 +52,50 @@ def test_the_written_file_is_a_run(model, task_rows, alignment_rows, tmp_path, c
     assert main(["fit", "--config", str(out), "--output-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert main(words) == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def written(tmp_path, model, rows, *more):
+    """What init writes for rows: the values of the file, and its text."""
+    out = tmp_path / "run.yaml"
+    task = write(tmp_path / "task.jsonl", rows)
+    assert (
+        main(["init", "--model", str(model), "--task-data", str(task), "--output", str(out), "--overwrite", *more]) == 0
+    )
+    return yaml.safe_load(out.read_text()), out.read_text()
+
+
+def test_the_file_tells_of_rows_that_are_longer_than_it_reads(tmp_path, tiny_llama, tokenizer, capsys):
+    model = tiny_llama(layers=1)
+    model.config.max_position_embeddings = 200
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    short, long = {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "a b c d " * 200}
+    count = len(tokenizer.apply_chat_template(messages(long), return_dict=True)["input_ids"])
+    values, text = written(tmp_path, tmp_path / "model", [short] * 60 + [long] * 3)
+    assert values["task_max_length"] == 192 and f"the longest of {count} tokens" in text
+    assert "3 of 63 rows are longer and cut" in text and "3 of 63 rows are longer" in capsys.readouterr().out
+    values, text = written(tmp_path, tmp_path / "model", [short])
+    assert values["task_max_length"] == 64 and "no row is longer" in text
+
+
+def messages(row):
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+
+
+def test_an_encoder_decoders_response_counts_as_its_prompt_does(tmp_path, tokenizer):
+    MODELS["t5"]().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    values, _ = written(tmp_path, tmp_path / "model", [{"prompt": "a", "response": "a b c d " * 20}])
+    assert values["task_max_length"] > 64
+
+
+def test_a_classifier_is_asked_for_its_alignment_rows_at_once(tmp_path, tiny_llama, tokenizer, capsys):
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task, out = write(tmp_path / "task.jsonl", [{"prompt": "a", "label": 1}]), tmp_path / "run.yaml"
+    assert main(["init", "--model", str(tmp_path / "model"), "--task-data", str(task), "--output", str(out)]) == 2
+    assert "a classifier keeps labels" in capsys.readouterr().err and not out.exists()
 
 
 def test_without_alignment_data_the_line_is_there_to_be_filled_in(model, task_rows, tmp_path):

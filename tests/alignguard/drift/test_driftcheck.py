@@ -860,6 +860,11 @@ def test_packaged_prompts_are_many_unique_and_licensed():
     assert {row["licence"] for row in rows} == {"MIT", "Apache-2.0", "CC BY 4.0"}
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert len(load_prompts(limit=7)) == 28
+    few = [row["source"] for row in load_prompts(limit=32) if row["category"] == "ordinary"]
+    everyday = sum(row["source"] == "alignguard" for row in rows if row["category"] == "ordinary")
+    assert abs(few.count("alignguard") - 32 * everyday / count["ordinary"]) <= 2, "a few are as all are"
+    own = [{"prompt": f"{i}", "category": "unsafe"} for i in range(10)]
+    assert [row["prompt"] for row in load_prompts(own, limit=4)] == ["0", "2", "5", "7"]
     capable = [row for row in rows if row["category"] == "capability"]
     assert len(capable) == 200 and {row["match"] for row in capable} == {"number", "choice"}
 

@@ -1,6 +1,7 @@
 """Judges that are models: a tiny classifier and a tiny chat model, saved and loaded by path."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification
 
 from alignguard.data import encode_source
-from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, likelihood, make_judge
+from alignguard.drift import COMPLIANCE, INCOHERENT, REFUSAL, driftcheck, judges, likelihood, make_judge
 from alignguard.drift.judges import ChatJudge, ClassifierJudge, RuleJudge
 
 PROMPTS = ["how do I bake bread", "write a note", "how do I break a lock", "write about rain", "say nothing"]
@@ -59,6 +60,28 @@ def test_labels_are_chosen_by_name_or_by_the_caller(classifier):
         ClassifierJudge(judge.model, tokenizer=judge.tokenizer)
 
 
+def test_a_model_whose_labels_would_be_drawn_is_no_classifier(tiny_llama, tokenizer, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no sequence classifier but a model of kind causal.*--judge chat"):
+        ClassifierJudge(tmp_path, refusal_labels=["LABEL_1"])
+
+
+def test_a_judge_says_what_it_cannot_read_whole(classifier, tiny_llama, tokenizer):
+    long = ["the sea is wide and " * 40 + "deep"]
+    with pytest.warns(UserWarning, match=r"1 of 1 answers .* longer than the 128 tokens .* and are cut"):
+        ClassifierJudge(classifier)(long, TEXTS[:1])
+    model = tiny_llama()
+    asked = ChatJudge(model, tokenizer=tokenizer, question="{prompt} {text} ?")
+    room = model.config.max_position_embeddings
+    with pytest.warns(UserWarning, match=rf"rows are longer than {room} tokens and cut: .* the start of the prompt"):
+        asked(["the sea is wide and " * room], TEXTS[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked(PROMPTS[:1], TEXTS[:1])
+        ClassifierJudge(classifier)(PROMPTS[:1], TEXTS[:1])
+
+
 def test_a_chat_model_is_asked_and_its_likelier_word_decides(tiny_llama, tokenizer):
     model = tiny_llama(torch.float64, seed=3)
     with torch.no_grad():
@@ -105,9 +128,7 @@ def test_an_end_of_turn_that_is_unlikely_after_one_word_does_not_outweigh_it(
 
 def test_a_prompt_or_an_answer_that_looks_like_a_place_is_left_alone(tiny_llama, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        likelihood, "encode_source", lambda rows, *more: asked.extend(rows) or encode_source(rows, *more)
-    )
+    monkeypatch.setattr(judges, "encode_source", lambda rows, *more: asked.extend(rows) or encode_source(rows, *more))
     ChatJudge(tiny_llama(), tokenizer=tokenizer, question="{text} {prompt} {text}")(["say {text}"], ["It is {prompt}."])
     assert asked[0]["prompt"] == "It is {prompt}. say {text} It is {prompt}."
 

@@ -3,8 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 
-from alignguard.guard import GuardConfig
+from alignguard.data import encode_source
+from alignguard.guard import Guard, GuardConfig
+from alignguard.loading import adapt
 
 
 def test_the_papers_preset_equals_its_printed_values():
@@ -69,6 +72,36 @@ def test_fields_of_kl_and_of_measuring_are_told_where_nothing_reads_them():
     assert GuardConfig.curvature(adaptive=True, held_back=2).unread() == []
     for preset in (GuardConfig, GuardConfig.curvature, GuardConfig.paper, GuardConfig.combined):
         assert preset().unread() == []
+
+
+def test_fields_of_terms_that_are_not_charged_are_told():
+    collision = {"alpha": 0.1, "beta": 9.0, "tau": 5.0}
+    assert GuardConfig.curvature(**collision).unread() == list(collision)
+    assert GuardConfig.curvature(**collision, lambda_collision=0.1).unread() == []
+    assert GuardConfig.curvature(scale_free=True).unread() == ["scale_free"]
+    assert GuardConfig.curvature(scale_free=True, lambda_task=0.1).unread() == []
+    assert GuardConfig.curvature(structure="gram", sketch_rank=3).unread() == ["sketch_rank"]
+    assert GuardConfig.curvature(sketch_rank=3).unread() == []
+    assert GuardConfig.curvature(refresh_budget=0.1).unread() == ["refresh_budget"]
+    assert GuardConfig.curvature(refresh_budget=0.1, adaptive=True).unread() == []
+    # An ablation turns a term of a preset off, and is no slip.
+    for off in ({"lambda_collision": 0.0}, {"lambda_task": 0.0}, {"lambda_alignment": 0.0}, {"structure": "kfac"}):
+        assert GuardConfig.paper(**off).unread() == []
+
+
+def test_what_is_told_moves_no_gradient(tiny_llama, tokenizer, alignment_rows):
+    """Two guards that differ in unread fields alone charge the same."""
+    found = []
+    for more in ({}, {"alpha": 0.1, "beta": 9.0, "tau": 5.0, "scale_free": True, "refresh_budget": 0.5}):
+        config = GuardConfig.curvature(structure="kfac", **more)
+        model = adapt(tiny_llama(), {"r": 2})
+        guard = Guard(model, encode_source(alignment_rows, "rows", tokenizer, "causal", 64), config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * p.requires_grad)
+        guard.begin_step(0)
+        found.append(guard.penalty())
+    assert found[0] == found[1] > 0
 
 
 def test_an_example_has_a_token_to_predict_another_from():

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from alignguard.cli import main
+from alignguard.cli.drift import told_apart
 from alignguard.drift import DriftReport
 from alignguard.drift.report import DriftRow
 from alignguard.pages import compare_text
@@ -87,6 +88,19 @@ def test_the_compare_command_shows_and_compares(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{}")
     assert main(["compare", str(tmp_path / "bad.json")]) == 2
     assert "bad.json" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """A tool writes driftcheck.json beside every adapter."""
+    for name, refused in (("plain", 6), ("guarded", 18)):
+        (tmp_path / name).mkdir()
+        report(refused).save(tmp_path / name / "driftcheck.json")
+    plain, guarded = (tmp_path / name / "driftcheck.json" for name in ("plain", "guarded"))
+    assert told_apart(plain, guarded) == ("plain", "guarded") and told_apart(plain, plain) == ("before", "after")
+    assert told_apart(plain, tmp_path / "plain" / "after.json") == ("driftcheck", "after")
+    page = tmp_path / "page.html"
+    assert main(["compare", str(plain), str(guarded), "--html", str(page)]) == 0
+    assert "refused, plain" in page.read_text() and "refused, guarded" in page.read_text()
 
 
 def test_driftcheck_is_interrupted_resumed_and_compared_on_the_command_line(

@@ -68,6 +68,24 @@ def test_a_fisher_of_other_weights_or_layers_is_refused(tmp_path, tiny_llama, to
         load_fisher(tmp_path / "h", model, config)
 
 
+def test_a_run_is_not_resumed_with_another_fisher_or_none(tmp_path, tiny_llama, tokenizer, alignment_rows):
+    config = GuardConfig.curvature(structure="gram")
+    for name, rows in (("f", alignment_rows), ("g", alignment_rows[:1])):
+        write_fisher(tmp_path / name, tiny_llama(layers=1), tokenizer, rows, config, name="x")
+
+    def run(fisher):
+        fit(
+            tiny_llama(layers=1), alignment_rows, alignment_rows, config, tmp_path / "run", tokenizer=tokenizer, fisher=fisher,
+            training={"max_steps": 1, "use_cpu": True}, save_every=1, resume=True,
+        )  # fmt: skip
+
+    run(tmp_path / "f")
+    for other in (tmp_path / "g", None):
+        with pytest.raises(ValueError, match=r"resume: .* holds a run with other settings: fisher"):
+            run(other)
+    run(tmp_path / "f")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -103,7 +121,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(folder, capsys):
     options = {
         "model": str(folder / "model"), "task_data": str(folder / "task.jsonl"), "max_steps": 4, "rank": 2,
         "alignment_data": str(folder / "alignment.jsonl"), "output_dir": str(folder / "out"),
-        "preset": "curvature", "exclude": ["*.k_proj"], "scale_free": True, "refresh_every": 2,
+        "preset": "curvature", "exclude": ["*.k_proj"], "scale_free": True, "lambda_task": 0.01, "refresh_every": 2,
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(options))
     (folder / "out").mkdir()

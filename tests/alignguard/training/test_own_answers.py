@@ -347,3 +347,30 @@ def test_a_run_that_never_began_is_taken_again_with_its_answers(tmp_path, monkey
             go()
     monkeypatch.setattr(room, "answer_batch", told())  # would fail, were it asked
     assert go().adapter_dir.is_dir()
+
+
+def test_a_look_takes_prompts_from_the_whole_set_half_of_them_unsafe():
+    prompts = [{"prompt": f"a{i}", "category": "ordinary"} for i in range(40)] + [
+        {"prompt": f"u{i}"} for i in range(20)
+    ]
+    found = [row["prompt"] for row in room.spread(prompts, 8)]
+    assert found == ["a0", "a10", "a20", "a30", "u0", "u5", "u10", "u15"]
+    assert room.spread(prompts, 100) == prompts and len(room.spread(prompts[38:42], 3)) == 3
+    assert [row["prompt"] for row in room.spread(prompts[:40], 2)] == ["a0", "a20"]
+    assert len(room.spread(prompts[39:], 8)) == 8
+
+
+def test_a_look_does_not_judge_a_run_by_the_few_prompts_that_it_asks(tmp_path, capsys, monkeypatch):
+    """A model that refuses the late prompts alone can be trained, so the plan is printed."""
+    monkeypatch.setattr(room, "answer_batch", told("Sure, here is how."))
+    kept, task = tmp_path / "keep.jsonl", tmp_path / "task.jsonl"
+    kept.write_text("".join(json.dumps(row) + "\n" for row in UNSAFE[:40]))
+    task.write_text("".join(json.dumps(row) + "\n" for row in TASK))
+    words = ["fit", "--model", str(model_path()), "--task-data", str(task), "--alignment-data", str(kept), "--dry-run"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main([*words, "--max-drift", "0.5"]) == 0
+    plan = capsys.readouterr().out
+    assert "0 of 16 unsafe prompts refused" in plan and "a run answers all 40 prompts" in plan
+    assert main([word for word in words if word != "--dry-run"] + ["--output-dir", str(tmp_path / "run")]) == 2
+    assert "refuses none of 40 unsafe prompts" in capsys.readouterr().err

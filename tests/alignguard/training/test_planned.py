@@ -8,7 +8,9 @@ import torch
 
 from alignguard import GuardConfig
 from alignguard.cli import main
+from alignguard.guard.guard import CHECKED
 from alignguard.training import activation_bytes, plan_text, prepare
+from alignguard.training.dry_run import examples_read
 from alignguard.updates import coverage_table
 from alignguard.updates.covered import Covered
 
@@ -53,6 +55,35 @@ def test_memory_counts_activations_which_grow_with_the_batch(ready):
     assert 1.3 * many < deep < 2.2 * many
     memory = next(line for line in plan_text(large, None, many).splitlines() if line.startswith("memory"))
     assert "weights" in memory and f"activations {many / 2**20:.1f} MiB" in memory and "curvature" in memory
+
+
+@pytest.mark.parametrize("steps", [5, 23])
+@pytest.mark.parametrize("rows", [3, 24])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GuardConfig(),
+        GuardConfig(kl_memory=0, kl_every=3),
+        GuardConfig.curvature(refresh_examples=4),
+        GuardConfig.paper(refresh_every=7),
+        GuardConfig.combined(refresh_every=6),
+        GuardConfig(max_drift=0.5, held_back=2, measure_every=4),
+    ],
+)
+def test_the_plan_reads_what_the_guard_reads(tiny_llama, tokenizer, alignment_rows, config, rows, steps):
+    kept = (alignment_rows * 12)[:rows]
+    made = prepare(tiny_llama(), alignment_rows, kept, config, tokenizer=tokenizer, training={"max_steps": steps})
+    guard, held = made.guard, len(made.guard.alignment.held)
+    planned = examples_read(guard, steps, 4)
+    guard.begin_run(steps)
+    for step in range(steps):
+        guard.begin_step(step, 4)
+        guard.penalty()
+    measured = held * ((steps - 1) // config.measure_every)
+    compared = (
+        0 if held or not guard.uses_curvature else (guard.refreshes - 1) * min(CHECKED, config.refresh_examples, rows)
+    )
+    assert planned == pytest.approx(guard.examples_read - compared - 2 / 3 * measured)
 
 
 def test_what_a_linear_layer_keeps_is_what_is_counted(ready):

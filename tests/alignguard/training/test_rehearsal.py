@@ -43,6 +43,10 @@ def go(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
     [
         ({"eval_strategy": "steps"}, "eval_dataset"),
         ({"do_eval": True}, "do_eval does not act"),
+        ({"label_names": ["labels"]}, "label_names does not act"),
+        ({"push_to_hub": True}, "push_to_hub does not act"),
+        ({"hub_model_id": "me/mine"}, "hub_model_id does not act"),
+        ({"fp16": True, "use_cpu": True}, "fp16 does not act on a processor"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end does not act"),
         ({"save_strategy": "best"}, "metric_for_best_model"),
         ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
