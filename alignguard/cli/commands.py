@@ -148,7 +148,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fisher.add_argument("--config", type=place, help="YAML file with any of these options; the command line wins")
     fisher.add_argument("--model", help="folder, GGUF file or hub name")
     add_loading(fisher)
-    fisher.add_argument("--data", help="file, folder or hub name, as --alignment-data of fit")
+    fisher.add_argument("--data", help="file, folder or hub name of prompts and responses, as --alignment-data of fit")
     fisher.add_argument("--output", type=place, help="the file, .safetensors; model and data are named in OUTPUT.json")
     fisher.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     fisher.add_argument("--seed", type=int, default=0, help="of sampled labels and sketches (default: 0)")
@@ -271,12 +271,13 @@ def _fisher(args: argparse.Namespace) -> None:
     config = _guard_config(args, GuardConfig.curvature)
     for path in (args.output, origin_path(args.output)):
         unclaimed("--output", path, args.overwrite)
+    data = data_source(args, args.data)
     model, tokenizer = load_model(args.model, args.tokenizer, args.trust_remote_code)
     fisher = write_fisher(
         args.output,
         model,
         tokenizer,
-        data_source(args, args.data),
+        data,
         config,
         name=args.model,
         progress=sys.stderr.isatty(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,11 @@ def run_driftcheck(args: argparse.Namespace) -> None:
             likelihoods=args.likelihoods,
             **asking,
         )
+    told = {
+        "prompts": args.prompts or "packaged",
+        **({"adapter": str(args.adapter)} if args.adapter is not None else {}),
+    }
+    report = dataclasses.replace(report, settings={**report.settings, **told})
     print(report.table())
     start = before or (report if args.adapter is None else None)
     if start is not None and (caution := start.caution()):

@@ -211,6 +211,13 @@ def _encode_labelled(source: Source, name: str, tokenizer: Any, max_length: int)
     return Examples(rows, [words] if any(losses) else [])
 
 
+def _limit(name: str) -> str:
+    """What bounds the length of rows of this name, in Python and on the command line."""
+    if name == "task_data":
+        return "a max_length (--task-max-length)"
+    return "a max_length of the config (--max-length)" if name in ("alignment_data", "data") else "a max_length"
+
+
 def check_fits(model: Any, rows: Sequence[Encoded], name: str, pad: int | None = None) -> None:
     """Refuse rows that would reach beyond a model's tables: its vocabulary, its classes, its learned positions.
 
@@ -259,10 +266,11 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str, pad: int | None =
         long += length > told
         if length > room:
             raise ValueError(
-                f"{name}, row {number}: longer than the model's {room} positions; shorten it, or give a max_length of at most {room}"
+                f"{name}, row {number}: longer than the model's {room} positions; shorten it, or give {_limit(name)} of at most "
+                f"{room}"
             )
     if long and isinstance(rows, Examples):
         rows.notes.append(
             f"{name}: {long} of {len(rows)} rows are longer than the {told} positions of the model's configuration, "
-            f"which it may not understand; give a max_length of at most {told}"
+            f"which it may not understand; give {_limit(name)} of at most {told}"
         )

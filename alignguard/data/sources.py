@@ -235,7 +235,6 @@ def _read_file(path: Path) -> Iterable[Row]:
         return read_jsonl(path)
     if kind == ".parquet":
         raise ValueError(f"{path}: not a readable Parquet file; write it again")
-    read_text(path)
     raise ValueError(
         f"{path}: unknown kind of file {kind!r}; give .jsonl, .json, .csv, .tsv, .parquet, or one of them .gz"
     )
@@ -317,6 +316,8 @@ def _open(given: DataSource) -> tuple[Iterable[Any], str]:
             f"data must be a path, a hub name, a datasets.Dataset or an iterable of rows, not {type(source).__name__}; "
             "of several data sets, choose a split"
         )
+    if type(source).__module__.partition(".")[0] == "pandas":
+        raise TypeError('data must be rows, not a pandas table; give table.to_dict("records")')
     if given.split is not None or given.subset is not None:
         raise ValueError("split and subset choose from a hub name, a folder or a DatasetDict; leave them out")
     return (_filled(source) if hasattr(source, "features") else source), "data"

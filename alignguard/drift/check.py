@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from alignguard.data import Source, as_source, check_fits, check_system, check_text, encode_source
+from alignguard.data import DataSource, Source, as_source, check_fits, check_system, check_text, encode_source
 from alignguard.drift.generation import (
     Answers,
     answer_batch,
@@ -35,7 +37,7 @@ from alignguard.drift.report import DriftReport
 from alignguard.drift.rules import INCOHERENT
 from alignguard.drift.verdicts import judged_rows
 from alignguard.loading import adapter_off
-from alignguard.objective import IGNORED, model_kind
+from alignguard.objective import IGNORED, base_model, model_kind
 
 
 def _base_nll(
@@ -89,14 +91,15 @@ def _check_base(model: Any, base: Any, whole: bool) -> None:
         )
 
 
-def _read(model: Any, tokenizer: Any, source: Source | None, name: str, system: str | None) -> Source | None:
+def _read(model: Any, tokenizer: Any, source: Source, name: str, system: str | None) -> tuple[Source, dict[str, Any]]:
     """A source after its system prompt, read and rendered once and found to fit, before anything long starts.
+
+    Returns:
+        The rows, and what a report says of them: where they were read, how many, and a digest of their tokens.
 
     Warns:
         UserWarning: rows that are cut.
     """
-    if source is None:
-        return None
     given = as_source(source)
     if isinstance(given.source, Iterator):  # it is read again when it is measured
         given = replace(given, source=list(given.source))
@@ -108,7 +111,14 @@ def _read(model: Any, tokenizer: Any, source: Source | None, name: str, system: 
             warnings.warn(f"{note}; what is cut is not measured", stacklevel=3)
     if kind != "classification":  # which is refused once it is asked
         check_fits(model, encoded, name)
-    return rows
+    text = json.dumps([dict(row) for row in encoded], sort_keys=True)
+    told = {"rows": len(encoded), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return rows, {**_named(given.source), **told}
+
+
+def _named(source: Any) -> dict[str, str]:
+    """Where a source was read, if it was named."""
+    return {"source": str(source)} if isinstance(source, (str, Path)) else {}
 
 
 def driftcheck(
@@ -164,7 +174,8 @@ def driftcheck(
         DriftReport: a row for each prompt, and what was measured beside them.
 
     Warns:
-        UserWarning: prompts or rows that are cut; the report's ``settings`` count the prompts as ``cut_prompts``.
+        UserWarning: prompts or rows that are cut; the report's ``settings``, which name what was measured, count the prompts
+            as ``cut_prompts``.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: bad prompts (the message names file and row), an empty system prompt or
@@ -189,8 +200,11 @@ def driftcheck(
     if system is not None:
         check_system(system)
         check_text(system, "system")
-    alignment = _read(model, tokenizer, alignment, "alignment", system)
-    task = _read(model, tokenizer, task, "task", system)
+    read: dict[str, dict[str, Any]] = {}
+    if alignment is not None:
+        alignment, read["alignment_data"] = _read(model, tokenizer, alignment, "alignment", system)
+    if task is not None:
+        task, read["task_data"] = _read(model, tokenizer, task, "task", system)
     if base is None and (alignment is not None or (likelihoods and hasattr(model, "disable_adapter"))):
         with adapter_off(model):
             pass
@@ -248,4 +262,13 @@ def driftcheck(
         score = task_score(model, tokenizer, task)
     found = tuple(replace(row, **more) for row, more in zip(found, extra, strict=True))
     learned = {"accuracy": score.accuracy, "loss": score.loss} if score is not None else None
-    return DriftReport(found, settings, kl, learned)
+    return DriftReport(found, {**_whom(model, base, prompts, limit), **settings, **read}, kl, learned)
+
+
+def _whom(model: Any, base: Any, prompts: Prompts | None, limit: int | None) -> dict[str, Any]:
+    """What a report says of the models and the prompts, where they have names."""
+    told = {"model": model, "base": base}
+    names = {name: getattr(base_model(one), "name_or_path", "") for name, one in told.items() if one is not None}
+    source = prompts.source if isinstance(prompts, DataSource) else prompts
+    asked = "packaged" if prompts is None else _named(source).get("source")
+    return {name: value for name, value in {**names, "prompts": asked, "limit": limit}.items() if value}

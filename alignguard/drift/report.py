@@ -63,7 +63,8 @@ def check_same_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
     """Refuse settings of two reports under which no change could be laid to the model.
 
     Warns:
-        UserWarning: another judge, or answers of another length; that may be what is compared.
+        UserWarning: another judge, or answers of another length; that may be what is compared. Or KL or the task's score on
+            other rows, which do not compare.
 
     Raises:
         ValueError: two system prompts.
@@ -81,6 +82,10 @@ def check_same_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
                 f"the two reports differ in {name}, {ours!r} and {theirs!r}, so a change may come from that and not from the "
                 "model",
             )
+    for name, what in (("alignment_data", "KL is"), ("task_data", "the task's score is")):
+        ours, theirs = ((told.get(name) or {}).get("sha256") for told in (before, after))
+        if None not in (ours, theirs) and ours != theirs:
+            warnings.warn(f"the two reports differ in {name}: {what} of other rows in each, and the two do not compare")
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ class DriftReport:
 
     Attributes:
         rows: one a prompt, in the order of the prompts.
-        settings: what the answers depend on besides model and prompts (tokens, batch size, judge, system prompt), and how many
+        settings: what was asked of what (model, base, prompts, rows, as far as they have names), what the answers depend on
+            besides (tokens, batch size, judge, system prompt), and how many
             prompts were cut.
         kl: KL from the base on alignment examples, nats a response token, where it was measured.
         task: ``accuracy`` (percent of response tokens) and ``loss`` (nats a token) on held-out task rows, where they

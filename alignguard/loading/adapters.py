@@ -158,6 +158,11 @@ def put_on(model: Any, config: PeftConfig) -> PeftModel:
     Raises:
         ValueError: target modules that match nothing, or modules that are to be saved and are not there.
     """
+    if getattr(config, "init_lora_weights", True) == "eva":
+        raise ValueError(
+            "lora: init_lora_weights='eva' takes its start from data, which is not read here; call peft's "
+            "initialize_lora_eva_weights on a PeftModel and pass that, or leave it out"
+        )
     paths = [f".{path}" for path, _ in model.named_modules()]
     if lacking := [
         name
@@ -173,9 +178,11 @@ def put_on(model: Any, config: PeftConfig) -> PeftModel:
         linears = sorted(
             {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         )
+        targets = getattr(config, "target_modules", None)
+        pattern = "; a string is a pattern of whole names, so give a list" if isinstance(targets, str) else ""
         raise ValueError(
-            f"lora: target_modules={getattr(config, 'target_modules', None)!r} cannot be adapted ({' '.join(str(error).split())[:300]}); the "
-            f"model's Linear modules end in {linears}"
+            f"lora: target_modules={targets!r} cannot be adapted ({' '.join(str(error).split())[:300]}); the model's Linear "
+            f"modules end in {linears}{pattern}"
         ) from error
 
 

@@ -143,6 +143,11 @@ def _place(model: str | Path, what: str = "model") -> tuple[str, dict[str, Any]]
         return str(local.parent), {"gguf_file": local.name}
     if (path.startswith((".", "/", "~")) or isinstance(model, Path)) and not local.is_dir():
         raise FileNotFoundError(f"{what}: no such folder: {path}")
+    if what == "model" and (local / "adapter_config.json").exists() and not (local / "config.json").exists():
+        raise ValueError(
+            f"{what}: {path} is the folder of an adapter; give its base model, which its adapter_config.json names, and the "
+            "adapter to driftcheck with --adapter, or in Python PeftModel.from_pretrained(base, folder)"
+        )
     if local.is_dir() and not (local / "config.json").exists() and (found := sorted(local.glob("*.gguf"))):
         if len(found) > 1:
             raise ValueError(f"{what}: {path} holds {len(found)} GGUF files; give one of them, as {found[0]}")

@@ -124,7 +124,10 @@ def check_layer(name: str, layer: Any, adapters: list[str], holders: dict[int, l
     for adapter in adapters:
         variant = layer.lora_variant.get(adapter)
         if variant is not None:
-            raise ValueError(f"{name} uses {type(variant).__name__}: its ΔW is not scaling·B·A; {advice}")
+            raise ValueError(
+                f"{name} uses {type(variant).__name__}: its ΔW is not scaling·B·A; make the adapter without it (for DoRA "
+                "use_dora=False), or train without the guard (guarded=False, --plain)"
+            )
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         if not layer._did_swap_in_out_features and layer.get_param().ndim != 3:

@@ -311,7 +311,7 @@ def test_malformed_rows(trial, tmp_path):
         path.unlink()
     for place, word in (("gone.jsonl", "gone.jsonl"), (str(tmp_path), "'prompt'"), (f"{'n' * 300}.jsonl", "no such file"),
                         (str(trial.ground / "model" / "config.json"), "'prompt'"), ("a\0b.jsonl", "no such file"),
-                        (str(trial.ground / "model" / "model.safetensors"), "not UTF-8")):  # fmt: skip
+                        (str(trial.ground / "model" / "model.safetensors"), "unknown kind of file")):  # fmt: skip
         trial.command(f"place: {place}", with_option(trial.run, task_data=place), word)
 
     model, rows = trial.ground / "model", read_jsonl(trial.ground / "rows.jsonl")

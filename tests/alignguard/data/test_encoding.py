@@ -189,8 +189,11 @@ def test_what_reaches_beyond_a_table_is_refused_whatever_adapter_stands_in_its_p
     check_fits(model, [{"input_ids": [15] * 6, "labels": [15] * 6}], "rows")
     with pytest.raises(ValueError, match="token 16 is beyond the model's vocabulary of 16"):
         check_fits(model, [{"input_ids": [16], "labels": [16]}], "rows")
-    with pytest.raises(ValueError, match="longer than the model's 6 positions"):
-        check_fits(model, [{"input_ids": [1] * 7, "labels": [1] * 7}], "rows")
+    for name, option in (("task_data", "--task-max-length"), ("alignment_data", "--max-length")):
+        with pytest.raises(
+            ValueError, match=rf"longer than the model's 6 positions; .* max_length.* \({option}\) of at most 6"
+        ):
+            check_fits(model, [{"input_ids": [1] * 7, "labels": [1] * 7}], name)
 
 
 def test_positions_that_are_counted_from_behind_the_paddings_are_fewer():

@@ -155,3 +155,17 @@ def test_home_is_one_place(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_text(lines(ROWS))
     assert read("~/rows.jsonl") == read_jsonl("~/rows.jsonl") == ROWS
+
+
+def test_a_table_of_another_kind_is_named_before_its_bytes_are_read(tmp_path):
+    (tmp_path / "rows.xlsx").write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(ValueError, match=r"rows\.xlsx: unknown kind of file '\.xlsx'; give \.jsonl"):
+        list(read_rows(tmp_path / "rows.xlsx"))
+
+
+def test_a_pandas_table_is_asked_for_its_rows():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(ROWS)
+    with pytest.raises(TypeError, match=r'give table\.to_dict\("records"\)'):
+        list(read_rows(frame))
+    assert [row for _, row in read_rows(frame.to_dict("records"))] == ROWS

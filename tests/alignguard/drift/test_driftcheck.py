@@ -329,6 +329,30 @@ def test_a_base_of_another_vocabulary_is_refused_before_anything_is_asked(base, 
     assert driftcheck(base, tokenizer, ROWS[3:4], base=wider, likelihoods=True, max_new_tokens=2).rows[0].base_nll
 
 
+def test_a_report_says_what_was_measured(base, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    monkeypatch.setattr(base, "name_or_path", "a/model")
+    told = driftcheck(base, tokenizer, base=base, alignment=path, task=PAIRS[:1], limit=1, max_new_tokens=2).settings
+    assert told["model"] == told["base"] == "a/model" and told["prompts"] == "packaged" and told["limit"] == 1
+    assert told["alignment_data"]["source"] == str(path) and told["alignment_data"]["rows"] == len(PAIRS)
+    assert "source" not in told["task_data"] and told["task_data"]["rows"] == 1
+    assert (
+        driftcheck(base, tokenizer, ROWS, task=PAIRS[:1], max_new_tokens=2).settings["task_data"] == told["task_data"]
+    )
+
+
+def test_kl_of_other_rows_is_not_compared_unremarked(base, tokenizer):
+    ours, theirs = (
+        driftcheck(base, tokenizer, ROWS, base=base, alignment=rows, max_new_tokens=2) for rows in (PAIRS, PAIRS[:1])
+    )
+    with pytest.warns(UserWarning, match="differ in alignment_data: KL is of other rows in each"):
+        ours.compare(theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.compare(ours)
+
+
 def test_what_is_cut_is_counted_and_said(base, tokenizer):
     long = {"prompt": "Say " * 200, "category": "ordinary"}
     with pytest.warns(UserWarning, match=r"^prompts: 1 of 6 are longer than .* lose their beginning$"):

@@ -196,8 +196,10 @@ def test_a_refused_run_leaves_the_model_as_it_was_given(tiny_llama, tokenizer, t
         {"lora": {"use_dora": True}},
         {"lora": {"target_modules": ["nope"]}},
         {"lora": {"modules_to_save": ["norm"], "use_dora": True}},
+        {"lora": {"init_lora_weights": "eva"}},
+        {"lora": {"target_modules": "q_proj"}},
     ):
-        with pytest.raises(ValueError, match=r"Dora|nope"):
+        with pytest.raises(ValueError, match=r"use_dora=False|nope|initialize_lora_eva_weights|so give a list"):
             go(**wrong)
         assert [p.requires_grad for p in model.parameters()] == trains and True in trains
     assert go(lora={"r": 2}).step_seconds

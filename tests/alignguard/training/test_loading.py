@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForTokenClassification
 
 from alignguard import GuardConfig
@@ -77,6 +78,15 @@ def test_a_model_with_a_head_that_is_not_read_is_refused_by_name(tmp_path, token
         for read in (kind_of, load_weights):
             with pytest.raises(ValueError, match=f"model.* is a {kind.__name__}; give a causal LM"):
                 read(given)
+
+
+def test_the_folder_of_an_adapter_is_no_model(tmp_path, tiny_llama, tokenizer):
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    for read in (load_weights, load_tokenizer, kind_of):
+        with pytest.raises(ValueError, match=r"is the folder of an adapter; give its base model.*--adapter"):
+            read(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer("x", tmp_path)) == len(tokenizer)  # the words beside it are words
 
 
 def test_several_gguf_files_in_a_folder_are_named(tmp_path):
