@@ -82,6 +82,14 @@ def test_a_judge_says_what_it_cannot_read_whole(classifier, tiny_llama, tokenize
         ClassifierJudge(classifier)(PROMPTS[:1], TEXTS[:1])
 
 
+def test_a_classifier_without_positions_reads_answers_of_any_length(tokenizer):
+    model = Counting()
+    model.config = SimpleNamespace(id2label=Counting.config.id2label)
+    assert tokenizer.model_max_length > 10**9
+    texts = ["the sea is wide and deep " + "." * dots for dots in (200, 201)]
+    assert len(set(ClassifierJudge(model, tokenizer=tokenizer, pair=False)(PROMPTS[:2], texts))) == 1
+
+
 def test_a_chat_model_is_asked_and_its_likelier_word_decides(tiny_llama, tokenizer):
     model = tiny_llama(torch.float64, seed=3)
     with torch.no_grad():
