@@ -378,7 +378,7 @@ def test_a_glob_that_leaves_nothing_out_is_refused(method):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "Dora.*exclude"),
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "Dora.*use_dora=False"),
         (LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="mica"), "mica|MiCA"),
         (LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]), "Embedding"),
         (AdaLoraConfig(target_modules=["q_proj"], total_step=10), "ADALORA"),
