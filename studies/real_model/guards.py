@@ -288,6 +288,7 @@ def run(args: argparse.Namespace) -> None:
             str(args.unaligned): "UNALIGNED",
             str(args.data): "DATA",
             str(args.folder): "FOLDER",
+            str(args.task): f"TASKS/{args.task.name}" if args.task else "",
             str(args.out): "OUT",
         }
         before = earlier(args.out, head)

@@ -207,7 +207,9 @@ def test_another_task_is_followed_by_texts_and_questions(small, data, tmp_path):
     for name, said in {"sst2": ["good", "bad"], "agnews": ["World", "Sports", "Business"]}.items():
         write(tmp_path, f"{name}_test", [{"prompt": f"what is {word}?", "response": f"It is {word}."} for word in said])
     out = tmp_path / "other.json"
-    plain, base = small("--methods", "plain", methods.BASE, "--task", str(tmp_path / "other"), out=out)["runs"]
+    whole = small("--methods", "plain", methods.BASE, "--task", str(tmp_path / "other"), out=out)
+    assert "--task TASKS/other" in whole["command"] and str(tmp_path) not in whole["command"]
+    plain, base = whole["runs"]
     model, tokenizer = load_model(model_path())
     texts = [row["text"] for row in rows.read_source(data, "text_wikitext2") if row["split"] == "test"]
     assert (
