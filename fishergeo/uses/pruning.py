@@ -188,8 +188,9 @@ def obs_step(
 def _weights(weights: nn.Module | Mapping[str, Tensor], fisher: Curvature) -> dict[str, Tensor]:
     """Layer -> (p, q), checked against the Fisher."""
     if isinstance(weights, nn.Module):
-        return {name: effective(weights, layer).detach() for name, layer in layers_of(weights, fisher).items()}
-    check_same_layers("weights", weights, "fisher", dict.fromkeys(fisher))
+        weights = {name: effective(weights, layer) for name, layer in layers_of(weights, fisher).items()}
+    else:
+        check_same_layers("weights", weights, "fisher", dict.fromkeys(fisher))
     for name, weight in weights.items():
         check_fits(name, fisher[name], tuple(weight.shape))
         check_finite(f"weight of layer {name!r}", weight)

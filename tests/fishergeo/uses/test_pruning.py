@@ -173,6 +173,11 @@ def test_what_is_refused_is_named():
         fg.n_of_m_mask(torch.ones(2, 4), n=5)
     with pytest.raises(ValueError, match="NaN"):
         fg.saliency({"w": torch.full((2, 2), torch.nan)}, {"w": fg.DiagonalOperator(torch.ones(2, 2))})
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight of layer '0'"):
+        fg.saliency(model, {"0": fg.DiagonalOperator(torch.ones(2, 2))})
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e20])
