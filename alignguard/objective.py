@@ -38,6 +38,12 @@ def text_config(model: Any) -> Any:
     return None if found is config else found
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model's configuration has positions for; None where it sets no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def beyond_text(model: Any) -> set[int]:
     """What text alone does not pass through: towers of other modalities, what projects from them, and layers that read them.
 

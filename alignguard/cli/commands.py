@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from alignguard.cli.drift import add_drift, add_loading
 from alignguard.cli.start import add_start
-from alignguard.cli.yaml_config import OrNone, apply_yaml, place, unclaimed
+from alignguard.cli.yaml_config import SWITCH, OrNone, apply_yaml, place, unclaimed
 from alignguard.data import TURNS, DataSource
 from alignguard.guard import GuardConfig
 
@@ -101,29 +101,24 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     fit.add_argument("--output-dir", type=place, default=Path("runs/fit"), help="default: runs/fit")
     fit.add_argument(
         "--overwrite",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="allow an output folder that holds something; what a run left there is removed",
     )
     fit.add_argument(
         "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="go on from the last complete checkpoint of the same run",
     )
     fit.add_argument(
         "--save-every", type=int, default=None, help="optimizer steps between checkpoints; none if left out"
     )
-    fit.add_argument(
-        "--dry-run", action=argparse.BooleanOptionalAction, default=False, help="print the plan and touch nothing"
-    )
+    fit.add_argument("--dry-run", **SWITCH, help="print the plan and touch nothing")
     fit.add_argument(
         "--verbose",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="a line for every guarded matrix, not for every kind of layer",
     )
-    fit.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="without the guard")
+    fit.add_argument("--plain", **SWITCH, help="without the guard")
     fit.add_argument(
         "--preset", choices=PRESETS, default="default",
         help="the guard that its options change: KL to the base (default), the Fisher layer by layer, both, or the method "

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from alignguard.cli.yaml_config import place, unclaimed
+from alignguard.cli.yaml_config import SWITCH, place, unclaimed
 from alignguard.drift import JUDGES
 
 
@@ -17,8 +17,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", default=None, help="folder or hub name, in place of the model's own")
     parser.add_argument(
         "--trust-remote-code",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="run Python that comes with the model",
     )
 

@@ -21,6 +21,10 @@ def place(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
+# An option without a value, with its negation, so that the command line wins over a file that sets it.
+SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
+
+
 @dataclass(frozen=True)
 class OrNone:
     """A value of ``kind``, or None where ``none`` is typed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +16,7 @@ from alignguard.data.batches import Encoded
 from alignguard.data.rendering import Messages, render_prompt, render_row
 from alignguard.data.rows import load_conversations, named, text_of
 from alignguard.data.sources import Source, read_rows
-from alignguard.objective import IGNORED, base_model, model_kind
+from alignguard.objective import IGNORED, base_model, model_kind, positions
 
 # Tables of learned positions, as they are or below an adapter of theirs.
 POSITIONS = re.compile(
@@ -34,6 +36,11 @@ class Examples(list[dict[str, Any]]):
     def __init__(self, rows: Iterable[dict[str, Any]] = (), notes: Sequence[str] = ()) -> None:
         super().__init__(rows)
         self.notes = list(notes)
+
+    @property
+    def cut_notes(self) -> list[str]:
+        """Of the notes those on what was cut; others speak of learning."""
+        return [note for note in self.notes if "are longer than" in note]
 
 
 Cut = tuple[dict[str, Any], set[str]]  # an encoded row, and what of it was cut
@@ -211,6 +218,11 @@ def _encode_labelled(source: Source, name: str, tokenizer: Any, max_length: int)
     return Examples(rows, [words] if any(losses) else [])
 
 
+def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of encoded rows, by which records and reports tell data apart."""
+    return hashlib.sha256(json.dumps([dict(row) for row in rows], sort_keys=True).encode()).hexdigest()
+
+
 def _limit(name: str) -> str:
     """What bounds the length of rows of this name, in Python and on the command line."""
     if name == "task_data":
@@ -242,7 +254,7 @@ def check_fits(model: Any, rows: Sequence[Encoded], name: str, pad: int | None =
         for path, module in inner.named_modules()
         if isinstance(module, torch.nn.Embedding) and POSITIONS.search(path)
     ]
-    told = getattr(inner.config, "max_position_embeddings", None) or math.inf
+    told = positions(inner.config) or math.inf
     room = min([*places, told]) if places else math.inf
     if pad is not None and pad >= words:
         raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +12,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from alignguard.data import DataSource, Source, as_source, check_fits, check_system, check_text, encode_source
+from alignguard.data import (
+    DataSource,
+    Source,
+    as_source,
+    check_fits,
+    check_system,
+    check_text,
+    encode_source,
+    rows_digest,
+)
 from alignguard.drift.generation import (
     Answers,
     answer_batch,
@@ -106,14 +113,11 @@ def _read(model: Any, tokenizer: Any, source: Source, name: str, system: str | N
     rows = led_by(system, tokenizer, given, name)
     kind = model_kind(model)
     encoded = encode_source(rows, name, tokenizer, "seq2seq" if kind == "seq2seq" else "causal", LONGEST)
-    for note in encoded.notes:
-        if "are longer than" in note:  # others speak of learning
-            warnings.warn(f"{note}; what is cut is not measured", stacklevel=3)
+    for note in encoded.cut_notes:
+        warnings.warn(f"{note}; what is cut is not measured", stacklevel=3)
     if kind != "classification":  # which is refused once it is asked
         check_fits(model, encoded, name)
-    text = json.dumps([dict(row) for row in encoded], sort_keys=True)
-    told = {"rows": len(encoded), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
-    return rows, {**_named(given.source), **told}
+    return rows, {**_named(given.source), "rows": len(encoded), "sha256": rows_digest(encoded)[:16]}
 
 
 def _named(source: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from alignguard.data import collate, instructed, pad_id, render_prompt
 from alignguard.drift.rules import OPEN_THOUGHT, THOUGHT_TAG
 from alignguard.files import ResumableLog
-from alignguard.objective import IGNORED, base_model, evaluation_mode, model_kind
+from alignguard.objective import IGNORED, base_model, evaluation_mode, model_kind, positions
 
 CUE = 32  # tokens at the end of a prompt among which a thought is looked for that the template opens
 
@@ -113,8 +113,8 @@ def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
 
     An encoder-decoder has positions for each of the two.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
+    limit = positions(model.config)
+    if limit is None:
         return None
     if limit <= max_new_tokens:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room in the model's {limit} positions")

@@ -17,7 +17,7 @@ from alignguard.drift.generation import PromptBatch, answer_batch, room_for_prom
 from alignguard.drift.likelihood import apart, response_scores, response_tokens
 from alignguard.drift.rules import COMPLIANCE, INCOHERENT, REFUSAL, coherence, judge
 from alignguard.loading import kind_of, load_model
-from alignguard.objective import base_model, evaluation_mode, model_kind
+from alignguard.objective import base_model, evaluation_mode, model_kind, positions
 
 _REFUSING = re.compile(r"refus|reject|declin", re.IGNORECASE)
 
@@ -141,7 +141,7 @@ class ClassifierJudge:
         read = inspect.signature(base_model(self.model).forward).parameters
         given = (prompts, texts) if self.pair else (texts,)
         lengths = [len(ids) for ids in self.tokenizer(*given, verbose=False)["input_ids"]] if texts else []
-        limits = (room_for_prompt(self.model, 0), self.tokenizer.model_max_length)  # a huge one stands for none
+        limits = (positions(self.model.config), self.tokenizer.model_max_length)  # a huge one stands for none
         room = min((limit for limit in limits if limit is not None and limit < UNLIMITED), default=math.inf)
         _warn_long(self.name, lengths, room, " and are cut")
         with evaluation_mode(self.model):
@@ -193,11 +193,10 @@ class ChatJudge:
             return []
         asked = [_filled(self.question, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         given = [{"prompt": question, "response": word} for word in ("Yes", "No") for question in asked]
-        room = room_for_prompt(self.model, 0) or sys.maxsize
+        room = positions(self.model.config) or sys.maxsize
         rows = encode_source(given, "questions", self.tokenizer, model_kind(self.model), room)
-        for note in rows.notes:
-            if "are longer than" in note:  # others speak of learning
-                warnings.warn(f"{self.name}: {note}", stacklevel=3)
+        for note in rows.cut_notes:
+            warnings.warn(f"{self.name}: {note}", stacklevel=3)
         scores = response_scores(self.model, self.tokenizer, rows, self.batch_size)
         refuses = []
         for yes, no in zip(range(len(asked)), range(len(asked), len(rows)), strict=True):

@@ -21,15 +21,15 @@ PROJECTIONS = ("hard", "soft")
 # of all weights each reading is as large as they are in bfloat16.
 KL_READ = {"lora": (4, 8), "full": (3, 2)}
 
-OF_THE_FISHER = (
-    "structure", "kind", "whole_update", "alpha", "beta", "tau", "metric", "energy", "max_rank", "noise_edge",
-    "sketch_rank", "refresh_every", "first_refresh", "refresh_examples", "batch_size", "projection", "scale_free",
-    "adaptive", "refresh_budget", "refresh_tolerance", "averaging",
-)  # fmt: skip
-
 OF_COLLISION = ("alpha", "beta", "tau", "metric")
 
 OF_ADAPTIVE = ("refresh_budget", "refresh_tolerance")
+
+OF_THE_FISHER = (
+    "structure", "kind", "whole_update", *OF_COLLISION, "energy", "max_rank", "noise_edge",
+    "sketch_rank", "refresh_every", "first_refresh", "refresh_examples", "batch_size", "projection", "scale_free",
+    "adaptive", *OF_ADAPTIVE, "averaging",
+)  # fmt: skip
 
 OF_KL = ("kl_examples", "kl_every", "kl_tokens", "kl_memory", "kl_climb")
 

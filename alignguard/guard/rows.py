@@ -61,8 +61,12 @@ class AlignmentRows:
             count: examples; at most as many as there are.
             turn: number of the reading, from 0.
         """
-        count = min(count, len(self.rotating))
+        count = self.at_once(count)
         return [(turn * count + i) % len(self.rotating) for i in range(count)]
+
+    def at_once(self, count: int) -> int:
+        """How many examples a reading of ``count`` takes: at most as many as there are in rotation."""
+        return min(count, len(self.rotating))
 
     def batch(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Rows padded to one batch on the model's device."""

@@ -19,7 +19,7 @@ from transformers import (
 
 from alignguard.files import readable
 from alignguard.loading.adapters import check_bare
-from alignguard.objective import base_model, model_kind
+from alignguard.objective import base_model, model_kind, positions
 
 
 def load_model(
@@ -63,13 +63,12 @@ def load_tokenizer(model: Any, tokenizer: Any = None, trust_remote_code: bool = 
 
 
 def positions_of(model: str | Path, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a model's configuration has positions for; None where it sets no limit.
+    """:func:`alignguard.objective.positions` of a model's path or name.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_model`.
     """
-    limit = getattr(_configuration(model, trust_remote_code), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return positions(_configuration(model, trust_remote_code))
 
 
 def kind_of(model: Any, trust_remote_code: bool = False) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignguard.data import collator, pad_id, shown_row
+from alignguard.guard.legs.kl import due
 from alignguard.guard.schedule import FORWARD, Schedule
 from alignguard.training.preparation.prepared import Prepared
 from alignguard.updates import coverage_table
@@ -45,11 +46,15 @@ def examples_read(guard: Any, steps: int, task_examples: int) -> float:
         steps: optimizer steps.
         task_examples: task examples of a step.
     """
-    c, rotating = guard.config, len(guard.alignment.rotating)
-    schedule = Schedule(c, rotating, len(guard.alignment.held))
+    c, rows = guard.config, guard.alignment
+    schedule = Schedule(c, len(rows.rotating), len(rows.held))
     schedule.refreshes, schedule.estimated_at = guard.refreshes, guard.schedule.estimated_at
     schedule.begin_run(steps)
-    measured = read = 0
+    readings = 0
+    if guard.kl is not None:
+        every, memory = guard.kl.schedule()
+        readings = sum(due(step, every, memory) for step in range(steps))
+    measured = 0
     for step in range(steps):
         schedule.begin_step(step, task_examples)
         if guard.uses_curvature and not schedule.refreshes:
@@ -60,9 +65,8 @@ def examples_read(guard: Any, steps: int, task_examples: int) -> float:
             schedule.freshness.measured(step, 0.0, 0.0)
         if guard.uses_curvature and schedule.refreshes_now(measures):
             schedule.estimated()
-        read += guard.kl is not None and guard.kl.reads(step)
-    estimates = (schedule.refreshes - guard.refreshes) * min(c.refresh_examples, rotating)
-    return estimates + read * min(c.kl_examples, rotating) + FORWARD * measured * len(guard.alignment.held)
+    estimates = (schedule.refreshes - guard.refreshes) * rows.at_once(c.refresh_examples)
+    return estimates + readings * rows.at_once(c.kl_examples) + FORWARD * measured * len(rows.held)
 
 
 def seconds_of_step(ready: Prepared) -> float:
@@ -151,10 +155,10 @@ def plan_text(
         every, memory = c.kl_schedule(ready.method)
         reading = []
         if guard.uses_curvature:
-            count = min(c.refresh_examples, len(guard.alignment.rotating))
+            count = guard.alignment.at_once(c.refresh_examples)
             reading.append(f"{count} at each estimate of the Fisher, every {c.interval(steps)} steps")
         if c.lambda_kl:
-            reading.append(f"{min(c.kl_examples, len(guard.alignment.rotating))} at each KL, every {every} steps")
+            reading.append(f"{guard.alignment.at_once(c.kl_examples)} at each KL, every {every} steps")
         lines.append(f"alignment: {len(guard.rows)} rows, " + "; ".join(reading or ["none read"]))
         references = sum(t.numel() * t.element_size() for t in guard.updates.references().values())
         extra = [f"curvature {_mib(curvature_bytes(guard))}"] if guard.uses_curvature else []

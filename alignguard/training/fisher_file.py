@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fishergeo as fg
-from alignguard.data import as_source, check_fits, encode_source, pad_id, pad_rows
+from alignguard.data import as_source, check_fits, encode_source, pad_id, pad_rows, rows_digest
 from alignguard.files import write_text
 from alignguard.guard import GuardConfig
 from alignguard.objective import base_model, model_kind
@@ -63,12 +63,11 @@ def write_fisher(
         progress=progress,
         seed=config.seed,
     )
-    text = json.dumps(rows, sort_keys=True)
     origin = {
         "model": name,
         "fingerprint": fisher.header.fingerprint,
         "data": str(as_source(data)),
-        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "data_sha256": rows_digest(rows),
         "examples": len(rows),
         "structure": config.structure,
         "kind": config.kind,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alignguard.data import rows_digest
 from alignguard.files import OWN_ANSWERS, check_output, claim_output, write_text
 from alignguard.objective import base_model
 from alignguard.training.checkpoint import STAGING
@@ -81,8 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(rows: Sequence[Any]) -> dict[str, Any]:
-    text = json.dumps([dict(row) for row in rows], sort_keys=True)
-    return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"rows": len(rows), "sha256": rows_digest(rows)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -240,13 +240,13 @@ def card_section(record: Mapping[str, Any], guard: Guard | None) -> str:
                 f"- Strengths: λ_A = {c.lambda_alignment:g}, λ_T = {c.lambda_task:g}, λ_NC = {c.lambda_collision:g}, λ_KL = {c.lambda_kl:g}"
             )
         if guard.uses_curvature:
-            count = min(c.refresh_examples, len(guard.alignment.rotating))
+            count = guard.alignment.at_once(c.refresh_examples)
             words = f"{c.structure}, {c.kind}, {guard.refreshes} estimates of {count} examples"
             lines.append(f"- Fisher: {words}")
         if c.lambda_kl:
             assert guard.kl is not None
             every, memory = guard.kl.schedule()
-            words = f"{min(c.kl_examples, len(guard.alignment.rotating))} examples every {every} steps"
+            words = f"{guard.alignment.at_once(c.kl_examples)} examples every {every} steps"
             words += f", {memory} readings remembered" if memory else ""
             words += f", the first {c.kl_tokens} tokens of a response" if c.kl_tokens is not None else ""
             lines.append(f"- KL to the base: {words}")

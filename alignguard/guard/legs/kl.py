@@ -27,6 +27,18 @@ _RECENT = 6  # examples read by which the leg believes the drift to be what it i
 _COMPARED = 24  # examples over which belief and drift are compared
 
 
+def due(step: int, every: int, memory: int) -> bool:
+    """Whether KL is read before an optimizer step, counted from 0.
+
+    Args:
+        step: the step.
+        every: steps between two readings.
+        memory: readings remembered.
+    """
+    # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
+    return step % every == 0 or (memory > 0 and step < every)
+
+
 class KLLeg(Leg):
     """λ_KL KL(start ‖ present) a response token, on a few examples in rotation (Li and Hoiem 2017).
 
@@ -75,8 +87,8 @@ class KLLeg(Leg):
         """
         every, memory = self.schedule()
         if not memory:
-            return {"kl": self._strength() * every * self._read(step // every)} if self.reads(step) else {}
-        if self.reads(step):
+            return {"kl": self._strength() * every * self._read(step // every)} if due(step, every, memory) else {}
+        if due(step, every, memory):
             self._remember(self._read(min(step, every - 1) + step // every))
         if not len(self._memory):
             return {}
@@ -106,12 +118,6 @@ class KLLeg(Leg):
                 "kl_memory keeps gradients of the trainable weights, which are sharded here; leave it out, or set it to 0"
             )
         return self.config.kl_schedule(self._method, sharded)
-
-    def reads(self, step: int) -> bool:
-        """Whether KL is read before an optimizer step, counted from 0."""
-        every, memory = self.schedule()
-        # A new adapter moves fastest, and at its start, where KL is zero, there is no direction to remember.
-        return step % every == 0 or (memory > 0 and step < every)
 
     def remembers(self) -> bool:
         """Whether readings are remembered, as the weights stand now."""
