@@ -44,7 +44,7 @@ def alignment_parts(model: Any, tokenizer: Any, alignment: Any, energy: float, e
     for name, delta in updates.items():
         values, vectors = fisher[base_name(name)].eigh()
         values = values.clamp_min(0)
-        m = max(fg.rank_for_energy(values, float(values.sum()), energy), 1)
+        m = max(fg.rank_for_energy(values, energy=energy), 1)
         parts[name] = fg.Projector(vectors[:, :m].to(delta.dtype)).split(delta)[0]
     return parts
 

@@ -52,14 +52,16 @@ class LayerCurvature:
         """
         output, c = self._output, self.config
         if isinstance(output, Tensor) and c.projection == "hard" and not c.noise_edge:  # no other pair is asked for
-            values, vectors = fg.leading_eigenpairs(output, c.energy, self.total, c.max_rank)
+            values, vectors = fg.leading_eigenpairs(output, energy=c.energy, total=self.total, most=c.max_rank)
             return values, fg.Projector(vectors)
         if isinstance(output, Tensor):
             values, vectors = (found.flip(-1) for found in torch.linalg.eigh(output))
         else:  # those it knows: the rest of a sketched factor has no directions
             values, vectors = output.known_eigenpairs()
         values = values.clamp_min(0)  # rounding leaves tiny negative ones
-        m = min(fg.rank_for_energy(values, self.total, c.energy), c.max_rank or len(values), vectors.shape[1])
+        m = min(
+            fg.rank_for_energy(values, energy=c.energy, total=self.total), c.max_rank or len(values), vectors.shape[1]
+        )
         if c.noise_edge:
             m = min(m, self._above_noise(values))
         if c.projection == "soft" and m > 0 and float(values[m - 1]) > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fishergeo._checks import check_choice
+from fishergeo._checks import check_choice, check_integer
 from fishergeo.accumulators.base import Accumulator
 from fishergeo.accumulators.exact import ExactAccumulator
 from fishergeo.accumulators.kronecker import EkfacAccumulator, KfacAccumulator, KfacSketchAccumulator
@@ -65,8 +65,8 @@ class Structure:
         check_choice("structure", self.name, STRUCTURES)
         check_choice("side", self.side, SIDES)
         check_choice("sharing", self.sharing, SHARINGS)
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
+        check_integer("rank", self.rank, low=1)
+        check_integer("probes", self.probes, low=0)
         if self.basis_examples is not None and (self.basis_examples < 1 or self.name != "ekfac"):
             raise ValueError(
                 f"basis_examples={self.basis_examples}: the number of examples, at least 1, that fix the eigenbases "

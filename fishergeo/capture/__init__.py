@@ -1,7 +1,7 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
 from fishergeo.capture.at_rest import Autocast, differentiate
-from fishergeo.capture.batches import indexed, padding_mask, sized, target_mask, to_device
+from fishergeo.capture.batches import first_length, indexed, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
 from fishergeo.capture.identity import check_model, content_mark, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
@@ -12,6 +12,7 @@ from fishergeo.capture.objectives.by_kind import (
     REDUCTIONS,
     LossFunction,
     Objective,
+    check_own_loss,
     example_objectives,
 )
 from fishergeo.capture.objectives.labels import Alignment, label_alignment
@@ -34,12 +35,14 @@ __all__ = [
     "WeightSource",
     "adapter_factors",
     "check_model",
+    "check_own_loss",
     "checked_example_weights",
     "content_mark",
     "decoder_inputs",
     "differentiate",
     "example_objectives",
     "fingerprint",
+    "first_length",
     "gradient_matrix",
     "header_fields",
     "indexed",

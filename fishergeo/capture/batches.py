@@ -120,6 +120,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def first_length(batch: Any) -> int:
+    """Examples of a batch by the first tensor in it, of mappings, lists, tuples and dataclasses; 0 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 0
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = [getattr(batch, entry.name) for entry in dataclasses.fields(batch)]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    parts = batch if isinstance(batch, list | tuple) else []
+    return next((length for length in map(first_length, parts) if length), 0)
+
+
 def sized(batches: Any) -> int | None:
     """len(batches) where it has one."""
     try:

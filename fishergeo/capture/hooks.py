@@ -21,7 +21,6 @@ from fishergeo.capture.kinds.experts import watched
 from fishergeo.capture.kinds.kind import Call, first_input
 from fishergeo.capture.kinds.known import Embedding
 from fishergeo.capture.layers import Layer, Use
-from fishergeo.capture.model_adapters import is_encoder_decoder
 from fishergeo.capture.objectives.by_kind import Objective
 from fishergeo.capture.records import Arrived, BatchShape, Record, Sources, record_of
 
@@ -158,9 +157,8 @@ class Capture:
 
     def _layout(self, examples: int, mask: Tensor | None, targets: Tensor | None, counted: Tensor | None) -> BatchShape:
         lengths = {length for first, length in self._lengths if first == examples}
-        several = is_encoder_decoder(self.model)
         known = {each.shape[1] for each in (mask, targets) if each is not None}
-        return BatchShape(examples, mask, targets, counted, frozenset(lengths | known), several)
+        return BatchShape(examples, mask, targets, counted, frozenset(lengths | known))
 
     def _forward_hook(self, site: _Site) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import enum
 import functools
@@ -45,7 +46,8 @@ def content_mark(value: object) -> str:
 
     Functions by their names, code, defaults, what they close over and what they name of their own module; tensors and arrays
     by their bytes; models by their fingerprints and forward; mappings and sequences by their parts. Of other objects the
-    class is known, what calling them does, and those attributes that the function that holds them names.
+    class is known, what calling them does, and those attributes that the function that holds them names, of dataclasses
+    all fields.
     """
     digest = hashlib.sha256()
     for part in _Contents().of(value, frozenset()):
@@ -104,6 +106,8 @@ class _Contents:
             yield from self.of(call, names)
             names = names | _names(call)
         held = getattr(value, "__dict__", {})
+        if dataclasses.is_dataclass(value):
+            names = names.union(entry.name for entry in dataclasses.fields(value))
         for name in sorted(names.intersection(held) - {"training"}):
             yield name.encode()
             yield from self.of(held[name], names)

@@ -291,5 +291,5 @@ def _check_alone(name: str, parameter: Tensor, owners: dict[Tensor, list[tuple[s
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(names[:most]) or "no nn.Linear at all"
+    shown = ", ".join(name or "'' (the model itself)" for name in names[:most]) or "no nn.Linear at all"
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

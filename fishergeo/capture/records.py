@@ -95,7 +95,6 @@ class BatchShape:
         targets: (n, T) bool of a decoder's positions beside an encoder's, or None if there are none or none is padded.
         counted: (n,) bool, the examples that are data, or None if all are.
         lengths: numbers of positions, for layers that read (n·T, width).
-        several: the model has sequences beside the masked one (encoder and decoder), perhaps of the same length.
     """
 
     examples: int
@@ -103,7 +102,6 @@ class BatchShape:
     targets: Tensor | None
     counted: Tensor | None
     lengths: frozenset[int]
-    several: bool
 
 
 @torch.no_grad()
@@ -170,19 +168,25 @@ def _terms(layer: Layer, use: Use, one: Arrived, layout: BatchShape) -> tuple[Te
     if use.flipped:
         a, g = g, a
     a, g = (by_example(layer.name, x, layout.examples, layout.lengths) for x in (a, g))
-    return a, g, _mask_of((a if use.flipped else g), layout) if kind.positions else None
+    return a, g, _mask_of(a, g, layout) if kind.positions else None
 
 
-def _mask_of(g: Tensor, layout: BatchShape) -> Tensor | None:
-    """The mask of the sequence that a layer reads, told by its length and by its gradients (n, T, p).
+def _mask_of(a: Tensor, g: Tensor, layout: BatchShape) -> Tensor | None:
+    """The mask of the sequence that a layer reads, told by its length and by its rows (n, T, q) and (n, T, p).
 
-    The other sequence of an encoder and decoder may be just as long: padding receives no gradient, tokens do. Where both
-    masks leave out zeros alone, the one that leaves out more is the layer's own: the other has its padding elsewhere.
+    Another sequence (of a decoder, of an image's patches) may be just as long: padding adds nothing to the gradient,
+    tokens do. Where both masks leave out nothing, the one that leaves out more is the layer's own: the other has its
+    padding elsewhere.
     """
     fitting = [mask for mask in (layout.mask, layout.targets) if mask is not None and mask.shape == g.shape[:2]]
-    if layout.several:
-        fitting = [mask for mask in fitting if not bool(g[~mask].any())]
+    fitting = [mask for mask in fitting if not _add(a[~mask], g[~mask])]
     return min(fitting, key=lambda mask: int(mask.sum()), default=None)
+
+
+def _add(a: Tensor, g: Tensor) -> bool:
+    """Whether rows (m, q) and (m, p) add to the gradient; NaN, which padding may hold, is taken for nothing."""
+    read, sent = (x.nan_to_num(0, 0, 0).any(-1) for x in (a, g))
+    return bool((read & sent).any())
 
 
 def _expert_terms(
@@ -198,7 +202,8 @@ def _expert_terms(
         )
     runs = [(one.call.args[0], one.call.gradient, cast(Tensor, one.tokens)) for one in arrivals]
     a, g, tokens = (torch.cat(part) for part in zip(*(runs or [_no_rows(layer)]), strict=True))
-    mask = next((m for m in (layout.mask, layout.targets) if m is not None and m.numel() == routed), None)
+    masks = [m for m in (layout.mask, layout.targets) if m is not None and m.numel() == routed]
+    mask = next((m for m in masks if not _add(*(x[~m.flatten()[tokens]] for x in (a, g)))), None)
     visits = torch.bincount(tokens, minlength=routed).view(n, routed // n)
     visits = visits if mask is None else visits.masked_fill(~mask.view(n, routed // n), -1)
     return *packed((a, g), tokens, routed, n, mask), visits

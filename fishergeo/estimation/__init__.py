@@ -6,7 +6,7 @@ from fishergeo.estimation.fisher import Fisher, FisherHeader
 from fishergeo.estimation.options import DataKeywords, DataOptions, chosen_options, option_facts
 from fishergeo.estimation.shards import sketch_shards
 from fishergeo.estimation.streaming import StreamingFisher
-from fishergeo.estimation.verify import NeverCalled
+from fishergeo.estimation.verify import NeverCalled, faults_shown
 
 __all__ = [
     "DataKeywords",
@@ -18,6 +18,7 @@ __all__ = [
     "all_reduce",
     "chosen_options",
     "estimate_fisher",
+    "faults_shown",
     "option_facts",
     "sketch_shards",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fishergeo import _storage
+from fishergeo._checks import check_integer
 
 
 class SweepState(NamedTuple):
@@ -37,11 +38,11 @@ class Checkpoint:
 
     Raises:
         ValueError: if ``every`` is less than 1.
+        TypeError: if it is no integer.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int, identity: Mapping[str, Any]) -> None:
-        if every < 1:
-            raise ValueError(f"checkpoint_every={every} must be at least 1")
+        check_integer("checkpoint_every", every, low=1)
         self.path = Path(path)
         self.every = every
         self.identity = dict(identity)

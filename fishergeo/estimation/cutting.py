@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_OF_TOKENS = ("inputs_embeds", "decoder_inputs_embeds")
+
 
 class Uncuttable(Exception):
     """A batch holds something whose examples cannot be told apart."""
@@ -95,6 +97,8 @@ def unpadded(batch: Any, weights: Tensor | None, encoder_decoder: bool) -> tuple
     for key, value in batch.items():
         if not isinstance(value, Tensor) or value.ndim < 2:
             continue
+        if "input_ids" in batch and value.ndim > 2 and key not in _OF_TOKENS:
+            continue  # an image beside a text, perhaps of as many patches or channels as the text has tokens
         decoder = encoder_decoder and (key == "labels" or str(key).startswith("decoder_"))
         width = labels.shape[1] if decoder and isinstance(labels, Tensor) and labels.ndim == 2 else mask.shape[1]
         if value.shape[:2] == (1, width):

@@ -162,7 +162,8 @@ def estimate_fisher(
         checkpoint_every: number of batches between two writes of it.
         verify: before anything is returned, hold the gradients captured on the first batch against autograd's own of
             the same weights, and one example alone against the same in its batch: one batch more, forward and
-            backward. Quantised and sharded weights are passed over.
+            backward, and again on the first batch of several examples and the first with padding, where those come later.
+            Quantised and sharded weights are passed over.
         **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:

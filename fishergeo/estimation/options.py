@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from fishergeo._checks import check_choice, check_integer
+from fishergeo._checks import check_choice, check_integer, check_number
 from fishergeo.accumulators import UNITS
 from fishergeo.capture import KINDS, REDUCTIONS, LossFunction, WeightSource, content_mark
 
@@ -77,7 +77,8 @@ class DataOptions:
         check_choice("unit", self.unit, UNITS)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_integer("max_draws", self.max_draws, low=1)
-        if not 0 < self.decay <= 1:
+        check_integer("seed", self.seed, low=-(2**63))
+        if check_number("decay", self.decay, high=1.0) <= 0:
             raise ValueError(f"decay={self.decay} must lie in (0, 1]")
 
 

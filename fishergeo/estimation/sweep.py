@@ -28,6 +28,7 @@ from fishergeo.capture import (
     Layer,
     Objective,
     Record,
+    check_own_loss,
     checked_example_weights,
     example_objectives,
     indexed,
@@ -41,7 +42,7 @@ from fishergeo.capture import (
 from fishergeo.estimation.checkpoint import SweepState
 from fishergeo.estimation.fisher import named_once
 from fishergeo.estimation.options import DataOptions
-from fishergeo.estimation.verify import NeverCalled, Proof, never_called
+from fishergeo.estimation.verify import ALL_FAULTS, NeverCalled, Proof, never_called
 
 _WITH_INPUTS = (KfacAccumulator, KfacSketchAccumulator)
 
@@ -57,7 +58,7 @@ class Sweep:
         share_inputs: whether KFAC holds one input factor for layers that read the same tensor.
         turns: key of a KFAC structure -> examples after which it becomes EKFAC in its eigenbases.
         bases: ``sharing`` -> layer -> KFAC that nobody asked for, whose eigenbases a second sweep takes.
-        verify: hold the gradients captured on the first batch against autograd's own.
+        verify: hold the gradients captured on the first batch against autograd's own, and on the first that shows more.
         optional: layers that no gradient reaches are left out with a warning, not refused.
 
     Attributes:
@@ -65,6 +66,7 @@ class Sweep:
         examples: the weight of the examples so far.
         tokens: the weight of their supervised tokens.
         seen: layers that received a gradient.
+        proven: what has been verified.
         read_elsewhere: layers that were not called in the first batch, and whose weights have a gradient nevertheless.
         peaks: layer -> the largest product of an entry of g_t and one of a_t so far.
     """
@@ -88,7 +90,7 @@ class Sweep:
         self.share_inputs = share_inputs
         self.turns = dict(turns or {})
         self.bases = dict(bases or {})
-        self.verify = verify
+        self.proven = frozenset[str]() if verify else ALL_FAULTS
         self.optional = optional
         self.read_elsewhere: set[str] = set()
         self.number = 0
@@ -184,10 +186,12 @@ class Sweep:
         if o.loss is None and self.alignment is None:
             with capture.deaf(), self.autocast.resumed():
                 self.alignment = label_alignment(self.model, batch)
+                if not self.examples:
+                    check_own_loss(self.model, batch, o.kind)
         draw, draws = 0, 1
         weights: Tensor | None = None
         groups: dict[tuple[int, int], list[KfacAccumulator]] = {}
-        proof = self._proof(capture, batch, of_tokens) if self.verify else None
+        proof = self._proof(capture, batch, of_tokens) if self.proven < ALL_FAULTS else None
         while draw < draws:
             shared = Shared(number, draw)
             totals: dict[str, Tensor] = {}
@@ -237,8 +241,8 @@ class Sweep:
             if totals and not bool(torch.isfinite(torch.stack(list(totals.values()))).all()):
                 name = next(name for name, total in totals.items() if not bool(torch.isfinite(total)))
                 raise FloatingPointError(f"layer {name!r}: NaN or Inf in the gradients or inputs")
-            if proof is not None and draw == 0 and proof.check():
-                self.verify = False
+            if proof is not None and draw == 0:
+                self.proven |= proof.check()
                 self.read_elsewhere |= proof.read_elsewhere
             draw += 1
         order = list(self.layers)
@@ -269,6 +273,7 @@ class Sweep:
             rough=self.autocast.on,
             optional=self.optional,
             moments=any(isinstance(one, _WITH_INPUTS) for group in groups for one in group.values()),
+            proven=self.proven,
         )
 
     def _count(self, result: Objective, given: Tensor | None, shared: Shared) -> Tensor | None:

@@ -1,5 +1,7 @@
 """An estimate proves itself: what was captured on its first batch is held against autograd's own weight gradients.
 
+And on the first of more than one example, and the first with padding, where earlier ones could not show their faults.
+
 With G_i the gradient of example i's objective and Ω a fixed random matrix of few columns, Σ_i r_i G_i Ω is formed twice:
 from the captured rows, and by autograd with respect to the weight itself. The r_i are ±1, ±2, ±½ and ±4, so that
 rows put under the wrong example show as well as wrong rows do, and rounding is the same both times. Where the batch can be cut,
@@ -53,6 +55,21 @@ _APART = (
     "examples act on each other (statistics or losses over the batch), padding counts (supervised pads, positions "
     "counted from a padded edge, a mask that is not this layer's), or rows are laid under the wrong examples"
 )
+
+
+def faults_shown(model: nn.Module, batch: Any, examples: int) -> frozenset[str]:
+    """Which faults a proof of this batch would find: wrong gradients, those of ``"several"`` examples, of ``"padding"``.
+
+    Args:
+        model: that reads it.
+        batch: any batch.
+        examples: number of its examples that count; 0 where it is not known.
+    """
+    padded = padding_mask(batch) is not None or target_mask(model, batch) is not None
+    return frozenset({"gradients"} | ({"several"} if examples != 1 else set()) | ({"padding"} if padded else set()))
+
+
+ALL_FAULTS = frozenset({"gradients", "several", "padding"})
 
 
 class NeverCalled(ValueError):
@@ -113,6 +130,7 @@ class Proof:
         rough: the objective is computed under autocast.
         optional: a layer whose modules were not called may be read by others, and is noted in ``read_elsewhere``.
         moments: squares of the inputs count too, and must not hold padding.
+        proven: faults that earlier batches have been found free of; one that can show no other is not proven again.
     """
 
     def __init__(
@@ -128,6 +146,7 @@ class Proof:
         rough: bool,
         optional: bool,
         moments: bool,
+        proven: frozenset[str] = frozenset(),
     ) -> None:
         self.capture = capture
         self.evaluate = evaluate
@@ -139,6 +158,8 @@ class Proof:
         self.optional = optional
         self.read_elsewhere: set[str] = set()
         self.moments = moments
+        self.proven = proven
+        self._shown: frozenset[str] = frozenset()
         self._labels = generator.get_state()
         self._devices = sorted({p.device.index or 0 for p in capture.model.parameters() if p.device.type == "cuda"})
         self._random = self._random_states()
@@ -154,7 +175,9 @@ class Proof:
         """Takes the objective, and the factor on the gradient of every example."""
         self._values, self._factors = result.values.detach(), factors.detach()
         self._counted = (result.counts > 0).tolist()
-        if not any(self._counted):
+        if any(self._counted):
+            self._shown = faults_shown(self.capture.model, self.batch, sum(self._counted))
+        if self._shown <= self.proven:
             return
         places = [place for place, counted in enumerate(self._counted) if counted]
         self._place = places[0]
@@ -169,7 +192,7 @@ class Proof:
     def take(self, record: Record) -> None:
         """Takes what was captured of one layer."""
         name = record.name
-        if not any(self._counted) or not self._provable[name]:
+        if self._shown <= self.proven or not self._provable[name]:
             return
         layer = self.capture.layers[name]
         dtype = _dtype(layer)
@@ -188,24 +211,24 @@ class Proof:
         nothing = _Part(omega.new_zeros(layer.shape[0], omega.shape[1]), omega.new_zeros(()))
         self._one[layer.name] = self._others[layer.name] = nothing
 
-    def check(self) -> bool:
+    def check(self) -> frozenset[str]:
         """Runs every example of the batch once more, and compares.
 
         Returns:
-            Whether there was anything to compare.
+            The faults that have been looked for, of which there are none.
 
         Raises:
             NeverCalled: those that disagree are named by the caller and were never called.
             RuntimeError: naming the layers that disagree, and what may be the cause.
         """
-        if not any(self._counted) or not any(self._provable.values()):
-            return any(self._counted)
+        if self._shown <= self.proven or not any(self._provable.values()):
+            return self._shown
         for name, layer in self.capture.layers.items():
             if self._provable[name] and name not in self._one:  # nothing came, and nothing should have
                 self._miss(layer)
         with torch.random.fork_rng(devices=self._devices), torch.enable_grad(), _eagerly(self.capture.model):
             if not self.rough and not self._noisy and self._check_apart():
-                return True
+                return self._shown
             if self._noisy:
                 self._set_random_states()
             power = float(self._powers[self._place])
@@ -216,7 +239,7 @@ class Proof:
             expected = self._run(self.batch, self.token_weights, self._generator(), list(range(len(self._counted))))
         # Kernels and shapes are the same, so are their roundings: only the last sum differs.
         self._compare(whole, expected, 0.06 if self.rough else 1e-3, _TOGETHER)
-        return True
+        return self._shown
 
     def _check_apart(self) -> bool:
         """One example alone, then the others; False if the batch cannot be cut."""

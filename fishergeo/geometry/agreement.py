@@ -290,7 +290,7 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
 
     Raises:
         TypeError: arguments of the wrong type.
-        ValueError: fewer than two operators, different sizes, more dimensions than there are with data, or arguments out
+        ValueError: fewer than two operators, different sizes or sides, more dimensions than there are with data, or arguments out
             of range.
 
     Examples:
@@ -306,6 +306,8 @@ def shard_agreement(shards: Sequence[SymmetricOperator], m: int, level: float = 
             raise TypeError(f"shards[{i}] must be a SymmetricOperator, got {type(operator).__name__}")
         if operator.shape != operators[0].shape:
             raise ValueError(f"shards[{i}] has shape {operator.shape}, shards[0] {operators[0].shape}")
+        if operator.side != operators[0].side:
+            raise ValueError(f"shards[{i}] is of side {operator.side!r}, shards[0] of {operators[0].side!r}")
     size = operators[0].shape[0]
     m = check_integer("m", m, low=1, high=size)
     level = check_number("level", level, low=1e-6, high=1 - 1e-6)

@@ -30,7 +30,8 @@ class ExactOperator(SymmetricOperator):
     Args:
         gradients: (rows, p), the rows of all D_i one after the other; any floating dtype, in which products come.
         inputs: (rows, q), those of A_i.
-        lengths: (N,) long, rows of each example, none for one that does not reach the layer; their sum is ``rows``.
+        lengths: (N,) long, rows of each example, none for one that does not reach the layer; their sum is ``rows``. Of kinds
+            that take several draws of labels (``"type2"``, ``"ggn"``) every draw is one of the N.
         count: divisor of the sum; N if nothing is weighted.
         budget: entries of the weight gradients formed at a time.
         weights: (N,), of each example: D_i carries the root of its own. Ones if None.

@@ -19,7 +19,7 @@ SETTLED = 1000  # a pair has settled when its residual is this many eps of the l
 
 
 def leading_eigenpairs(
-    matrix: Tensor, energy: float = 0.8, total: float | None = None, most: int | None = None
+    matrix: Tensor, *, energy: float = 0.8, total: float | None = None, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The fewest leading eigenpairs of a positive semi-definite matrix that hold a share of its trace.
 
@@ -63,7 +63,7 @@ def leading_eigenpairs(
     if found is None:
         values, vectors = torch.linalg.eigh(matrix)
         values = values.flip(0).clamp_min(0)  # rounding leaves tiny negative ones
-        m = min(rank_for_energy(values, whole, energy), most)
+        m = min(rank_for_energy(values, energy=energy, total=whole), most)
         found = values[:m], vectors.flip(1)[:, :m]
     return found[0].contiguous(), found[1].contiguous()
 

@@ -122,7 +122,8 @@ def rank_by_noise_edge(values: Tensor, samples: int, size: int, variance: float 
 
     Args:
         values: eigenvalues of F, descending, (k,), any floating dtype. All min(n, p) of them if ``variance`` is left out.
-        samples: n; for one-sided Fishers the number of columns G_i have in all.
+        samples: n; for one-sided Fishers the number of columns that all G_i have. Those are divided by the N examples, so
+            that with ``variance`` their eigenvalues are to be multiplied by N/n; the median needs no such scale.
         size: p.
         variance: variance of the noise in one entry of x; from the median eigenvalue if left out.
 
@@ -153,7 +154,7 @@ def rank_by_gavish_donoho(values: Tensor, samples: int, size: int, variance: flo
 
     Args:
         values: eigenvalues of F = 1/n Σ x_i x_iᵀ, descending, (k,), any floating dtype. All min(n, p) of them if ``variance`` is left out.
-        samples: n.
+        samples: n; one-sided Fishers as for :func:`rank_by_noise_edge`.
         size: p.
         variance: variance of the noise in one entry of x; from the median singular value if left out.
 
@@ -263,7 +264,7 @@ def _flipped_gram(gram: Tensor, generator: torch.Generator, draws: int, level: f
 
 
 def rank_for_energy(
-    values: torch.Tensor | Sequence[float], total: float | torch.Tensor | None = None, energy: float = 0.8
+    values: torch.Tensor | Sequence[float], *, energy: float = 0.8, total: float | torch.Tensor | None = None
 ) -> int:
     """Smallest m whose m leading values hold at least the share `energy` of the total.
 
@@ -271,8 +272,8 @@ def rank_for_energy(
 
     Args:
         values: leading eigenvalues, shape (k,), any floating dtype, descending, not negative.
-        total: the trace that they are a share of, a number or scalar tensor; their sum when left out.
         energy: the share, in (0, 1].
+        total: the trace that they are a share of, a number or scalar tensor; their sum when left out.
 
     Returns:
         m from 1 to k, or 0 where there is no energy at all. k if even all known values do not reach the share: they

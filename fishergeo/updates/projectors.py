@@ -138,9 +138,9 @@ class SoftProjector(SubspaceMap):
             low, high = self.weights.min().item(), self.weights.max().item()
             raise ValueError(f"weights must lie in [0, 1], they span [{low:.3g}, {high:.3g}]")
 
-    @classmethod
+    @staticmethod
     def from_spectrum(
-        cls, basis: torch.Tensor, values: torch.Tensor, epsilon: float, side: str = "output"
+        basis: torch.Tensor, values: torch.Tensor, epsilon: float, side: str = "output"
     ) -> "SoftProjector":
         """Weights λ/(λ + ε), the ridge filter of a curvature's eigenvalues: one half where λ = ε.
 
@@ -158,7 +158,7 @@ class SoftProjector(SubspaceMap):
         if check_number("epsilon", epsilon, low=0) == 0:
             raise ValueError("epsilon must be positive, got 0")
         check_not_negative("values", checked)
-        return cls(basis, checked / (checked + epsilon), side)
+        return SoftProjector(basis, checked / (checked + epsilon), side)
 
     @classmethod
     def stacked(cls, projectors: Sequence["SoftProjector"]) -> "SoftProjector":

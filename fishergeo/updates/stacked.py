@@ -120,7 +120,7 @@ def stacked_quadratic(operators: Sequence[SymmetricOperator], delta: LowRank | T
         delta: LowRank or dense tensor (L, p, q).
 
     Returns:
-        Tensor (L,), of the operators' dtype.
+        Tensor (L,), of the operators' dtype, float32 in place of a narrower one.
 
     Raises:
         ValueError: another number of operators than updates, or an update that does not fit its operator.
@@ -132,6 +132,7 @@ def stacked_quadratic(operators: Sequence[SymmetricOperator], delta: LowRank | T
     """
     if delta.ndim != 3 or len(operators) != delta.shape[0]:
         raise ValueError(f"delta has shape {tuple(delta.shape)}, which does not fit {len(operators)} operators")
+    operators = [op.widened() for op in operators]
     if isinstance(delta, LowRank) and (factors := _factors(operators)) is not None:
         dtype = operators[0].dtype
         left, right = delta.left.to(dtype), delta.right.to(dtype)

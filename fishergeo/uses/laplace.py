@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fishergeo._checks import check_integer, check_number
 from fishergeo._linalg import gaussian
-from fishergeo.capture import adapter_factors, indexed, to_device, weight_matrix, write_matrix
-from fishergeo.estimation import DataOptions, Fisher, estimate_fisher
+from fishergeo.capture import adapter_factors, first_length, indexed, to_device, weight_matrix, write_matrix
+from fishergeo.estimation import DataOptions, Fisher, estimate_fisher, faults_shown
 from fishergeo.operators import EigenKroneckerOperator, ExactOperator, SymmetricOperator
 from fishergeo.uses.weights import Curvature, check_same_layers, checked_damping, effective, layers_of, settled
 
@@ -175,7 +175,11 @@ class Laplace:
             ValueError: no batch, or outputs that are not (n, C).
         """
         device = next(iter(self._layers.values())).weight.device
-        found = [self._covariance(to_device(batch, device), outputs, not number) for number, batch in indexed(batches)]
+        found, proven = [], frozenset[str]()
+        for _, batch in indexed(batches):
+            shown = faults_shown(self.model, batch, first_length(batch))
+            found.append(self._covariance(to_device(batch, device), outputs, not shown <= proven))
+            proven |= shown
         if not found:
             raise ValueError("batches hold no batch")
         return torch.cat(found)

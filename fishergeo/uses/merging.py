@@ -145,7 +145,8 @@ def merge_weights(
 def input_grams(fisher: Curvature) -> dict[str, DenseOperator]:
     """The second moments A of every layer's inputs, as operators of the input side: what RegMean merges by.
 
-    Jin et al. (2023, arXiv 2212.09849); the input factors of KFAC are these moments.
+    Jin et al. (2023, arXiv 2212.09849); the input factors of KFAC are these moments, means over the positions of a data set
+    and not sums, so that data sets of unlike size count alike; pass ``shares=`` to :func:`merge_weights` for RegMean's sums.
 
     Args:
         fisher: Fisher of structure kfac, whose output factors are left aside.

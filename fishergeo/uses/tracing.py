@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from fishergeo import _storage
 from fishergeo._checks import check_integer
 from fishergeo._linalg import directions
-from fishergeo.capture import content_mark, indexed, padding_mask, to_device
-from fishergeo.estimation import DataKeywords, DataOptions, chosen_options, estimate_fisher, option_facts
+from fishergeo.capture import content_mark, first_length, indexed, padding_mask, to_device
+from fishergeo.estimation import (
+    DataKeywords,
+    DataOptions,
+    chosen_options,
+    estimate_fisher,
+    faults_shown,
+    option_facts,
+)
 from fishergeo.operators import ExactOperator, JointFisher, SymmetricOperator
 from fishergeo.uses.weights import Curvature, damped_inverse, layers_of, mark_of
 
@@ -97,8 +104,7 @@ def influence(
             of the example.
         top: number of the largest scores of each query to keep; None keeps all.
         path: folder of one file for every block of scores. Blocks that are there are not computed again, if they were
-            made with the same model, Fisher (to the bit) and options (functions by their code); the batches must come in
-            the same order.
+            made with the same model, Fisher (to the bit), batches and options (functions by their code).
         **keywords: fields of :class:`fishergeo.DataOptions` (``loss``, ``reduction``, ...), in place of ``data``.
 
     Returns:
@@ -107,7 +113,7 @@ def influence(
     Raises:
         ValueError: a Fisher of another model, a damping that leaves a layer singular, an option that changes what a
             gradient is of (unit, decay, example weights, draws of labels), examples without a supervised token, or a block
-            of other settings under ``path``; by name.
+            of other settings or batches under ``path``; by name.
         TypeError: examples that can be read only once, or an unknown keyword.
 
     Examples:
@@ -148,16 +154,18 @@ def influence(
         start = 0
         for place, others in indexed(examples):
             file = None if path is None else Path(path) / f"queries-{number:05d}-examples-{place:05d}.safetensors"
-            block = None if file is None or not file.is_file() else _read(file, facts)
+            known = facts if file is None else facts | {"batches": [content_mark(batch), content_mark(others)]}
+            block = None if file is None or not file.is_file() else _read(file, known)
             if block is None:
                 if turned is None:
-                    of_queries = gradients.of(batch, asked).operators
+                    of_queries = gradients.of(batch, asked, "queries").operators
                     turned = {n: inverses[n].apply(one.weight_gradients()) for n, one in of_queries.items()}
-                block = _scores(gradients.of(others, options, tokens), turned, start, others, tokens), gradients.count
+                of_examples = gradients.of(others, options, "examples", tokens)
+                block = _scores(of_examples, turned, start, others, tokens), gradients.count
                 if top is not None:
                     block = block[0].top(top), block[1]
                 if file is not None:
-                    _write(file, facts, *block)
+                    _write(file, known, *block)
             start += block[1]
             best = block[0] if best is None else _joined(best, block[0])
             best = best if top is None else best.top(top)
@@ -170,7 +178,7 @@ def influence(
 
 
 class _Gradients:
-    """Gradients of batches in factors; those of the first are verified.
+    """Gradients of batches in factors; those of the first queries and examples that show a fault are verified.
 
     Attributes:
         count: examples of the batch that was read last.
@@ -180,10 +188,11 @@ class _Gradients:
         self.model, self.names, self.dtype = model, list(layers), dtype
         self.device = next(iter(layers.values())).weight.device
         self.count = 0
-        self._proven: set[int] = set()
+        self._proven: set[tuple[str, str]] = set()
 
-    def of(self, batch: Any, options: DataOptions, tokens: bool = False) -> JointFisher:
-        """One batch's gradients, by example or by position."""
+    def of(self, batch: Any, options: DataOptions, role: str, tokens: bool = False) -> JointFisher:
+        """One batch's gradients, by example or by position, of ``"queries"`` or ``"examples"``."""
+        shown = {(role, fault) for fault in faults_shown(self.model, batch, first_length(batch))}
         chosen = replace(options, unit="token") if tokens else options
         fisher = estimate_fisher(
             self.model,
@@ -192,9 +201,9 @@ class _Gradients:
             data=chosen,
             layers=self.names,
             dtype=self.dtype,
-            verify=id(options) not in self._proven,
+            verify=not shown <= self._proven,
         )
-        self._proven.add(id(options))
+        self._proven |= shown
         self.count = round(fisher.header.examples)
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if options.loss is None and isinstance(labels, Tensor) and len(labels) != self.count:
@@ -214,7 +223,7 @@ def _scores(gradients: JointFisher, turned: Mapping[str, Tensor], start: int, ba
         return Influence(values, (start + places).expand(values.shape))
     mask = padding_mask(batch)
     if mask is None:
-        count = _examples(batch)
+        count = first_length(batch)
         lengths = torch.full((count,), values.shape[1] // count)
     else:
         lengths = mask.sum(1).cpu()
@@ -227,14 +236,6 @@ def _scores(gradients: JointFisher, turned: Mapping[str, Tensor], start: int, ba
     owner = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
     within = places - (lengths.cumsum(0) - lengths)[owner]
     return Influence(values, (start + owner).expand(values.shape), within.expand(values.shape))
-
-
-def _examples(batch: Any) -> int:
-    """Examples of a batch by the first tensor in it."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    parts = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-    return next(len(part) for part in parts if isinstance(part, Tensor) and part.ndim)
 
 
 def _joined(*parts: Influence, dimension: int = 1) -> Influence:

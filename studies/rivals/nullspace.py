@@ -26,7 +26,7 @@ def quiet_directions(covariance: Tensor, energy: float, least: int) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    loud = fg.rank_for_energy(values, float(values.sum()), energy) if values.sum() > 0 else 0
+    loud = fg.rank_for_energy(values, energy=energy) if values.sum() > 0 else 0
     return vectors[:, min(loud, len(values) - least) :]
 
 

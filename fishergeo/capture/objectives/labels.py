@@ -41,7 +41,7 @@ def logits_and_labels(model: nn.Module, batch: Any, alignment: Alignment | None 
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ValueError(f"the output of {type(model).__name__} has no logits; pass loss=(model, batch) -> (n,)")
-    if labels.ndim == 2 and logits.ndim == 3 and not labels.is_floating_point():
+    if of_tokens(labels) and logits.ndim == 3:
         logits, labels = _against(logits, labels, alignment or _by_class(unwrapped(model)))
     return logits, labels
 
@@ -51,7 +51,8 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
 
     The example's labels are replaced by others drawn from the batch's, at every position that is not padding, and the
     loss that the model gives is compared with the cross-entropy in each alignment. A model that takes no ``labels``,
-    gives no loss, whose parameters are sharded, or on which alignments do not differ, is taken for what its class says.
+    gives no loss, whose parameters are sharded, or on which alignments do not differ, is taken for what its class says;
+    a module of one's own, whose class says nothing, for a causal model if its labels are its ``input_ids``.
 
     Args:
         model: run once under no_grad.
@@ -61,22 +62,38 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
         The alignment, None if the batch cannot tell.
 
     Raises:
-        ValueError: if the model's own loss is none of these.
+        ValueError: if the model's own loss is none of these, or neither model nor labels say anything.
     """
     labels, inner = _labels(batch), unwrapped(model)
     if type(labels) is not Tensor:  # a plan's, which hold nothing
         return None
-    values = labels[labels >= 0] if labels.ndim == 2 and not labels.is_floating_point() else labels[:0]
-    if len(values) == 0 or is_encoder_decoder(inner) or is_sharded(model) or "labels" not in forward_arguments(inner):
+    values = labels[labels >= 0] if of_tokens(labels) else labels[:0]
+    if len(values) == 0 or is_encoder_decoder(inner):
         return None
+    if is_sharded(model) or "labels" not in forward_arguments(inner):
+        return _by_the_batch(inner, labels, batch)
     pick = torch.randint(len(values), labels[:1].shape, generator=torch.Generator().manual_seed(0))
     drawn = values[pick.to(values.device)]
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         drawn = torch.where(mask[:1] != 0, drawn, -100)
     one = {k: v[:1] if isinstance(v, Tensor) and v.ndim and len(v) == len(labels) else v for k, v in batch.items()}
-    inputs = _inputs(model, one | {"labels": drawn}) | {"labels": drawn}
-    if "output_router_logits" in forward_arguments(inner):
+    found = own_output(model, one | {"labels": drawn})
+    if found is None:
+        return _by_the_batch(inner, labels, batch)
+    logits, own = found
+    return None if logits.ndim != 3 else _fitting(logits, drawn, own, inner)
+
+
+def own_output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, float] | None:
+    """Logits and the loss that a model gives of itself when it is shown labels; None if it gives not both.
+
+    Args:
+        model: run once under no_grad; random states are left as they were.
+        batch: a mapping with ``labels``.
+    """
+    inputs = _inputs(model, batch) | {"labels": batch["labels"]}
+    if "output_router_logits" in forward_arguments(unwrapped(model)):
         inputs["output_router_logits"] = False  # whose loss is added to the model's own
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -84,13 +101,13 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
             output = model(**inputs)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever a model says to a single example, or to labels of its own vocabulary alone
+        except Exception:  # whatever a model says to a few examples, or to labels of its own vocabulary alone
             return None
     parts = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
     logits, own = parts.get("logits"), parts.get("loss")
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or not isinstance(own, Tensor) or own.numel() != 1:
+    if not isinstance(logits, Tensor) or not isinstance(own, Tensor) or own.numel() != 1:
         return None
-    return _fitting(logits, drawn, float(own), inner)
+    return logits, float(own)
 
 
 def _fitting(logits: Tensor, labels: Tensor, own: float, model: nn.Module) -> Alignment:
@@ -115,6 +132,25 @@ def _fitting(logits: Tensor, labels: Tensor, own: float, model: nn.Module) -> Al
     near = [alignment for alignment, error in errors.items() if error <= 2 * least + 1e-9]
     known = _by_class(model)
     return known if known in near else near[-1]
+
+
+def _by_the_batch(model: nn.Module, labels: Tensor, batch: Mapping[str, Any]) -> Alignment | None:
+    """``"next"`` for a module without a config whose labels are its own tokens; None for a model known by its class."""
+    if getattr(model, "config", None) is not None:
+        return None
+    tokens = batch.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.shape == labels.shape and bool(((labels == tokens) | (labels < 0)).all()):
+        return "next"
+    raise ValueError(
+        f"labels {tuple(labels.shape)} of {type(model).__name__} are not its input_ids, and it gives no loss that would tell "
+        "whether they stand against the logits of their own positions or of those before; let forward take labels and "
+        "return a loss beside the logits, or pass loss=(model, batch) -> (n,)"
+    )
+
+
+def of_tokens(labels: Tensor) -> bool:
+    """Whether labels are classes of tokens, (n, T)."""
+    return labels.ndim == 2 and not labels.is_floating_point()
 
 
 def _by_class(model: nn.Module) -> Alignment:

@@ -75,7 +75,11 @@ class FirstTokens:
         self.factor = factor
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """(n, T), of the shape of the labels. The token at position 0 is counted only if it is supervised."""
+        """(n, T), of the shape of the labels.
+
+        Estimators count after the labels were laid against the logits: a causal model predicts no first token of a
+        sequence, so that one is none of the first even where it is supervised.
+        """
         supervised = batch["labels"] != -100
         early = supervised & (supervised.long().cumsum(1) <= self.tokens)
         return torch.where(early, self.factor, 1.0)

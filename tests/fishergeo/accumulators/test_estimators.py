@@ -279,7 +279,7 @@ def test_sums_are_of_the_dtype_asked_for_whatever_the_models(model_dtype, dtype)
         ({"dtype": torch.bfloat16}, r"float32 or torch\.float64"),
         ({"structure": "kfac", "sharing": "reduce", "unit": "token"}, "unit='token'"),
         ({"structure": "kfac", "sharing": "some"}, "sharing='some'"),
-        ({"structure": "sketch", "checkpoint": "x", "checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"structure": "sketch", "checkpoint": "x", "checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"kind": "type2", "max_draws": 3}, r"kind='type2'.*5 classes.*max_draws=3.*kind='mc'"),
         ({"example_weights": "absent"}, "example_weights='absent'.*input_ids"),
         ({"example_weights": lambda b: torch.ones(2)}, r"shape \(2,\)"),

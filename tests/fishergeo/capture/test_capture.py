@@ -314,3 +314,56 @@ def test_a_single_batch_in_place_of_batches_is_refused():
 def test_unknown_choices_are_named(argument):
     with pytest.raises(ValueError, match=f"{argument}='nonsense'"):
         fg.estimate_fisher(tiny_llama(), [], **{argument: "nonsense"})
+
+
+class Towers(torch.nn.Module):
+    """One layer that reads two sequences, of which ``attention_mask`` is the first one's."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.ff = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8)
+
+    def pool(self, ids, mask):
+        h, w = torch.tanh(self.ff(torch.tanh(self.emb(ids)))), mask[..., None].double()
+        return (h * w).sum(1) / w.sum(1)
+
+    def forward(self, b):
+        return (self.pool(b["input_ids"], b["attention_mask"]) * self.pool(b["doc_ids"], b["doc_mask"])).sum(1)
+
+
+class Captioned(torch.nn.Module):
+    """A tower that reads as many patches as the text has tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.text = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8)
+        self.patches, self.out = torch.nn.Linear(3, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, b):
+        text = torch.tanh(self.text(self.emb(b["input_ids"]))) * b["attention_mask"][..., None]
+        return self.out(torch.tanh(self.patches(b["pixel_values"])).mean(1) + text.sum(1)).square().mean(1)
+
+
+@pytest.mark.parametrize(("model", "layers"), [(Towers, ["ff"]), (Captioned, ["patches", "text"])])
+def test_the_mask_of_a_text_is_not_laid_on_another_sequence_of_its_length(model, layers):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 50, (3, 7), generator=generator)
+    mask, other = torch.ones_like(ids), torch.ones_like(ids)
+    mask[1:, 3:], other[0, 5:] = 0, 0
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "doc_ids": ids.flip(0),
+        "doc_mask": other,
+        "pixel_values": torch.randn(3, 7, 3, dtype=torch.float64, generator=generator),
+    }
+    torch.manual_seed(0)
+    model, loss = model().double(), lambda m, b: (m(b) - 1).square()
+    for verify in (True, False):
+        found = gram(model, [batch], layers=layers, loss=loss, verify=verify)
+        for name in layers:
+            weight, want = model.get_submodule(name).weight, 0
+            for value in loss(model, batch):
+                (g,) = torch.autograd.grad(value, weight, retain_graph=True)
+                want = want + g @ g.T / 3
+            assert_close(found[name].to_dense(), want, 1e-12)

@@ -307,3 +307,94 @@ def test_a_margin_needs_classes():
         fg.estimate_fisher(model, [{"x": X, "labels": torch.rand(6, 3).softmax(1)}], "gram", kind="margin")
     with pytest.raises(ValueError, match="one class"):
         fg.estimate_fisher(Classifier(1, None), [{"x": X, "labels": torch.zeros(6).long()}], "gram")
+
+
+# The model's own loss where labels are not of tokens, and taggers that say nothing.
+
+
+class Own(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out, self.loss = nn.Linear(3, 4), loss
+
+    def forward(self, x, labels=None):
+        logits = self.out(x)
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": self.loss(logits, labels)}
+
+
+POINTS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+CLASSES, TARGETS = torch.tensor([0, 0, 2, 1]), torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0, 1.0])), CLASSES),
+        (nn.CrossEntropyLoss(label_smoothing=0.2), CLASSES),
+        (nn.MultiMarginLoss(), CLASSES),
+        (nn.L1Loss(), TARGETS),
+        (nn.HuberLoss(delta=0.1), TARGETS),
+    ],
+)
+def test_another_loss_of_the_models_own_is_refused_by_name(loss, labels):
+    batch = {"x": POINTS, "labels": labels}
+    for kind in ("empirical", "ggn"):
+        with pytest.raises(ValueError, match=r"Own gives a loss of its own.*pass loss="):
+            fg.estimate_fisher(Own(loss), [batch], "gram", kind=kind)
+    if not labels.is_floating_point():  # whose Fisher is of the probabilities, whatever the loss
+        fg.estimate_fisher(Own(loss), [batch], "gram", kind="type2")
+
+    def own(model, batch):
+        outputs = model.out(batch["x"])
+        return torch.stack([loss(outputs[i : i + 1], y[None]) for i, y in enumerate(batch["labels"])])
+
+    fg.estimate_fisher(Own(loss), [batch], "gram", loss=own)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (nn.CrossEntropyLoss(), CLASSES),
+        (nn.CrossEntropyLoss(reduction="sum"), CLASSES),
+        (nn.MSELoss(), TARGETS),
+        (nn.MSELoss(), 1e4 * TARGETS),
+    ],
+)
+def test_the_loss_that_is_differentiated_is_no_other(loss, labels, count):
+    fg.estimate_fisher(Own(loss), [{"x": POINTS[:count], "labels": labels[:count]}], "gram")
+
+
+class Silent(nn.Module):
+    """Logits for every token, and no loss."""
+
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Embedding(50, 6), nn.Linear(6, classes)
+
+    def forward(self, input_ids):
+        return {"logits": self.out(torch.tanh(self.embed(input_ids)))}
+
+
+def test_labels_of_a_module_that_says_nothing_are_its_own_tokens_or_refused():
+    labels = torch.where(IDS % 5 == 0, -100, IDS)
+    found = fg.estimate_fisher(Silent(50), [{"input_ids": IDS, "labels": labels}], "gram", layers="out")
+    assert found.header.tokens == int((labels[:, 1:] != -100).sum())
+    for wrong in (IDS % 4, torch.cat([IDS[:, 1:], torch.full_like(IDS[:, :1], -100)], 1)):  # a tagger's, shifted ones
+        with pytest.raises(ValueError, match=r"Silent are not its input_ids.*pass loss="):
+            fg.estimate_fisher(Silent(50), [{"input_ids": IDS, "labels": wrong}], "gram", layers="out")
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_first_tokens_are_the_first_that_are_predicted(tokens):
+    batch = {"input_ids": IDS, "labels": IDS.clone()}  # all of them supervised, the first of a sequence too
+    estimate = lambda weights: fg.estimate_fisher(
+        Silent(50), [batch], "gram", layers="out", token_weights=weights, reduction="sum"
+    )["out"]
+    by_hand = torch.ones(IDS.shape)
+    by_hand[:, 1 : 1 + tokens] = 3.0
+    found, want, plain = (estimate(w).to_dense() for w in (fg.FirstTokens(tokens, 3.0), lambda b: by_hand, None))
+    torch.testing.assert_close(found, want)
+    assert (found - plain).norm() > 0.1 * plain.norm()

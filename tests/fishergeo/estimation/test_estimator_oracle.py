@@ -235,3 +235,32 @@ def test_margins_do_not_vanish_where_likelihoods_do():
         for one, likelihood, margin in zip(p, traces["empirical"], traces["margin"], strict=True):
             assert likelihood == pytest.approx(float(1 - one) ** 2 * margin, rel=1e-6, abs=1e-300)
             assert margin > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"structure": "sketch", "rank": 2.5}, TypeError, "rank must be an int"),
+        ({"structure": "sketch", "rank": True}, TypeError, "rank must be an int"),
+        ({"structure": "sketch", "rank": 0}, ValueError, "rank must be at least 1"),
+        ({"structure": "sketch", "probes": 1.5}, TypeError, "probes must be an int"),
+        ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"decay": True}, TypeError, "decay must be a real number"),
+        ({"decay": float("nan")}, ValueError, "decay"),
+        ({"decay": 0.0}, ValueError, "decay"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
+        ({"checkpoint_every": 1.5}, TypeError, "checkpoint_every must be an int"),
+        ({"layers": []}, ValueError, "layers is empty; there are "),
+    ],
+)
+def test_numbers_that_are_none_of_their_kind_are_named(options, error, words, tmp_path):
+    batches = [collate(make_examples([4, 3]))]
+    if "checkpoint_every" in options:
+        options = options | {"checkpoint": tmp_path / "state.safetensors"}
+    with pytest.raises(error, match=words):
+        fg.estimate_fisher(SmallLM(), batches, **{"structure": "gram", **options})
+
+
+def test_a_bare_linear_layer_is_named_as_the_model_itself():
+    with pytest.raises(ValueError, match=r"layers is empty; there are '' \(the model itself\)"):
+        fg.estimate_fisher(torch.nn.Linear(3, 2), [torch.eye(3)], "gram", layers=[], loss=lambda m, b: m(b).sum(1))

@@ -293,3 +293,45 @@ def test_the_first_batch_with_a_supervised_token_is_the_one_that_is_proven():
     empty["labels"] = torch.full_like(empty["labels"], -100)
     with pytest.raises(RuntimeError, match="autograd"):
         broken_view(lambda: fg.estimate_fisher(model, [empty, collate(EXAMPLES)], "gram", layers=list(LAYERS)))
+
+
+class TimeFirst(nn.Module):
+    """Reads (T, n, 3): rows of its first layer stand under other examples, unless there is but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, batch):
+        return self.b(torch.tanh(self.a(batch.transpose(0, 1)))).mean((0, 2))
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 3], [4, 1], [1, 1, 4]])
+def test_a_batch_that_shows_more_than_those_before_it_is_proven_too(sizes):
+    x = [torch.randn(n, 4, 3, dtype=torch.float64) for n in sizes]
+    loss = lambda m, b: m(b).square()
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="2 of 2 layers"):
+        fg.estimate_fisher(TimeFirst().double(), x, "gram", loss=loss)
+    stream = fg.StreamingFisher(TimeFirst().double(), x, loss=loss)
+    with pytest.raises(RuntimeError, match="2 of 2 layers"):
+        stream.multi_matmul({name: torch.ones(size, 1).double() for name, size in stream.sizes.items()})
+
+
+def test_the_first_padded_batch_is_proven_too():
+    model, whole, padded = SmallLM(), collate(make_examples([6, 6, 6])), collate(make_examples([6, 4, 3]))
+    fg.estimate_fisher(model, [whole, padded], "gram", layers=list(LAYERS))
+    padded["labels"] = torch.where(padded["labels"] == -100, padded["input_ids"], padded["labels"])
+    with pytest.raises(RuntimeError, match="padding counts"):
+        fg.estimate_fisher(model, [whole, padded], "gram", layers=list(LAYERS))
+
+
+def test_a_batch_that_shows_no_more_is_not_proven_again():
+    model, batches = SmallLM(), split(EXAMPLES, [1, 2, 4])
+    seen = counted(model)
+    fg.estimate_fisher(model, batches, "gram", layers=list(LAYERS))
+    more = seen[1] - len(EXAMPLES)
+    assert [len(batch["labels"]) for batch in batches] == [1, 1, 2, 1] and more == 1 + 2
+    seen[:] = [0, 0]
+    fg.estimate_fisher(model, batches[::-1], "gram", layers=list(LAYERS))
+    assert seen[1] - len(EXAMPLES) == 1 + 2

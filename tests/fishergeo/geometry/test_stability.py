@@ -227,6 +227,8 @@ def test_levels_outside_the_open_interval_are_refused(agree, level):
         fg.shard_agreement([fg.DenseOperator(torch.eye(4))] * 2, 5)
     with pytest.raises(ValueError, match=r"shards\[1\] has shape \(3, 3\), shards\[0\] \(4, 4\)"):
         fg.shard_agreement([fg.DenseOperator(torch.eye(4)), fg.DenseOperator(torch.eye(3))], 1)
+    with pytest.raises(ValueError, match=r"shards\[1\] is of side 'input'"):
+        fg.shard_agreement([fg.DenseOperator(torch.eye(4)), fg.DenseOperator(torch.eye(4), "input")], 1)
 
 
 def test_the_shift_bound_of_a_closed_gap_says_nothing_even_without_a_perturbation():

@@ -485,3 +485,15 @@ def test_a_power_that_leaves_the_dtypes_range_is_refused(entry, exponent):
     operator = fg.DiagonalOperator(torch.full((2, 2), entry))
     with pytest.raises(ValueError, match=f"exponent={exponent:g} of"):
         operator.power(exponent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quadratic_forms_of_a_stack_do_not_leave_the_range_of_half_precision(dtype):
+    torch.manual_seed(0)
+    make = lambda size: (lambda m: m @ m.T)(torch.randn(size, size)).to(dtype)
+    operators = [fg.KroneckerOperator(1e3 * make(6), 1e3 * make(5)) for _ in range(3)]
+    delta = fg.LowRank(torch.randn(3, 6, 2).to(dtype), torch.randn(3, 2, 5).to(dtype))
+    found = fg.stacked_quadratic(operators, delta)
+    each = torch.stack([op.quadratic(delta[place]) for place, op in enumerate(operators)])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, each, rtol=1e-4, atol=0)

@@ -190,7 +190,7 @@ def test_probes_are_refused_where_they_mean_nothing():
         probed(model, examples)[NAMES[0]].error(4)
     with pytest.raises(ValueError, match="seeds 0 and 1"):
         probed(model, examples).merge(probed(model, examples, seed=1))
-    with pytest.raises(ValueError, match="probes=-1"):
+    with pytest.raises(ValueError, match="probes must be at least 0"):
         fg.Structure("sketch", probes=-1)
     with pytest.raises(ValueError, match="probes"):
         fg.Structure("gram", probes=2)

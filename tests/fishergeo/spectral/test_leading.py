@@ -28,7 +28,7 @@ def test_a_large_matrix_gives_the_pairs_of_the_full_decomposition(dtype, tol, en
     matrix = curvature(600, 0.8 ** torch.arange(200), dtype=dtype)
     values, vectors = reference(matrix, energy)
     monkeypatch.setattr(torch.linalg, "eigh", _only_small(torch.linalg.eigh))
-    found, basis = fg.leading_eigenpairs(matrix, energy)
+    found, basis = fg.leading_eigenpairs(matrix, energy=energy)
     assert len(found) == len(values) and found.dtype == basis.dtype == dtype
     torch.testing.assert_close(found.double(), values, rtol=1e-5, atol=0)
     assert float((basis.double() @ basis.double().mT - vectors @ vectors.mT).norm()) < tol
@@ -48,7 +48,7 @@ def _only_small(eigh):
 def test_small_matrices_follow_the_rule_of_energy(size, rank, energy, seed):
     root = gaussian(seed, size, rank)
     matrix = root @ root.mT
-    found, basis = fg.leading_eigenpairs(matrix, energy)
+    found, basis = fg.leading_eigenpairs(matrix, energy=energy)
     values, vectors = reference(matrix, energy)
     assert abs(len(found) - len(values)) <= (energy > 0.999) * size
     m = len(values) if len(values) == len(found) else 0
@@ -58,10 +58,10 @@ def test_small_matrices_follow_the_rule_of_energy(size, rank, energy, seed):
 
 def test_a_flat_spectrum_and_one_of_low_rank_come_out_right(monkeypatch):
     flat = curvature(520, torch.linspace(1, 2, 520))
-    found, basis = fg.leading_eigenpairs(flat, 0.5)
+    found, basis = fg.leading_eigenpairs(flat, energy=0.5)
     torch.testing.assert_close(found, reference(flat, 0.5)[0], rtol=1e-10, atol=0)
     thin = curvature(520, [5.0, 1.0])
-    found, basis = fg.leading_eigenpairs(thin, 0.99)
+    found, basis = fg.leading_eigenpairs(thin, energy=0.99)
     torch.testing.assert_close(found, torch.tensor([5.0, 1.0], dtype=torch.float64), rtol=1e-10, atol=0)
     zero, none = fg.leading_eigenpairs(torch.zeros(520, 520))
     assert len(zero) == 0 and none.shape == (520, 0)
@@ -69,9 +69,9 @@ def test_a_flat_spectrum_and_one_of_low_rank_come_out_right(monkeypatch):
 
 def test_a_bound_on_the_rank_and_a_known_trace_are_heeded():
     matrix = curvature(600, 0.8 ** torch.arange(200))
-    assert len(fg.leading_eigenpairs(matrix, 0.8, most=3)[0]) == 3
-    more = len(fg.leading_eigenpairs(matrix, 0.4, total=2 * float(matrix.trace()))[0])
-    assert more == len(fg.leading_eigenpairs(matrix, 0.8)[0])
+    assert len(fg.leading_eigenpairs(matrix, energy=0.8, most=3)[0]) == 3
+    more = len(fg.leading_eigenpairs(matrix, energy=0.4, total=2 * float(matrix.trace()))[0])
+    assert more == len(fg.leading_eigenpairs(matrix, energy=0.8)[0])
     one, two = (fg.leading_eigenpairs(matrix)[1] for _ in range(2))
     assert torch.equal(one, two)
 
@@ -107,23 +107,23 @@ def test_every_copy_of_an_eigenvalue_is_found_however_many_a_block_has_columns(d
     values = torch.full((600,), 5.0, dtype=torch.float64)
     values[:copies] = 10.0
     energy = (10 * (copies - 1) + 5) / float(values.sum())  # asks for all copies and no more
-    found, basis = fg.leading_eigenpairs(curvature(600, values, dtype=dtype), energy)
+    found, basis = fg.leading_eigenpairs(curvature(600, values, dtype=dtype), energy=energy)
     torch.testing.assert_close(found.double(), torch.full((copies,), 10.0, dtype=torch.float64), rtol=1e-5, atol=0)
-    more, _ = fg.leading_eigenpairs(curvature(600, values, dtype=dtype), energy + 12 / float(values.sum()))
+    more, _ = fg.leading_eigenpairs(curvature(600, values, dtype=dtype), energy=energy + 12 / float(values.sum()))
     assert int((more > 9).sum()) == copies and len(more) == copies + 2
     fg.Projector(basis)
 
 
 def test_a_cluster_wider_than_a_block_is_found_whole():
     values = torch.cat([10 + 1e-9 * torch.arange(20, dtype=torch.float64), torch.ones(580, dtype=torch.float64)])
-    found, _ = fg.leading_eigenpairs(curvature(600, values), 0.3)
+    found, _ = fg.leading_eigenpairs(curvature(600, values), energy=0.3)
     assert int((found > 9).sum()) == 20
 
 
 def test_zeros_at_the_end_of_the_list_are_no_copies_that_are_missing(monkeypatch):
     matrix = curvature(600, [5.0, 1.0])
     monkeypatch.setattr(torch.linalg, "eigh", _only_small(torch.linalg.eigh))
-    found, _ = fg.leading_eigenpairs(matrix, 0.9, total=100.0, most=40)
+    found, _ = fg.leading_eigenpairs(matrix, energy=0.9, total=100.0, most=40)
     torch.testing.assert_close(found[:2], torch.tensor([5.0, 1.0], dtype=torch.float64), rtol=1e-9, atol=0)
     assert len(found) == 40 and float(found[2:].abs().max()) < 1e-9
 
@@ -133,7 +133,7 @@ def test_the_pairs_do_not_depend_on_the_unit(dtype, scale):
     """Squares of small residuals are zero, and vectors at random once counted as settled."""
     matrix = curvature(600, 0.8 ** torch.arange(200))
     values, vectors = reference(matrix, 0.8)
-    found, basis = fg.leading_eigenpairs((matrix * scale).to(dtype), 0.8)
+    found, basis = fg.leading_eigenpairs((matrix * scale).to(dtype), energy=0.8)
     assert len(found) == len(values)
     torch.testing.assert_close(found.double() / scale, values, rtol=1e-5, atol=0)
     assert float((basis.double() @ basis.double().mT - vectors @ vectors.mT).norm()) < 2e-3

@@ -41,13 +41,13 @@ def test_the_rank_does_not_depend_on_the_unit(values, unit):
     ],
 )
 def test_known_cases(values, total, energy, expected):
-    assert fg.rank_for_energy(values, total, energy) == expected
-    assert fg.rank_for_energy(torch.tensor(values), total, energy=energy) == expected
+    assert fg.rank_for_energy(values, total=total, energy=energy) == expected
+    assert fg.rank_for_energy(torch.tensor(values), total=total, energy=energy) == expected
 
 
 def test_the_default_share_is_80_percent_and_a_total_may_be_a_tensor():
     assert fg.rank_for_energy([7.9, 2.0, 0.1]) == 2
-    assert fg.rank_for_energy([8.0, 1.0], torch.tensor(10.0)) == 1
+    assert fg.rank_for_energy([8.0, 1.0], total=torch.tensor(10.0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_exact_trace_of_a_sketched_operator_is_enough():
     rows = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
     operator = fg.nystrom(rows @ rows.T, 256).operator()
     assert float(operator.values.sum()) > float(operator.full_trace)  # by the shift of 264 columns
-    assert fg.rank_for_energy(operator.values, operator.full_trace) == 1
+    assert fg.rank_for_energy(operator.values, total=operator.full_trace) == 1
 
 
 def test_shares_are_summed_in_float64():
@@ -93,3 +93,17 @@ def test_the_message_about_the_order_says_how_to_sort():
     ):
         fg.rank_for_energy([1.0, 2.0])
     assert fg.rank_for_energy(torch.tensor([3.0, 1.0]).sort(descending=True).values) == 2
+
+
+def test_a_one_sided_fisher_takes_a_known_variance_once_it_is_a_mean_over_columns():
+    torch.manual_seed(0)
+    examples, columns, size = 100, 10, 40
+    spikes = torch.randn(examples * columns, 2).double() @ torch.randn(2, size).double()
+    rows = spikes + torch.randn(examples * columns, size).double()
+    fisher = rows.T @ rows / examples  # as fishergeo has it: over examples
+    values = torch.linalg.eigvalsh(fisher).flip(0)
+    n = examples * columns
+    for rank in (fg.rank_by_noise_edge, fg.rank_by_gavish_donoho):
+        assert rank(values, n, size) == 2
+        assert rank(values * examples / n, n, size, variance=1.0) == 2
+        assert rank(values, n, size, variance=1.0) == size  # what the scale is for

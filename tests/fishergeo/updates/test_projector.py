@@ -239,6 +239,7 @@ def test_weights_may_differ_between_experts(p, q, seed):
 
 def test_spectral_weights_keep_the_side_and_may_be_none_at_all():
     soft = fg.SoftProjector.from_spectrum(orthonormal(0, 5, 2), torch.ones(2).double(), 1.0, "input")
+    assert type(fg.Projector.from_spectrum(soft.basis, torch.ones(2).double(), 1.0)) is fg.SoftProjector
     assert soft.side == "input" and soft.weights.tolist() == [0.5, 0.5]
     empty = torch.zeros(0, dtype=torch.float64)
     nothing = fg.SoftProjector.from_spectrum(torch.zeros(5, 0, dtype=torch.float64), empty, 1.0)

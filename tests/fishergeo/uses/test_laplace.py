@@ -187,3 +187,19 @@ def test_examples_that_an_expert_does_not_see_have_their_own_variance(names):
         j = torch.stack([one[name].flatten(1) for one in columns], 1)
         expected = expected + (j / (3 * fisher[name].entries + 0.7).flatten()) @ j.mT
     assert found.shape == (5, 3, 3) and (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_one_example_proves_nothing_of_several():
+    class TimeFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x.transpose(0, 1)))).mean(0)
+
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), torch.randn(4, 4, 3, dtype=torch.float64)
+    laplace = fg.Laplace(model, {"a": fg.DiagonalOperator(torch.ones(6, 3).double())}, examples=4)
+    with pytest.raises(RuntimeError, match="not autograd's"):
+        laplace.predictive_covariance([x[:1], x], lambda model, x: model(x))

@@ -1,5 +1,7 @@
 """Influence scores against dense inverses, their laws, blocks on disk, and what is refused."""
 
+import dataclasses
+
 import pytest
 import small_models
 import torch
@@ -174,6 +176,56 @@ def test_blocks_of_another_loss_or_fisher_are_not_taken_for_those_of_this_one(tm
     with pytest.raises(ValueError, match="made with another fisher"):
         ask(operator(0.5, 1.5), lambda m, x: m(x)[:, 0])  # of the same trace
     assert torch.equal(ask(operator(1.0, 1.0), lambda m, x: m(x)[:, 0]).values, first.values)
+
+
+def test_blocks_of_other_batches_are_not_taken_for_those_of_these(tmp_path):
+    model, data, asked = classifier(), examples(9), examples(3, seed=20)
+    fisher = estimated(model, data, "kfac")
+    ask = lambda queries, trained: fg.influence(model, fisher, queries, trained, loss=loss, path=tmp_path)
+    ask(batches(asked, 3), batches(data, 4))
+    for queries, trained in [
+        (batches(examples(3, seed=21), 3), batches(data, 4)),
+        (batches(asked, 3), batches(data, 3)),
+        (batches(asked, 3), batches(examples(9, seed=4), 4)),
+    ]:
+        with pytest.raises(ValueError, match="made with another batches"):
+            ask(queries, trained)
+
+
+@dataclasses.dataclass
+class Named:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_batches_of_ones_own_class_are_told_by_what_they_hold(tmp_path):
+    model, data = classifier(), examples(5)
+    fisher = estimated(model, data, "kfac")
+    of_named = lambda m, b: loss(m, (b.x, b.y))
+    ask = lambda queries: fg.influence(model, fisher, [queries], [Named(*data)], loss=of_named, path=tmp_path)
+    first = ask(Named(*examples(2, seed=20)))
+    assert torch.equal(ask(Named(*examples(2, seed=20))).values, first.values)
+    with pytest.raises(ValueError, match="made with another batches"):
+        ask(Named(*examples(2, seed=21)))
+
+
+class TimeFirst(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 6), torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x.transpose(0, 1)))).mean((0, 2))
+
+
+@pytest.mark.parametrize("single", ["queries", "examples"])
+def test_one_query_proves_neither_several_queries_nor_the_examples(single):
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), torch.randn(4, 4, 3, dtype=torch.float64)
+    fisher = {"a": fg.DiagonalOperator(torch.ones(6, 3).double())}
+    parts = [x[:1], x] if single == "queries" else [x[:1]], [x[:1], x]
+    with pytest.raises(RuntimeError, match="not autograd's"):
+        fg.influence(model, fisher, *parts, damping=0.0, loss=lambda m, b: m(b).square())
 
 
 def test_what_is_refused_is_named():
