@@ -48,6 +48,7 @@ class Structure:
 
     Raises:
         ValueError: for unknown choices or numbers out of range.
+        TypeError: for a rank or a number of probes that is no integer.
 
     Examples:
         >>> fg.Structure("kfac", sharing="reduce").name
@@ -72,7 +73,7 @@ class Structure:
                 f"basis_examples={self.basis_examples}: the number of examples, at least 1, that fix the eigenbases "
                 "of structure='ekfac'"
             )
-        if self.probes < 0 or (self.probes and self.name != "sketch"):
+        if self.probes and self.name != "sketch":
             raise ValueError(f"probes={self.probes}: the columns, at least 0, that structure='sketch' is measured with")
 
 

@@ -50,7 +50,7 @@ class DataOptions:
 
     Raises:
         ValueError: for a choice that is not known, or a number out of range.
-        TypeError: if ``max_draws`` is no integer.
+        TypeError: if ``max_draws`` or ``seed`` is no integer, or ``decay`` no number.
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)
