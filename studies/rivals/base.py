@@ -30,6 +30,8 @@ class Run:
         tokenizer: of the model, for rivals that read or write text.
         task: the task's rows as conversations, for the same.
         max_length: longest row in tokens.
+        read: places of the task's rows that the run comes to read; None for all of them. A row that is marked as
+            ``unread`` and read after all ends the run.
     """
 
     model: PeftModel
@@ -40,6 +42,7 @@ class Run:
     tokenizer: Any = None
     task: Sequence[Mapping[str, Any]] = ()
     max_length: int = 256
+    read: frozenset[int] | None = None
 
     def draw(self, count: int, turn: int) -> list[Encoded]:
         """The ``count`` alignment examples of a turn, in rotation; reading them is counted."""

@@ -57,7 +57,7 @@ TELLING = ("reference answer", "your own answer", "my own answer", "your respons
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 CHECKS = ("number", "none")
 
-_told: dict[str, list[str | None]] = {}  # answers of this process: seeds of one model share them
+_told: dict[tuple[str, str], str | None] = {}  # answers of this process: seeds of one model share them
 
 
 def answers_rightly(reference: str, text: str, check: str = "number") -> bool:
@@ -77,24 +77,22 @@ def answers_rightly(reference: str, text: str, check: str = "number") -> bool:
 def rewritten(run: Run, pairs: Sequence[tuple[str, str]], tokens: int) -> list[str | None]:
     """The aligned model's own words for each (prompt, response); None where they do not fit into ``tokens`` or the model.
 
-    Greedy, in batches, with the adapter switched off; asked once in a process for the same weights and pairs.
+    Greedy, in batches, with the adapter switched off; asked once in a process for the same weights.
     """
     prompts = [REWRITE.format(prompt=prompt, response=response) for prompt, response in pairs]
     frozen = (p.detach().double() for p in run.model.parameters() if not p.requires_grad)
     sums = [(float(p.sum()), float(p.abs().sum())) for p in frozen]
-    mark = hashlib.sha256(json.dumps([sums, prompts, tokens]).encode()).hexdigest()
-    if mark not in _told:
-        found: dict[int, str | None] = {}
-        room, encoder = room_for_prompt(run.model, tokens), model_kind(run.model) == "seq2seq"
-        for batch in plan_batches(run.tokenizer, prompts, 32, room, encoder):
-            with adapter_off(run.model):
-                texts = answer_batch(run.model, run.tokenizer, batch, tokens)
-            for place, ids, text in zip(batch.indices, batch.ids, texts, strict=True):
-                said = run.tokenizer(text, add_special_tokens=False)["input_ids"]
-                cut = len(said) >= tokens or (room is not None and len(ids) >= room)
-                found[place] = None if cut else text
-        _told[mark] = [found[place] for place in range(len(prompts))]
-    return _told[mark]
+    mark = hashlib.sha256(json.dumps([sums, tokens]).encode()).hexdigest()
+    asked = [prompt for prompt in dict.fromkeys(prompts) if (mark, prompt) not in _told]
+    room, encoder = room_for_prompt(run.model, tokens), model_kind(run.model) == "seq2seq"
+    for batch in plan_batches(run.tokenizer, asked, 32, room, encoder):
+        with adapter_off(run.model):
+            texts = answer_batch(run.model, run.tokenizer, batch, tokens)
+        for place, ids, text in zip(batch.indices, batch.ids, texts, strict=True):
+            said = run.tokenizer(text, add_special_tokens=False)["input_ids"]
+            cut = len(said) >= tokens or (room is not None and len(ids) >= room)
+            _told[mark, asked[place]] = None if cut else text
+    return [_told[mark, prompt] for prompt in prompts]
 
 
 @dataclass
@@ -128,9 +126,13 @@ class SelfRewritten(Rival):
         check_count("tokens", self.tokens)
 
     def rows(self, task: Sequence[Encoded], run: Run) -> list[Encoded]:
-        """The rows of ``run`` with the model's own responses where they are right; those of several turns stay."""
+        """The rows of ``run`` with the model's own responses where they are right; those of several turns stay.
+
+        Only rows that come to be read are rewritten; the others are marked.
+        """
         messages = [list(row["messages"]) for row in run.task]
-        single = [i for i, told in enumerate(messages) if [m["role"] for m in told][-2:] == ["user", "assistant"]]
+        read = range(len(messages)) if run.read is None else run.read
+        single = [i for i in sorted(read) if [m["role"] for m in messages[i]][-2:] == ["user", "assistant"]]
         single = [i for i in single if all(m["role"] == "system" for m in messages[i][:-2])]
         pairs = [(messages[i][-2]["content"], messages[i][-1]["content"]) for i in single]
         changed: list[Mapping[str, Any]] = [dict(row) for row in run.task]
@@ -140,7 +142,8 @@ class SelfRewritten(Rival):
                 changed[place] = {**run.task[place], "messages": [*messages[place][:-1], last]}
                 self.kept += 1
         kind = model_kind(run.model)
-        return list(encode_source(changed, "task_data", run.tokenizer, kind, run.max_length))
+        rows = encode_source(changed, "task_data", run.tokenizer, kind, run.max_length)
+        return [dict(row) if place in read else {**row, "unread": True} for place, row in enumerate(rows)]
 
 
 PROMPTS = (

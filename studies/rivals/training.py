@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,6 +63,8 @@ class _Bound:
         self.rival.start(self.run)
 
     def fetched(self, rows: Sequence[Encoded]) -> None:
+        if any(row.get("unread") for row in rows):
+            raise RuntimeError("the Trainer reads its rows in another order than was foreseen, some as they were left")
         self.run.examples_read += sum(bool(row.get("replayed")) for row in rows)
 
     def token_losses(self, batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -134,7 +137,21 @@ def train_rival(
     kept: list[Encoded] = list(ready.alignment)
     random.Random(seed).shuffle(kept)
     told = load_conversations(task_data, "task_data") if rival.reads_text else []
-    run = Run(ready.model, kept, pad_id(ready.tokenizer), seed, 0, ready.tokenizer, told, max_length)
+    read = _places_read(len(ready.rows), ready.settings, seed)
+    run = Run(ready.model, kept, pad_id(ready.tokenizer), seed, 0, ready.tokenizer, told, max_length, read)
     result = train(ready, output_dir, _Bound(rival, run), overwrite=overwrite, trained=trained)
     shared = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     return RivalResult(**shared, examples_read=run.examples_read)
+
+
+def _places_read(count: int, settings: Mapping[str, Any], seed: int) -> frozenset[int] | None:
+    """Places of the rows that a run of these TrainingArguments reads; None if it comes to read all of them.
+
+    The order is that of accelerate's seeded sampler in its first epoch; the data loader fetches one batch ahead.
+    """
+    batch = settings.get("per_device_train_batch_size", 8)
+    rows = settings.get("max_steps", -1) * settings.get("gradient_accumulation_steps", 1) * batch + batch
+    if not 0 < rows < count:
+        return None
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.get("data_seed") or seed))
+    return frozenset(order[:rows].tolist())

@@ -11,7 +11,7 @@ from alignguard.data import encode_example, load_conversations
 from studies import jobs as jobs_module
 from studies.bench import Bench, measure
 from studies.jobs import make_job, run_job
-from studies.rivals import Rival, Run, SelfRewritten, SystemPrompt, make_rival, train_rival
+from studies.rivals import Rival, Run, SelfRewritten, SystemPrompt, make_rival, train_rival, training
 from studies.rivals import rows as module
 from studies.rivals.rows import REWRITE, answers_rightly
 
@@ -133,6 +133,34 @@ def test_it_trains_on_its_own_words(tiny_llama, tokenizer, task_rows, tmp_path, 
     theirs = dict(plain.model.named_parameters())
     for name, p in ours.model.named_parameters():
         torch.testing.assert_close(p, theirs[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_only_rows_that_are_read_are_rewritten(seed, tiny_llama, tokenizer, task_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_told", {})
+    asked = []
+
+    def answer(model, tokenizer, batch, tokens):
+        asked.extend(batch.indices)
+        return ["My words."] * len(batch.indices)
+
+    monkeypatch.setattr(module, "answer_batch", answer)
+    rows = [{**row, "prompt": f"{row['prompt']} {i}"} for i in range(6) for row in task_rows]
+    assert len(rows) > 24
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = {"tokenizer": tokenizer, "lora": {"r": 2, "target_modules": TARGETS}, "training": settings, "seed": seed}
+    rival, model, other = SelfRewritten(tokens=20), tiny_llama(), tiny_llama()
+    model.config.max_position_embeddings = other.config.max_position_embeddings = 512
+    ours = train_rival(rival, model, rows, None, tmp_path / "ours", **options)
+    assert rival.kept == len(asked) == 3 * 4 + 2
+    by_name = [{**row, "response": "My words."} for row in rows]
+    plain = train_rival(Rival(), tiny_llama(), by_name, None, tmp_path / "plain", **options)
+    theirs = dict(plain.model.named_parameters())
+    for name, p in ours.model.named_parameters():
+        torch.testing.assert_close(p, theirs[name], rtol=0, atol=0)
+    monkeypatch.setattr(training, "_places_read", lambda *a: frozenset([0]))
+    with pytest.raises(RuntimeError, match="another order than was foreseen"):
+        train_rival(SelfRewritten(tokens=20), other, rows, None, tmp_path / "other", **options)
 
 
 def test_a_run_is_measured_with_its_system_prompt(tiny_llama, tokenizer, task_rows, alignment_rows, tmp_path):
