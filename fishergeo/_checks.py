@@ -1,5 +1,6 @@
 """Checks of arguments that the geometry modules share: each names the argument, what is wrong and what to do."""
 
+import numbers
 from typing import Any
 
 import torch
@@ -69,18 +70,19 @@ def check_finite(name: str, value: torch.Tensor) -> None:
 
 
 def check_integer(name: str, value: object, *, low: int, high: int | None = None) -> int:
-    """Return `value` if it is an integer in [low, high].
+    """Return `value` as an int if it is an integer, numpy's too, in [low, high].
 
     Raises:
-        TypeError: not an int.
+        TypeError: not an integer.
         ValueError: out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{name} must be at least {low}{upper}, got {value}")
-    return value
+    return number
 
 
 def check_number(name: str, value: object, *, low: float = float("-inf"), high: float = float("inf")) -> float:

@@ -1,9 +1,9 @@
 """From a model and its batches to records: each captured layer's inputs and output gradients, example by example."""
 
 from fishergeo.capture.at_rest import Autocast, differentiate
-from fishergeo.capture.batches import first_length, indexed, padding_mask, sized, target_mask, to_device
+from fishergeo.capture.batches import indexed, is_padded, most_examples, padding_mask, sized, target_mask, to_device
 from fishergeo.capture.hooks import Capture
-from fishergeo.capture.identity import check_model, content_mark, fingerprint, header_fields
+from fishergeo.capture.identity import batch_mark, check_model, content_mark, fingerprint, header_fields
 from fishergeo.capture.layers import Layer, LayerFilter, select_layers
 from fishergeo.capture.matrices import gradient_matrix, layer_parameters, weight_matrix, write_matrix
 from fishergeo.capture.model_adapters import adapter_factors, decoder_inputs, is_encoder_decoder, plain_name
@@ -12,10 +12,10 @@ from fishergeo.capture.objectives.by_kind import (
     REDUCTIONS,
     LossFunction,
     Objective,
-    check_own_loss,
     example_objectives,
 )
 from fishergeo.capture.objectives.labels import Alignment, label_alignment
+from fishergeo.capture.objectives.own_loss import check_own_loss
 from fishergeo.capture.objectives.weights import FirstTokens, WeightSource, checked_example_weights, take_weights
 from fishergeo.capture.records import Record
 from fishergeo.capture.standins import provable, stand_ins
@@ -34,6 +34,7 @@ __all__ = [
     "Record",
     "WeightSource",
     "adapter_factors",
+    "batch_mark",
     "check_model",
     "check_own_loss",
     "checked_example_weights",
@@ -42,13 +43,14 @@ __all__ = [
     "differentiate",
     "example_objectives",
     "fingerprint",
-    "first_length",
     "gradient_matrix",
     "header_fields",
     "indexed",
     "is_encoder_decoder",
+    "is_padded",
     "label_alignment",
     "layer_parameters",
+    "most_examples",
     "padding_mask",
     "plain_name",
     "provable",

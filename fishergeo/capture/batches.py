@@ -100,6 +100,11 @@ def target_mask(model: nn.Module, batch: Any) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
+def is_padded(model: nn.Module, batch: Any) -> bool:
+    """Whether some position of a batch is padding, of its text or of a decoder's targets."""
+    return padding_mask(batch) is not None or target_mask(model, batch) is not None
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``; mappings, lists, tuples and dataclasses are walked."""
     if isinstance(batch, Tensor):
@@ -120,16 +125,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def first_length(batch: Any) -> int:
-    """Examples of a batch by the first tensor in it, of mappings, lists, tuples and dataclasses; 0 where there is none."""
+def most_examples(batch: Any) -> int:
+    """The largest leading dimension of a batch's tensors: as many examples as it may hold; 0 where none is found."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 0
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         batch = [getattr(batch, entry.name) for entry in dataclasses.fields(batch)]
     if isinstance(batch, Mapping):
         batch = list(batch.values())
-    parts = batch if isinstance(batch, list | tuple) else []
-    return next((length for length in map(first_length, parts) if length), 0)
+    return max(map(most_examples, batch), default=0) if isinstance(batch, list | tuple) else 0
 
 
 def sized(batches: Any) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import enum
 import functools
@@ -46,14 +45,35 @@ def content_mark(value: object) -> str:
 
     Functions by their names, code, defaults, what they close over and what they name of their own module; tensors and arrays
     by their bytes; models by their fingerprints and forward; mappings and sequences by their parts. Of other objects the
-    class is known, what calling them does, and those attributes that the function that holds them names, of dataclasses
-    all fields.
+    class is known, what calling them does, and those attributes that the function that holds them names.
     """
     digest = hashlib.sha256()
     for part in _Contents().of(value, frozenset()):
         digest.update(part)
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def batch_mark(batch: object) -> str:
+    """A :func:`content_mark` of all that a batch holds, objects of a user's own and their attributes among it."""
+    return content_mark(_spread(batch, frozenset()))
+
+
+def _spread(value: Any, within: frozenset[int]) -> Any:
+    """Mappings and sequences in the place of objects that hold something."""
+    if isinstance(value, (*_PLAIN, Tensor, np.ndarray, nn.Module, type, FunctionType)) or id(value) in within:
+        return value
+    within = within | {id(value)}
+    if isinstance(value, Mapping):
+        return {key: _spread(part, within) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spread(part, within) for part in value]
+    names = [*getattr(value, "__dict__", {})]
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    held = {name: _spread(getattr(value, name), within) for name in sorted(names) if hasattr(value, name)}
+    return [type(value), held] if held else value
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
@@ -106,8 +126,6 @@ class _Contents:
             yield from self.of(call, names)
             names = names | _names(call)
         held = getattr(value, "__dict__", {})
-        if dataclasses.is_dataclass(value):
-            names = names.union(entry.name for entry in dataclasses.fields(value))
         for name in sorted(names.intersection(held) - {"training"}):
             yield name.encode()
             yield from self.of(held[name], names)

@@ -19,6 +19,7 @@ _BASE = ".base_layer"
 _WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.|\+|$)|\.modules_to_save\.[^.]+(?=\.|$)")
 _PARAMETER_WRAPPER = "ParamWrapper"
 _LAST_FIRST = ("mbart", "plbart")  # whose own shift of labels wraps the last one around
+_SHIFTED = ("CausalLM", "LMHead", "ForConditionalGeneration", "DoubleHeads")
 _UNSHIFTED = ("MaskedLM", "TokenClassification")
 _CLASSIFIERS = ("SequenceClassification", "ImageClassification", "VideoClassification", "AudioClassification")
 
@@ -118,6 +119,13 @@ def shifts_labels(model: nn.Module) -> bool:
     """Whether position t's logits predict token t + 1: decoder-only language models."""
     name = str(getattr(model, "loss_type", None) or type(model).__name__)
     return not (is_encoder_decoder(model) or any(part in name for part in _UNSHIFTED))
+
+
+def tells_its_labels(model: nn.Module) -> bool:
+    """Whether a model's class is known to have labels that are shifted, or not."""
+    if getattr(model, "loss_type", None) is not None or is_encoder_decoder(model):
+        return True
+    return any(part in type(model).__name__ for part in (*_UNSHIFTED, *_SHIFTED))
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:

@@ -176,17 +176,21 @@ def _mask_of(a: Tensor, g: Tensor, layout: BatchShape) -> Tensor | None:
 
     Another sequence (of a decoder, of an image's patches) may be just as long: padding adds nothing to the gradient,
     tokens do. Where both masks leave out nothing, the one that leaves out more is the layer's own: the other has its
-    padding elsewhere.
+    padding elsewhere. Positions of another sequence that are read, and add nothing (of patches, all but the class token's in
+    the last block), cannot be told from padding: a moment of inputs leaves out those that the mask happens to fall on.
     """
     fitting = [mask for mask in (layout.mask, layout.targets) if mask is not None and mask.shape == g.shape[:2]]
-    fitting = [mask for mask in fitting if not _add(a[~mask], g[~mask])]
-    return min(fitting, key=lambda mask: int(mask.sum()), default=None)
+    return _least([mask for mask in fitting if not _add(a[~mask], g[~mask])])
+
+
+def _least(masks: Sequence[Tensor]) -> Tensor | None:
+    return min(masks, key=lambda mask: int(mask.sum()), default=None)
 
 
 def _add(a: Tensor, g: Tensor) -> bool:
     """Whether rows (m, q) and (m, p) add to the gradient; NaN, which padding may hold, is taken for nothing."""
-    read, sent = (x.nan_to_num(0, 0, 0).any(-1) for x in (a, g))
-    return bool((read & sent).any())
+    sent = g.nan_to_num(0, 0, 0).any(-1)
+    return bool(sent.any()) and bool((sent & a.nan_to_num(0, 0, 0).any(-1)).any())
 
 
 def _expert_terms(
@@ -203,7 +207,7 @@ def _expert_terms(
     runs = [(one.call.args[0], one.call.gradient, cast(Tensor, one.tokens)) for one in arrivals]
     a, g, tokens = (torch.cat(part) for part in zip(*(runs or [_no_rows(layer)]), strict=True))
     masks = [m for m in (layout.mask, layout.targets) if m is not None and m.numel() == routed]
-    mask = next((m for m in masks if not _add(*(x[~m.flatten()[tokens]] for x in (a, g)))), None)
+    mask = _least([m for m in masks if not _add(*(x[~m.flatten()[tokens]] for x in (a, g)))])
     visits = torch.bincount(tokens, minlength=routed).view(n, routed // n)
     visits = visits if mask is None else visits.masked_fill(~mask.view(n, routed // n), -1)
     return *packed((a, g), tokens, routed, n, mask), visits

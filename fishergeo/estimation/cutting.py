@@ -97,7 +97,7 @@ def unpadded(batch: Any, weights: Tensor | None, encoder_decoder: bool) -> tuple
     for key, value in batch.items():
         if not isinstance(value, Tensor) or value.ndim < 2:
             continue
-        if "input_ids" in batch and value.ndim > 2 and key not in _OF_TOKENS:
+        if "input_ids" in batch and value.ndim > 2 and value.is_floating_point() and key not in _OF_TOKENS:
             continue  # an image beside a text, perhaps of as many patches or channels as the text has tokens
         decoder = encoder_decoder and (key == "labels" or str(key).startswith("decoder_"))
         width = labels.shape[1] if decoder and isinstance(labels, Tensor) and labels.ndim == 2 else mask.shape[1]

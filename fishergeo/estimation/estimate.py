@@ -163,7 +163,8 @@ def estimate_fisher(
         verify: before anything is returned, hold the gradients captured on the first batch against autograd's own of
             the same weights, and one example alone against the same in its batch: one batch more, forward and
             backward, and again on the first batch of several examples and the first with padding, where those come later.
-            Quantised and sharded weights are passed over.
+            Quantised and sharded weights are passed over. Before it, a model that gives a loss of its own is asked on a few
+            examples whether it is the built-in one.
         **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:

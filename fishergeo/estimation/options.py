@@ -77,7 +77,7 @@ class DataOptions:
         check_choice("unit", self.unit, UNITS)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_integer("max_draws", self.max_draws, low=1)
-        check_integer("seed", self.seed, low=-(2**63))
+        check_integer("seed", self.seed, low=-(2**63), high=2**64 - 1)
         if check_number("decay", self.decay, high=1.0) <= 0:
             raise ValueError(f"decay={self.decay} must lie in (0, 1]")
 

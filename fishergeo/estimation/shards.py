@@ -107,8 +107,7 @@ def sketch_shards(
         side: ``"output"`` or ``"input"``.
         layers: names, globs or a predicate ``(name, module) -> bool``, as for :func:`fishergeo.estimate_fisher`.
         progress: whether a progress bar over batches is shown.
-        verify: hold the gradients captured on the first batch against autograd's, as
-            :func:`fishergeo.estimate_fisher` does.
+        verify: hold captured gradients against autograd's, as :func:`fishergeo.estimate_fisher` does.
         **keywords: fields of :class:`fishergeo.DataOptions` (``loss``, ``seed``, ...), in place of ``data``.
 
     Returns:

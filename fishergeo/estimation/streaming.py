@@ -38,8 +38,7 @@ class StreamingFisher:
             default all, of which those that the first pass never calls are listed by one warning; their products are 0.
         dtype: dtype of products, float32 or float64; by default float64 for float64 models, else float32.
         progress: whether a progress bar is shown for every pass.
-        verify: hold the gradients captured on the first batch against autograd's, as
-            :func:`fishergeo.estimate_fisher` does, in the first pass that each layer takes part in.
+        verify: hold captured gradients against autograd's, as :func:`fishergeo.estimate_fisher` does, in the first pass that each layer takes part in.
         **keywords: fields of :class:`fishergeo.DataOptions` (``unit``, ``loss``, ``seed``, ...), in place of ``data``.
 
     Attributes:

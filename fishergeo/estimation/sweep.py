@@ -33,6 +33,7 @@ from fishergeo.capture import (
     example_objectives,
     indexed,
     label_alignment,
+    most_examples,
     padding_mask,
     sized,
     take_weights,
@@ -42,7 +43,7 @@ from fishergeo.capture import (
 from fishergeo.estimation.checkpoint import SweepState
 from fishergeo.estimation.fisher import named_once
 from fishergeo.estimation.options import DataOptions
-from fishergeo.estimation.verify import ALL_FAULTS, NeverCalled, Proof, never_called
+from fishergeo.estimation.verify import ALL_FAULTS, NeverCalled, Proof, faults_shown, never_called
 
 _WITH_INPUTS = (KfacAccumulator, KfacSketchAccumulator)
 
@@ -67,7 +68,7 @@ class Sweep:
         tokens: the weight of their supervised tokens.
         seen: layers that received a gradient.
         proven: what has been verified.
-        read_elsewhere: layers that were not called in the first batch, and whose weights have a gradient nevertheless.
+        read_elsewhere: layers that were not called in a batch that was proven, and whose weights had a gradient nevertheless.
         peaks: layer -> the largest product of an entry of g_t and one of a_t so far.
     """
 
@@ -113,7 +114,7 @@ class Sweep:
 
         Raises:
             FloatingPointError: if a NaN or Inf appears, naming the batch and the layer.
-            RuntimeError: if what is captured on the first batch are not the gradients, naming the layers.
+            RuntimeError: if what is captured are not the gradients, naming the layers.
             ValueError: if there was no supervised token, or a layer received no gradient (:class:`NeverCalled` if its
                 modules were not called while others were).
         """
@@ -146,7 +147,7 @@ class Sweep:
             raise ValueError(f"layers {unseen[:4]} received no gradient in any batch; leave them out")
         if both := sorted(self.read_elsewhere.intersection(self.seen)):
             raise RuntimeError(
-                f"layers {both[:4]} were called in some batches and read otherwise in the first; leave them out"
+                f"layers {both[:4]} were called in some batches and read otherwise in others; leave them out"
             )
         if unseen:
             warnings.warn(
@@ -186,12 +187,14 @@ class Sweep:
         if o.loss is None and self.alignment is None:
             with capture.deaf(), self.autocast.resumed():
                 self.alignment = label_alignment(self.model, batch)
-                if not self.examples:
+                if not self.examples and self.proven < ALL_FAULTS:
                     check_own_loss(self.model, batch, o.kind)
         draw, draws = 0, 1
         weights: Tensor | None = None
         groups: dict[tuple[int, int], list[KfacAccumulator]] = {}
-        proof = self._proof(capture, batch, of_tokens) if self.proven < ALL_FAULTS else None
+        padded = mask is not None or targets is not None
+        new = not faults_shown(padded, most_examples(batch)) <= self.proven
+        proof = self._proof(capture, batch, of_tokens, padded) if new else None
         while draw < draws:
             shared = Shared(number, draw)
             totals: dict[str, Tensor] = {}
@@ -260,7 +263,7 @@ class Sweep:
                 self.model, batch, o.kind, o.loss, generator, weights, draw, o.max_draws, self.alignment
             )
 
-    def _proof(self, capture: Capture, batch: Any, of_tokens: Tensor | None) -> Proof:
+    def _proof(self, capture: Capture, batch: Any, of_tokens: Tensor | None, padded: bool) -> Proof:
         groups = self.accumulators.values()
         return Proof(
             capture,
@@ -273,6 +276,7 @@ class Sweep:
             rough=self.autocast.on,
             optional=self.optional,
             moments=any(isinstance(one, _WITH_INPUTS) for group in groups for one in group.values()),
+            padded=padded,
             proven=self.proven,
         )
 

@@ -1,6 +1,6 @@
 """An estimate proves itself: what was captured on its first batch is held against autograd's own weight gradients.
 
-And on the first of more than one example, and the first with padding, where earlier ones could not show their faults.
+So is what was captured on the first batch of several examples and on the first with padding, where those come later.
 
 With G_i the gradient of example i's objective and Ω a fixed random matrix of few columns, Σ_i r_i G_i Ω is formed twice:
 from the captured rows, and by autograd with respect to the weight itself. The r_i are ±1, ±2, ±½ and ±4, so that
@@ -57,15 +57,13 @@ _APART = (
 )
 
 
-def faults_shown(model: nn.Module, batch: Any, examples: int) -> frozenset[str]:
-    """Which faults a proof of this batch would find: wrong gradients, those of ``"several"`` examples, of ``"padding"``.
+def faults_shown(padded: bool, examples: int) -> frozenset[str]:
+    """Which faults a proof of a batch would find: wrong gradients, those of ``"several"`` examples, of ``"padding"``.
 
     Args:
-        model: that reads it.
-        batch: any batch.
-        examples: number of its examples that count; 0 where it is not known.
+        padded: something is padded.
+        examples: number of examples that count; 0 where it is not known.
     """
-    padded = padding_mask(batch) is not None or target_mask(model, batch) is not None
     return frozenset({"gradients"} | ({"several"} if examples != 1 else set()) | ({"padding"} if padded else set()))
 
 
@@ -130,7 +128,8 @@ class Proof:
         rough: the objective is computed under autocast.
         optional: a layer whose modules were not called may be read by others, and is noted in ``read_elsewhere``.
         moments: squares of the inputs count too, and must not hold padding.
-        proven: faults that earlier batches have been found free of; one that can show no other is not proven again.
+        padded: something is padded.
+        proven: faults that earlier batches were found free of. A batch that can show no other is not proven.
     """
 
     def __init__(
@@ -146,6 +145,7 @@ class Proof:
         rough: bool,
         optional: bool,
         moments: bool,
+        padded: bool,
         proven: frozenset[str] = frozenset(),
     ) -> None:
         self.capture = capture
@@ -158,6 +158,7 @@ class Proof:
         self.optional = optional
         self.read_elsewhere: set[str] = set()
         self.moments = moments
+        self.padded = padded
         self.proven = proven
         self._shown: frozenset[str] = frozenset()
         self._labels = generator.get_state()
@@ -176,7 +177,7 @@ class Proof:
         self._values, self._factors = result.values.detach(), factors.detach()
         self._counted = (result.counts > 0).tolist()
         if any(self._counted):
-            self._shown = faults_shown(self.capture.model, self.batch, sum(self._counted))
+            self._shown = faults_shown(self.padded, sum(self._counted))
         if self._shown <= self.proven:
             return
         places = [place for place, counted in enumerate(self._counted) if counted]

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from fishergeo._checks import check_integer, check_number
 from fishergeo._linalg import gaussian
-from fishergeo.capture import adapter_factors, first_length, indexed, to_device, weight_matrix, write_matrix
+from fishergeo.capture import (
+    adapter_factors,
+    indexed,
+    is_padded,
+    most_examples,
+    to_device,
+    weight_matrix,
+    write_matrix,
+)
 from fishergeo.estimation import DataOptions, Fisher, estimate_fisher, faults_shown
 from fishergeo.operators import EigenKroneckerOperator, ExactOperator, SymmetricOperator
 from fishergeo.uses.weights import Curvature, check_same_layers, checked_damping, effective, layers_of, settled
@@ -177,7 +185,7 @@ class Laplace:
         device = next(iter(self._layers.values())).weight.device
         found, proven = [], frozenset[str]()
         for _, batch in indexed(batches):
-            shown = faults_shown(self.model, batch, first_length(batch))
+            shown = faults_shown(is_padded(self.model, batch), most_examples(batch))
             found.append(self._covariance(to_device(batch, device), outputs, not shown <= proven))
             proven |= shown
         if not found:

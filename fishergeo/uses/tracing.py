@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishergeo import _storage
 from fishergeo._checks import check_integer
 from fishergeo._linalg import directions
-from fishergeo.capture import content_mark, first_length, indexed, padding_mask, to_device
+from fishergeo.capture import batch_mark, content_mark, indexed, is_padded, most_examples, padding_mask, to_device
 from fishergeo.estimation import (
     DataKeywords,
     DataOptions,
@@ -154,14 +154,14 @@ def influence(
         start = 0
         for place, others in indexed(examples):
             file = None if path is None else Path(path) / f"queries-{number:05d}-examples-{place:05d}.safetensors"
-            known = facts if file is None else facts | {"batches": [content_mark(batch), content_mark(others)]}
+            known = facts if file is None else facts | {"batches": [batch_mark(batch), batch_mark(others)]}
             block = None if file is None or not file.is_file() else _read(file, known)
             if block is None:
                 if turned is None:
                     of_queries = gradients.of(batch, asked, "queries").operators
                     turned = {n: inverses[n].apply(one.weight_gradients()) for n, one in of_queries.items()}
                 of_examples = gradients.of(others, options, "examples", tokens)
-                block = _scores(of_examples, turned, start, others, tokens), gradients.count
+                block = _scores(of_examples, turned, start, others, gradients.count, tokens), gradients.count
                 if top is not None:
                     block = block[0].top(top), block[1]
                 if file is not None:
@@ -192,7 +192,7 @@ class _Gradients:
 
     def of(self, batch: Any, options: DataOptions, role: str, tokens: bool = False) -> JointFisher:
         """One batch's gradients, by example or by position, of ``"queries"`` or ``"examples"``."""
-        shown = {(role, fault) for fault in faults_shown(self.model, batch, first_length(batch))}
+        shown = {(role, fault) for fault in faults_shown(is_padded(self.model, batch), most_examples(batch))}
         chosen = replace(options, unit="token") if tokens else options
         fisher = estimate_fisher(
             self.model,
@@ -215,15 +215,16 @@ class _Gradients:
         return JointFisher(operators)
 
 
-def _scores(gradients: JointFisher, turned: Mapping[str, Tensor], start: int, batch: Any, tokens: bool) -> Influence:
-    """Scores of one block; examples are counted from ``start``."""
+def _scores(
+    gradients: JointFisher, turned: Mapping[str, Tensor], start: int, batch: Any, count: int, tokens: bool
+) -> Influence:
+    """Scores of one block of ``count`` examples, counted from ``start``."""
     values = gradients.inner(turned)
     places = torch.arange(values.shape[1], device=values.device)
     if not tokens:
         return Influence(values, (start + places).expand(values.shape))
     mask = padding_mask(batch)
     if mask is None:
-        count = first_length(batch)
         lengths = torch.full((count,), values.shape[1] // count)
     else:
         lengths = mask.sum(1).cpu()
@@ -288,6 +289,6 @@ def _read(file: Path, facts: Mapping[str, Any]) -> tuple[Influence, int]:
     for key, value in json.loads(json.dumps(facts)).items():
         if theirs.get(key) != value:
             there, here = (repr(one)[:60] for one in (theirs.get(key), value))
-            raise ValueError(f"{file}: made with another {key} ({there}, now {here}); take another path")
+            raise ValueError(f"{file}: made with other {key} ({there}, now {here}); take another path")
     tokens = stored.tensor("tokens") if facts["tokens"] else None
     return Influence(stored.tensor("values"), stored.tensor("examples"), tokens), int(stored.header["count"])

@@ -6,15 +6,15 @@ labels come from lives here; nothing here knows about layers or hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fishergeo.capture.model_adapters import forward_arguments, is_sharded, problem_type, unwrapped
-from fishergeo.capture.objectives.labels import Alignment, Rows, logits_and_labels, of_tokens, on_labels, own_output
+from fishergeo.capture.model_adapters import problem_type, unwrapped
+from fishergeo.capture.objectives.labels import Alignment, Rows, logits_and_labels, on_labels
 from fishergeo.capture.objectives.weights import FirstTokens
 
 Kind = Literal["empirical", "mc", "type2", "ggn", "margin"]
@@ -106,10 +106,12 @@ def example_objectives(
             raise ValueError("a batch holds no example; leave it out")
         return Objective(values, _ones(values))
     logits, labels = logits_and_labels(model, batch, alignment)
-    return _of_outputs(unwrapped(model), logits, labels, batch, kind, generator, token_weights, draw, max_draws)
+    return objectives_of_outputs(
+        unwrapped(model), logits, labels, batch, kind, generator, token_weights, draw, max_draws
+    )
 
 
-def _of_outputs(
+def objectives_of_outputs(
     model: nn.Module,
     logits: Tensor,
     labels: Tensor,
@@ -120,7 +122,22 @@ def _of_outputs(
     draw: int = 0,
     max_draws: int = 256,
 ) -> Objective:
-    """The built-in objectives, of logits and the labels that stand against them; ``model`` is unwrapped."""
+    """The built-in objectives, of logits and the labels that stand against them; arguments as :func:`example_objectives`.
+
+    Args:
+        model: unwrapped.
+        logits: (n, ..., classes).
+        labels: (n, ...).
+        batch: that they are of, for token weights.
+        kind: the kind.
+        generator: of sampled labels.
+        token_weights: weights of tokens.
+        draw: number of the objective.
+        max_draws: the most of them.
+
+    Raises:
+        ValueError: as :func:`example_objectives`.
+    """
     if len(labels) == 0:
         raise ValueError("a batch holds no example; leave it out")
     problem, floating = problem_type(model, logits, labels), labels.is_floating_point()
@@ -129,10 +146,9 @@ def _of_outputs(
             raise ValueError(f"token_weights need the labels of a classifier, got {labels.dtype} ones to regress on")
         return _regression(logits, labels, kind, draw, max_draws)
     weights = None
-    if isinstance(token_weights, FirstTokens):
-        weights = token_weights(
-            {"labels": labels}
-        )  # among those that are predicted, which a causal model's first is not
+    if type(token_weights) is FirstTokens:
+        # Among the labels that are predicted, to which a causal model's first does not belong.
+        weights = token_weights({"labels": labels})
     elif token_weights is not None:
         weights = on_labels(token_weights(batch), batch, labels)
     if problem == "multi_label_classification" or floating:
@@ -144,50 +160,6 @@ def _of_outputs(
     if kind in ("type2", "ggn"):
         return _class_draw(rows, kind, draw, max_draws)
     return _categorical(rows, kind, generator)
-
-
-def check_own_loss(model: nn.Module, batch: Any, kind: str) -> None:
-    """Refuse a model that trains by another loss than the one that is differentiated in its place.
-
-    Labels of tokens are :func:`fishergeo.capture.objectives.labels.label_alignment`'s. Others are asked about here: the
-    model's own loss of two examples, of unlike labels where there are any, is to be the mean or the sum of what
-    :func:`example_objectives` makes of them. A model that takes no ``labels``, gives no loss, or whose parameters are
-    sharded says nothing. Neither is anything said of kinds whose Fisher is that of the model's probabilities.
-
-    Args:
-        model: run once under no_grad.
-        batch: any batch.
-        kind: as :func:`example_objectives`.
-
-    Raises:
-        ValueError: if the two differ, as with weights of classes, smoothed labels, or the absolute error.
-    """
-    if kind not in ("empirical", "ggn") or not isinstance(batch, Mapping):
-        return
-    labels, inner = batch.get("labels"), unwrapped(model)
-    if type(labels) is not Tensor or labels.ndim == 0 or len(labels) == 0 or of_tokens(labels):
-        return
-    if is_sharded(model) or "labels" not in forward_arguments(inner):
-        return
-    unlike = (labels != labels[:1]).flatten(1).any(1).nonzero() if labels.ndim > 1 else (labels != labels[:1]).nonzero()
-    places = [0, int(unlike[0]) if len(unlike) else min(1, len(labels) - 1)]
-    few = {k: v[places] if isinstance(v, Tensor) and v.ndim and len(v) == len(labels) else v for k, v in batch.items()}
-    found = own_output(model, few)
-    if found is None:
-        return
-    logits, own = found
-    try:
-        values = _of_outputs(inner, logits, few["labels"], few, "empirical").values
-    except ValueError:  # which the estimate will say better
-        return
-    most = (1e-4 if logits.element_size() >= 4 else 2e-2) * abs(own) + 1e-6
-    mean, total = float(values.mean()), float(values.sum())
-    if min(abs(mean - own), abs(total - own)) > most:
-        what = "squared error" if few["labels"].is_floating_point() else "cross-entropy"
-        raise ValueError(
-            f"{type(inner).__name__} gives a loss of its own, {own:.6g} for two examples whose mean {what} is {mean:.6g} "
-            "(weights of classes, smoothed labels, another error?); pass loss=(model, batch) -> (n,)"
-        )
 
 
 def _regression(logits: Tensor, labels: Tensor, kind: str, draw: int, max_draws: int) -> Objective:

@@ -15,12 +15,13 @@ from fishergeo.capture.model_adapters import (
     is_encoder_decoder,
     is_sharded,
     shifts_labels,
+    tells_its_labels,
     unwrapped,
 )
 
-Alignment = Literal["same", "next", "prefixed"]
+Alignment = Literal["same", "next", "prefixed", "untold"]
 """Logits at position t are for the label at t (``"same"``), at t + 1 (``"next"``), or, where a model puts positions of its
-own before the batch's, at t + 1 counted from the last of those (``"prefixed"``)."""
+own before the batch's, at t + 1 counted from the last of those (``"prefixed"``). ``"untold"`` if nothing says which."""
 
 
 def logits_and_labels(model: nn.Module, batch: Any, alignment: Alignment | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def logits_and_labels(model: nn.Module, batch: Any, alignment: Alignment | None 
 
     Raises:
         TypeError: if the batch is not a mapping, or its labels are no tensor.
-        ValueError: if there are no labels or no logits, or their shapes do not fit.
+        ValueError: if there are no labels or no logits, their shapes do not fit, or their alignment is ``"untold"``.
     """
     labels = _labels(batch)
     output = model(**_inputs(model, batch))
@@ -42,6 +43,12 @@ def logits_and_labels(model: nn.Module, batch: Any, alignment: Alignment | None 
     if not isinstance(logits, Tensor):
         raise ValueError(f"the output of {type(model).__name__} has no logits; pass loss=(model, batch) -> (n,)")
     if of_tokens(labels) and logits.ndim == 3:
+        if alignment == "untold":
+            raise ValueError(
+                f"labels {tuple(labels.shape)} of {type(unwrapped(model)).__name__} are none of the batch's own tokens, and it "
+                "gives no loss that would tell whether they stand against the logits of their own positions or of those "
+                "before; let forward take labels and return a loss beside the logits, or pass loss=(model, batch) -> (n,)"
+            )
         logits, labels = _against(logits, labels, alignment or _by_class(unwrapped(model)))
     return logits, labels
 
@@ -52,7 +59,7 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
     The example's labels are replaced by others drawn from the batch's, at every position that is not padding, and the
     loss that the model gives is compared with the cross-entropy in each alignment. A model that takes no ``labels``,
     gives no loss, whose parameters are sharded, or on which alignments do not differ, is taken for what its class says;
-    a module of one's own, whose class says nothing, for a causal model if its labels are its ``input_ids``.
+    one whose class says nothing for a causal model, if its labels are tokens that stand in the batch.
 
     Args:
         model: run once under no_grad.
@@ -62,7 +69,7 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
         The alignment, None if the batch cannot tell.
 
     Raises:
-        ValueError: if the model's own loss is none of these, or neither model nor labels say anything.
+        ValueError: if the model's own loss is none of these.
     """
     labels, inner = _labels(batch), unwrapped(model)
     if type(labels) is not Tensor:  # a plan's, which hold nothing
@@ -86,28 +93,33 @@ def label_alignment(model: nn.Module, batch: Any) -> Alignment | None:
 
 
 def own_output(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, float] | None:
-    """Logits and the loss that a model gives of itself when it is shown labels; None if it gives not both.
+    """Logits and the loss that a model gives of itself when it is shown labels; None unless it gives both.
 
     Args:
-        model: run once under no_grad; random states are left as they were.
+        model: run once under no_grad; random states and its config are left as they were.
         batch: a mapping with ``labels``.
     """
     inputs = _inputs(model, batch) | {"labels": batch["labels"]}
     if "output_router_logits" in forward_arguments(unwrapped(model)):
         inputs["output_router_logits"] = False  # whose loss is added to the model's own
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    config: Any = getattr(unwrapped(model), "config", None)
+    said = getattr(config, "problem_type", None)
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             output = model(**inputs)
+            parts = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
+            logits, own = parts.get("logits"), parts.get("loss")
+            if not isinstance(logits, Tensor) or not isinstance(own, Tensor) or own.numel() != 1:
+                return None
+            return logits, float(own)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a model says to a few examples, or to labels of its own vocabulary alone
             return None
-    parts = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
-    logits, own = parts.get("logits"), parts.get("loss")
-    if not isinstance(logits, Tensor) or not isinstance(own, Tensor) or own.numel() != 1:
-        return None
-    return logits, float(own)
+        finally:
+            if hasattr(config, "problem_type"):
+                config.problem_type = said  # which classifiers set by the first labels that they see
 
 
 def _fitting(logits: Tensor, labels: Tensor, own: float, model: nn.Module) -> Alignment:
@@ -135,17 +147,12 @@ def _fitting(logits: Tensor, labels: Tensor, own: float, model: nn.Module) -> Al
 
 
 def _by_the_batch(model: nn.Module, labels: Tensor, batch: Mapping[str, Any]) -> Alignment | None:
-    """``"next"`` for a module without a config whose labels are its own tokens; None for a model known by its class."""
-    if getattr(model, "config", None) is not None:
+    """Of a model that gives no loss: None if its class is known, else ``"next"`` if its labels are the batch's own tokens."""
+    if tells_its_labels(model):
         return None
-    tokens = batch.get("input_ids")
-    if isinstance(tokens, Tensor) and tokens.shape == labels.shape and bool(((labels == tokens) | (labels < 0)).all()):
-        return "next"
-    raise ValueError(
-        f"labels {tuple(labels.shape)} of {type(model).__name__} are not its input_ids, and it gives no loss that would tell "
-        "whether they stand against the logits of their own positions or of those before; let forward take labels and "
-        "return a loss beside the logits, or pass loss=(model, batch) -> (n,)"
-    )
+    others = (value for key, value in batch.items() if key != "labels" and isinstance(value, Tensor))
+    same = (bool(((labels == one) | (labels < 0)).all()) for one in others if one.shape == labels.shape)
+    return "next" if any(same) else "untold"
 
 
 def of_tokens(labels: Tensor) -> bool:

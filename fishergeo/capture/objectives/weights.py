@@ -77,8 +77,9 @@ class FirstTokens:
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """(n, T), of the shape of the labels.
 
-        Estimators count after the labels were laid against the logits: a causal model predicts no first token of a
-        sequence, so that one is none of the first even where it is supervised.
+        Estimators that are passed an instance count after the labels were laid against the logits: a causal model predicts
+        no first token of a sequence, so it does not count among the first even where it is supervised. A function that
+        calls an instance counts it.
         """
         supervised = batch["labels"] != -100
         early = supervised & (supervised.long().cumsum(1) <= self.tokens)

@@ -328,28 +328,62 @@ CLASSES, TARGETS = torch.tensor([0, 0, 2, 1]), torch.randn(4, 4, generator=torch
 
 
 @pytest.mark.parametrize(
-    ("loss", "labels"),
+    ("loss", "labels", "name"),
     [
-        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0, 1.0])), CLASSES),
-        (nn.CrossEntropyLoss(label_smoothing=0.2), CLASSES),
-        (nn.MultiMarginLoss(), CLASSES),
-        (nn.L1Loss(), TARGETS),
-        (nn.HuberLoss(delta=0.1), TARGETS),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0, 1.0])), CLASSES, "cross-entropy"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0, 1.0])), torch.tensor([-100, 2, 2, 2]), "cross-entropy"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 5.0, 1.0])), torch.tensor([2]), "cross-entropy"),
+        (nn.CrossEntropyLoss(label_smoothing=0.2), CLASSES, "cross-entropy"),
+        (nn.MultiMarginLoss(), CLASSES, "cross-entropy"),
+        (nn.L1Loss(), TARGETS, "squared error"),
+        (nn.HuberLoss(delta=0.1), TARGETS, "squared error"),
+        (lambda z, y: 0.5 * nn.functional.mse_loss(z, y), TARGETS, "squared error"),
     ],
 )
-def test_another_loss_of_the_models_own_is_refused_by_name(loss, labels):
-    batch = {"x": POINTS, "labels": labels}
-    for kind in ("empirical", "ggn"):
-        with pytest.raises(ValueError, match=r"Own gives a loss of its own.*pass loss="):
+def test_another_loss_of_the_models_own_is_refused_by_name(loss, labels, name):
+    batch = {"x": POINTS[: len(labels)], "labels": labels}
+    with pytest.raises(ValueError, match=rf"Own gives a loss of its own.*{name}.*pass loss="):
+        fg.estimate_fisher(Own(loss), [batch], "gram")
+    fg.estimate_fisher(Own(loss), [batch], "gram", verify=False)
+    if labels.is_floating_point():
+        with pytest.raises(ValueError, match="kind='ggn' is of that alone"):
+            fg.estimate_fisher(Own(loss), [batch], "gram", kind="ggn")
+    else:  # whose Fisher is of the probabilities, whatever the loss
+        for kind in ("type2", "ggn"):
             fg.estimate_fisher(Own(loss), [batch], "gram", kind=kind)
-    if not labels.is_floating_point():  # whose Fisher is of the probabilities, whatever the loss
-        fg.estimate_fisher(Own(loss), [batch], "gram", kind="type2")
 
     def own(model, batch):
         outputs = model.out(batch["x"])
-        return torch.stack([loss(outputs[i : i + 1], y[None]) for i, y in enumerate(batch["labels"])])
+        return torch.stack([loss(outputs[i : i + 1], y[None]) for i, y in enumerate(batch["labels"].clamp_min(0))])
 
     fg.estimate_fisher(Own(loss), [batch], "gram", loss=own)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_over_all_that_is_supervised_is_the_built_in_one(reduction):
+    class Pixels(Own):
+        def forward(self, x, labels=None):
+            found = super().forward(x)
+            if labels is not None:
+                rows = found["logits"].flatten(0, 2)
+                found["loss"] = nn.functional.cross_entropy(rows, labels.flatten(), reduction=reduction)
+            return found
+
+    labels = torch.randint(0, 4, (3, 5, 5), generator=torch.Generator().manual_seed(0))
+    labels[0, :3], labels[2, 1:] = -100, -100
+    x = torch.randn(3, 5, 5, 3, generator=torch.Generator().manual_seed(1))
+    fg.estimate_fisher(Pixels(None), [{"x": x, "labels": labels}], "gram", reduction=reduction)
+
+
+def test_a_classifier_keeps_its_config():
+    torch.manual_seed(0)
+    model = hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=4)).double().eval()
+    floats = {"input_ids": IDS, "labels": nn.functional.one_hot(IDS[:, 0] % 4, 4).double()}
+    whole = {"input_ids": IDS, "labels": IDS[:, 0] % 4}
+    trace = lambda batch: float(fg.estimate_fisher(model, [batch], "gram", layers="classifier")["classifier"].trace())
+    alone = trace(floats)
+    trace(whole)
+    assert trace(floats) == alone and model.config.problem_type is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -369,10 +403,12 @@ def test_the_loss_that_is_differentiated_is_no_other(loss, labels, count):
 class Silent(nn.Module):
     """Logits for every token, and no loss."""
 
-    def __init__(self, classes):
+    def __init__(self, classes, config=None):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.out = nn.Embedding(50, 6), nn.Linear(6, classes)
+        if config is not None:
+            self.config = config
 
     def forward(self, input_ids):
         return {"logits": self.out(torch.tanh(self.embed(input_ids)))}
@@ -383,8 +419,18 @@ def test_labels_of_a_module_that_says_nothing_are_its_own_tokens_or_refused():
     found = fg.estimate_fisher(Silent(50), [{"input_ids": IDS, "labels": labels}], "gram", layers="out")
     assert found.header.tokens == int((labels[:, 1:] != -100).sum())
     for wrong in (IDS % 4, torch.cat([IDS[:, 1:], torch.full_like(IDS[:, :1], -100)], 1)):  # a tagger's, shifted ones
-        with pytest.raises(ValueError, match=r"Silent are not its input_ids.*pass loss="):
-            fg.estimate_fisher(Silent(50), [{"input_ids": IDS, "labels": wrong}], "gram", layers="out")
+        for config in (None, {"hidden": 6}, types.SimpleNamespace(hidden=6)):
+            with pytest.raises(ValueError, match=r"Silent are none of the batch's own tokens.*pass loss="):
+                fg.estimate_fisher(Silent(50, config), [{"input_ids": IDS, "labels": wrong}], "gram", layers="out")
+
+    class Renamed(Silent):
+        def forward(self, tokens):
+            return super().forward(tokens)
+
+    found = fg.estimate_fisher(Renamed(50), [{"tokens": IDS, "labels": labels}], "gram", layers="out")
+    assert found.header.tokens == int((labels[:, 1:] != -100).sum())
+    with pytest.raises(ValueError, match=r"logits \(4, 4\) do not fit labels \(4, 1\)"):
+        fg.estimate_fisher(Own(None), [{"x": POINTS, "labels": CLASSES[:, None]}], "gram")
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -395,6 +441,7 @@ def test_the_first_tokens_are_the_first_that_are_predicted(tokens):
     )["out"]
     by_hand = torch.ones(IDS.shape)
     by_hand[:, 1 : 1 + tokens] = 3.0
-    found, want, plain = (estimate(w).to_dense() for w in (fg.FirstTokens(tokens, 3.0), lambda b: by_hand, None))
+    weightings = (fg.FirstTokens(tokens, 3.0), lambda b: by_hand, None)
+    found, want, plain = (estimate(weights).to_dense() for weights in weightings)
     torch.testing.assert_close(found, want)
     assert (found - plain).norm() > 0.1 * plain.norm()

@@ -1,6 +1,7 @@
 """Influence scores against dense inverses, their laws, blocks on disk, and what is refused."""
 
 import dataclasses
+import types
 
 import pytest
 import small_models
@@ -157,12 +158,12 @@ def test_blocks_on_disk_are_read_and_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(fg.uses.tracing, "estimate_fisher", lambda *a, **k: calls.append(1) or original(*a, **k))
     again = ask(damping=0.1)
     assert len(calls) == 2 and torch.equal(again.values, whole.values)  # one block's queries and its examples
-    with pytest.raises(ValueError, match="made with another damping"):
+    with pytest.raises(ValueError, match="made with other damping"):
         ask(damping=0.2)
-    with pytest.raises(ValueError, match="made with another top"):
+    with pytest.raises(ValueError, match="made with other top"):
         ask(damping=0.1, top=2)
     fisher = estimated(model, examples(9, seed=3), "kfac")
-    with pytest.raises(ValueError, match="made with another fisher"):
+    with pytest.raises(ValueError, match="made with other fisher"):
         ask(damping=0.1)
 
 
@@ -171,9 +172,9 @@ def test_blocks_of_another_loss_or_fisher_are_not_taken_for_those_of_this_one(tm
     operator = lambda *entries: {"": fg.DiagonalOperator(torch.tensor([entries]))}
     ask = lambda fisher, loss: fg.influence(model, fisher, [x], [2 * x], damping=0.0, loss=loss, path=tmp_path)
     first = ask(operator(1.0, 1.0), lambda m, x: m(x)[:, 0])
-    with pytest.raises(ValueError, match="made with another data"):
+    with pytest.raises(ValueError, match="made with other data"):
         ask(operator(1.0, 1.0), lambda m, x: 5 * m(x)[:, 0])
-    with pytest.raises(ValueError, match="made with another fisher"):
+    with pytest.raises(ValueError, match="made with other fisher"):
         ask(operator(0.5, 1.5), lambda m, x: m(x)[:, 0])  # of the same trace
     assert torch.equal(ask(operator(1.0, 1.0), lambda m, x: m(x)[:, 0]).values, first.values)
 
@@ -188,7 +189,7 @@ def test_blocks_of_other_batches_are_not_taken_for_those_of_these(tmp_path):
         (batches(asked, 3), batches(data, 3)),
         (batches(asked, 3), batches(examples(9, seed=4), 4)),
     ]:
-        with pytest.raises(ValueError, match="made with another batches"):
+        with pytest.raises(ValueError, match="made with other batches"):
             ask(queries, trained)
 
 
@@ -198,15 +199,42 @@ class Named:
     y: torch.Tensor
 
 
-def test_batches_of_ones_own_class_are_told_by_what_they_hold(tmp_path):
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Plain:
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+@pytest.mark.parametrize("kind", [Named, Slotted, Plain, lambda x, y: types.SimpleNamespace(x=x, y=y)])
+def test_batches_of_ones_own_class_are_told_by_what_they_hold(kind, tmp_path):
     model, data = classifier(), examples(5)
     fisher = estimated(model, data, "kfac")
     of_named = lambda m, b: loss(m, (b.x, b.y))
-    ask = lambda queries: fg.influence(model, fisher, [queries], [Named(*data)], loss=of_named, path=tmp_path)
-    first = ask(Named(*examples(2, seed=20)))
-    assert torch.equal(ask(Named(*examples(2, seed=20))).values, first.values)
-    with pytest.raises(ValueError, match="made with another batches"):
-        ask(Named(*examples(2, seed=21)))
+    ask = lambda queries: fg.influence(model, fisher, [queries], [kind(*data)], loss=of_named, path=tmp_path)
+    first = ask(kind(*examples(2, seed=20)))
+    assert torch.equal(ask(kind(*examples(2, seed=20))).values, first.values)
+    with pytest.raises(ValueError, match="made with other batches"):
+        ask(kind(*examples(2, seed=21)))
+
+
+def test_tokens_are_counted_by_example_whatever_stands_first_in_a_batch():
+    class Placed(small_models.SmallLM):
+        def forward(self, input_ids, places=None):
+            return super().forward(input_ids)
+
+    batch = small_models.collate(small_models.make_examples([5, 5, 5]))
+    del batch["attention_mask"]
+    model, layers = Placed(), list(small_models.LAYERS)
+    fisher = fg.estimate_fisher(model, [batch], "kfac", layers=layers)
+    found = fg.influence(
+        model, fisher, [batch], [{"places": torch.arange(5)[None]} | batch], tokens=True, reduction="sum"
+    )
+    assert found.examples[0].tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.tokens[0].tolist() == [*range(5)] * 3
 
 
 class TimeFirst(torch.nn.Module):
