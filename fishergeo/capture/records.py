@@ -150,8 +150,10 @@ def record_of(
 def _source(layer: Layer, uses: Mapping[str, Use], arrivals: Sequence[Arrived], sources: Sources) -> int:
     if len(arrivals) != 1 or layer.part in ("bias", "expert") or uses[arrivals[0].path].flipped:
         return sources.fresh()
-    one = arrivals[0].source
-    return one if layer.part == "weight" else sources.derived(one, "with a 1 appended")
+    (use,) = (uses[arrival.path] for arrival in arrivals)
+    one, kind = arrivals[0].source, use.kind
+    assert kind is not None
+    return one if layer.part == "weight" else sources.derived(one, f"1/{kind.factor(arrivals[0].call)} appended")
 
 
 def _terms(layer: Layer, use: Use, one: Arrived, layout: BatchShape) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -164,11 +166,16 @@ def _terms(layer: Layer, use: Use, one: Arrived, layout: BatchShape) -> tuple[Te
     else:
         a, g = kind.terms(module, one.call)
         if layer.part == "weight+bias":
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+            a = torch.cat([a, torch.ones_like(a[..., :1]) / kind.factor(one.call)], -1)
     if use.flipped:
         a, g = g, a
+    skipped = None if layer.part == "bias" else kind.skipped(module, one.call)
     a, g = (by_example(layer.name, x, layout.examples, layout.lengths) for x in (a, g))
-    return a, g, _mask_of(a, g, layout) if kind.positions else None
+    mask = _mask_of(a, g, layout) if kind.positions else None
+    if skipped is not None:
+        read = ~by_example(layer.name, skipped[..., None], layout.examples, layout.lengths)[..., 0]
+        mask = read if mask is None else mask & read
+    return a, g, mask
 
 
 def _mask_of(a: Tensor, g: Tensor, layout: BatchShape) -> Tensor | None:

@@ -70,6 +70,7 @@ class Sweep:
         proven: what has been verified.
         read_elsewhere: layers that were not called in a batch that was proven, and whose weights had a gradient nevertheless.
         peaks: layer -> the largest product of an entry of g_t and one of a_t so far.
+        half_peaks: layer -> the largest entry of g_t so far, where it came in float16.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Sweep:
         self.tokens = 0.0
         self.seen: set[str] = set()
         self.peaks: dict[str, Tensor] = {}
+        self.half_peaks: dict[str, Tensor] = {}
         self.alignment: Alignment | None = None
         self.autocast = Autocast()
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -158,6 +160,7 @@ class Sweep:
             for group in (self.layers, *self._fed()):
                 for name in unseen:
                     del group[name]  # type: ignore[attr-defined]
+        self._check_half()
         for layers in self._fed():
             for name, accumulator in layers.items():
                 accumulator.finish()
@@ -172,6 +175,22 @@ class Sweep:
                         f"layer {name!r}: its gradients are about {peak:.1g}, whose squares {accumulator.dtype} does not "
                         "hold; pass dtype=torch.float64, or multiply the loss"
                     )
+
+    def _check_half(self) -> None:
+        """Refuses gradients that float16 could not hold, and warns where it held none at all."""
+        advice = "multiply the loss, or load the model in bfloat16 or float32"
+        found = {name: float(peak) for name, peak in self.half_peaks.items() if name in self.layers}
+        for name, peak in found.items():
+            if 0 < peak < torch.finfo(torch.float16).tiny:
+                raise FloatingPointError(
+                    f"layer {name!r}: its gradients reach {peak:.1g}, which float16 rounds to a few numbers or to zero; {advice}"
+                )
+        if none := [name for name, peak in found.items() if peak == 0]:
+            warnings.warn(
+                f"gradients of {len(none)} layers are zero in float16, as they are or because they are too small for it "
+                f"({', '.join(none[:4])}{' ...' if len(none) > 4 else ''}); in the second case {advice}",
+                stacklevel=2,
+            )
 
     def _fed(self) -> list[dict[str, Accumulator]]:
         """Layer -> accumulator of every structure, asked for or not."""
@@ -226,6 +245,9 @@ class Sweep:
                 totals[record.name] = inputs + _total(record.gradients)
                 peak = _peak(record)
                 self.peaks[record.name] = torch.maximum(self.peaks.get(record.name, peak), peak)
+                if record.gradients.dtype == torch.float16:
+                    half = record.gradients.abs().amax().double()
+                    self.half_peaks[record.name] = torch.maximum(self.half_peaks.get(record.name, half), half)
                 for place, layers in enumerate(self._fed()):
                     accumulator = layers.get(record.name)
                     if accumulator is None:

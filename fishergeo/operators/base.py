@@ -323,17 +323,19 @@ class SymmetricOperator(abc.ABC):
         return torch.where(shifted > self._rounding(values), shifted, 0)
 
     def _shifted(self, values: Tensor, damping: float) -> Tensor:
-        """Eigenvalues of F + damping·I, none negative; those of F within rounding below zero count as zero, and so do
-        those that lie below it by √ε of the largest where the damping does not lift them.
+        """Eigenvalues of F + damping·I, none negative; those of F within rounding of a sum below zero count as zero, and so
+        do those that lie below it by √ε of the largest where the damping does not lift them.
 
         Raises:
             ValueError: for NaN, or where the damping leaves an eigenvalue negative.
         """
         check_finite(f"the eigenvalues of this {type(self).__name__}", values)
         rounding = self._rounding(values)
-        shifted = torch.where(values < -rounding, values, values.clamp_min(0)) + damping
         # A sum of many terms rounds once in each: thousands of batches in float32 were seen to leave -13 ε of the largest.
-        noise = rounding if self.dtype in HALF_DTYPES else rounding * torch.finfo(self.dtype).eps ** -0.5 / ROUNDINGS
+        of_sums, noise = 16 * rounding, rounding * torch.finfo(self.dtype).eps ** -0.5 / ROUNDINGS
+        if self.dtype in HALF_DTYPES:
+            of_sums = noise = rounding
+        shifted = torch.where(values < -of_sums, values, values.clamp_min(0)) + damping
         shifted = torch.where((shifted < 0) & (values >= -noise), damping, shifted)
         if bool((shifted < 0).any()):
             raise ValueError(

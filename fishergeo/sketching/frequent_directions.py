@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fishergeo._checks import check_finite, check_integer, check_tensor
-from fishergeo.operators import SpectralOperator
+from fishergeo.operators import SpectralOperator, fix_signs
 from fishergeo.sketching.psd_sketch import factor_eigh
 
 
@@ -46,6 +46,7 @@ class FrequentDirections:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         self._buffer = torch.zeros(0, size, dtype=dtype, device=device)
+        self._settled = True
         self._shrunk = 0.0
         self._squares = 0.0
 
@@ -77,7 +78,7 @@ class FrequentDirections:
             raise ValueError(f"rows must be (n, {self.size}), got shape {tuple(rows.shape)}")
         self._squares += float(block.double().square().sum())
         for piece in block.to(self._buffer).split(self.rows):
-            self._buffer = torch.cat([self._buffer, piece])
+            self._buffer, self._settled = torch.cat([self._buffer, piece]), False
             if len(self._buffer) >= 2 * self.rows:
                 self._settle()
 
@@ -121,7 +122,7 @@ class FrequentDirections:
                 f"sketches differ: size {self.size} and rows {self.rows}, size {other.size} and rows {other.rows}"
             )
         merged = FrequentDirections(self.size, self.rows, self._buffer.dtype, self._buffer.device)
-        merged._buffer = torch.cat([self.matrix(), other.matrix().to(self._buffer)])
+        merged._buffer, merged._settled = torch.cat([self.matrix(), other.matrix().to(self._buffer)]), False
         merged._shrunk = self._shrunk + other._shrunk
         merged._squares = self._squares + other._squares
         merged._settle()
@@ -129,7 +130,7 @@ class FrequentDirections:
 
     def _settle(self) -> None:
         """Brings the buffer down to ``rows`` rows, orthogonal ones, less than that if it shrank."""
-        if len(self._buffer) == 0:
+        if self._settled:  # once: a second decomposition turns rows within what rounding cannot tell apart
             return
         _, singular, right = torch.linalg.svd(self._buffer.double(), full_matrices=False)
         squares = singular.square()
@@ -139,4 +140,5 @@ class FrequentDirections:
             squares = (squares[: self.rows] - loss).clamp_min(0)
             self._shrunk += loss
         kept = int((squares > 0).sum())
-        self._buffer = (squares[:kept].sqrt()[:, None] * right[:kept]).to(self._buffer)
+        self._buffer = (squares[:kept].sqrt()[:, None] * fix_signs(right[:kept].T).T).to(self._buffer)
+        self._settled = True

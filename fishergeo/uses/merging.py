@@ -77,7 +77,7 @@ def merge_weights(
 
     Raises:
         ValueError: fewer than two models, other numbers of Fishers or shares, a Fisher of another model or of other layers
-            than the first, models of different parameters, a number out of range, an adapter that is not plain LoRA, a
+            than the first, models of different parameters or ties, a number out of range, an adapter that is not plain LoRA, a
             Fisher or a weight with NaN, or Fishers so small or large that their products leave their dtype; by name.
         TypeError: if max_steps is no integer.
 
@@ -174,8 +174,14 @@ def input_grams(fisher: Curvature) -> dict[str, DenseOperator]:
 def _averages(models: Sequence[nn.Module], shares: Sequence[float]) -> tuple[dict[str, Tensor], list[str]]:
     """The mean of every tensor of the models' states, the first's where it is no real number, and which differ."""
     states = [model.state_dict() for model in models]
+    ties = [_tied(model) for model in models]
     for place, state in enumerate(states):
         check_same_layers("models[0]", states[0], f"models[{place}]", state)
+        if apart := sorted(ties[0] ^ ties[place], key=sorted):
+            names = ", ".join(map(repr, sorted(apart[0])))
+            raise ValueError(
+                f"{names} are one tensor in only one of models[0] and models[{place}]; untie or tie them in both"
+            )
     means, differing = {}, []
     for name, first in states[0].items():
         others = [state[name].to(first.device) for state in states]
@@ -189,6 +195,14 @@ def _averages(models: Sequence[nn.Module], shares: Sequence[float]) -> tuple[dic
             differing.append(name)
             means[name] = _mean(others, shares).to(first.dtype)
     return means, differing
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    """Sets of names that stand for one tensor."""
+    names: dict[int, set[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -97,7 +97,11 @@ class QuadraticPenalty:
         return kept["weight"] if "weight" in kept else kept["left"] @ kept["right"]
 
     def __call__(self) -> Tensor:
-        """The penalty at the present weights, a differentiable scalar of float32 or wider."""
+        """The penalty at the present weights, a differentiable scalar of float32 or wider.
+
+        Raises:
+            ValueError: if a weight trains that was frozen under its adapter when a task was added, by name.
+        """
         terms = []
         for task in self._tasks:
             for name, operator in task.operators.items():
@@ -109,6 +113,11 @@ class QuadraticPenalty:
     def _moved(self, name: str, anchor: Mapping[str, Tensor]) -> Tensor | LowRank:
         """How far a layer is from where the task left it, in float32 or wider: an operator's dtype may not tell the two apart."""
         layer = self._layers[name]
+        if "weight" not in anchor and layer.weight.requires_grad:
+            raise ValueError(
+                f"the weight of layer {name!r} trains now, and was frozen under its adapter when the task was added, of which "
+                "nothing but the adapter is kept; add the task again, or freeze the weight"
+            )
         if "weight" in anchor:
             weight = effective(self.model, layer)
             work = wide_dtype(weight.dtype, anchor["weight"].dtype)

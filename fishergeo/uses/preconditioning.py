@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fishergeo.capture import gradient_matrix, layer_parameters, write_matrix
+from fishergeo.capture import Layer, gradient_matrix, layer_parameters, write_matrix
 from fishergeo.operators import SymmetricOperator
 from fishergeo.uses.weights import Curvature, damped_inverse, layers_of
+
+_AT_WORK: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[NaturalGradient]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class NaturalGradient:
@@ -47,7 +52,13 @@ class NaturalGradient:
         self.optimizer = optimizer
         self.damping = damping
         self.inverses: dict[str, SymmetricOperator] = {}
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._layers: dict[str, Layer] = {}
+        self._plain: list[tuple[Tensor, Tensor]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(lambda *_: self._restore()),
+        ]
+        _AT_WORK.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     def refresh(self, fisher: Curvature) -> None:
         """Takes another Fisher, of the model as it is now.
@@ -61,10 +72,16 @@ class NaturalGradient:
         """
         layers = layers_of(self.model, fisher)
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        others = [other for other in _AT_WORK[self.optimizer] if other is not self]
+        turned = {id(p) for other in others for layer in other._layers.values() for p in layer_parameters(layer)}
         for name, layer in layers.items():
             parameters = layer_parameters(layer)
             if any(id(parameter) not in stepped for parameter in parameters):
                 raise ValueError(f"the optimizer has no weight of layer {name!r}; leave the layer out of the Fisher")
+            if any(id(parameter) in turned for parameter in parameters):
+                raise ValueError(
+                    f"layer {name!r} has a natural gradient on this optimizer already; refresh() that one, or remove() it first"
+                )
             if len({parameter.requires_grad for parameter in parameters}) > 1:
                 raise ValueError(
                     f"layer {name!r} joins a weight and a bias of which only one trains; estimate the Fisher of that one "
@@ -89,6 +106,7 @@ class NaturalGradient:
         """The same closure, whose gradients are turned once it has made them: those from before it are not the step's."""
 
         def evaluate() -> Any:
+            self._restore()
             loss = closure()
             self._turn()
             return loss
@@ -100,11 +118,22 @@ class NaturalGradient:
         for name, inverse in self.inverses.items():
             gradient = gradient_matrix(self._layers[name])
             if gradient is not None:
+                grads = [cast(Tensor, parameter.grad) for parameter in layer_parameters(self._layers[name])]
+                self._plain += [(grad, grad.clone()) for grad in grads]
                 write_matrix(self._layers[name], inverse.apply(gradient), lambda parameter: parameter.grad)  # type: ignore[arg-type, return-value]
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Puts back what was turned, so that gradients that are kept are not turned twice."""
+        for grad, plain in self._plain:
+            grad.copy_(plain)
+        self._plain.clear()
 
     def remove(self) -> None:
         """Leaves the optimizer to its own gradients again."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+        _AT_WORK[self.optimizer].discard(self)
 
 
 def natural_gradient(
@@ -114,7 +143,7 @@ def natural_gradient(
 
     The natural gradient of Amari (1998), with KFAC that of Martens and Grosse (2015). The optimizer stays what it is:
     schedules, momentum and checkpoints work on the turned gradients; those of a closure are turned after each of its
-    calls. The Fisher stays fixed until :meth:`NaturalGradient.refresh`. Made for experiments: there is no rescaling, no
+    calls. After a step ``.grad`` holds what it held before. The Fisher stays fixed until :meth:`NaturalGradient.refresh`. Made for experiments: there is no rescaling, no
     trust region and no running average.
 
     Args:
@@ -128,7 +157,8 @@ def natural_gradient(
         NaturalGradient: a handle, to refresh the Fisher or to take it away.
 
     Raises:
-        ValueError: a Fisher of another model, a layer whose weight the optimizer does not step, one whose weight and bias
+        ValueError: a Fisher of another model, a layer whose weight the optimizer does not step or that has a natural gradient
+            on it already, one whose weight and bias
             are joined while only one trains, or a damping that leaves a layer singular; by name.
         TypeError: for L-BFGS, or if damping is no real number.
 

@@ -71,6 +71,10 @@ def rank_pattern(
         layer_shapes(fisher) if update is None else {n: tuple(d.shape) for n, d in update.items()}
     )
     check_same_layers("fisher", dict.fromkeys(fisher), "update", shapes)
+    targets = {name: plain_name(name).removesuffix(JOINT) for name in shapes}
+    for target in (twice := list(targets.values())):
+        if twice.count(target) > 1:
+            raise ValueError(f"fisher has {target!r} twice, alone and with its bias; pass one of them")
     gains, ranks, whole = {}, {}, 0.0
     for name, shape in shapes.items():
         check_fits(name, fisher[name], shape)
@@ -98,7 +102,7 @@ def rank_pattern(
         kept, spent, ranks[name] = kept + gains[name][ranks[name]], spent + costs[name], ranks[name] + 1
         if ranks[name] < len(gains[name]):
             heapq.heappush(queue, (-gains[name][ranks[name]] / costs[name], name))
-    return {plain_name(name).removesuffix(JOINT): rank for name, rank in ranks.items()}
+    return {targets[name]: rank for name, rank in ranks.items()}
 
 
 def _update_gains(operator: SymmetricOperator, update: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fishergeo._checks import check_number
-from fishergeo.capture import Layer, adapter_factors, fingerprint, select_layers, weight_matrix
+from fishergeo.capture import Layer, adapter_factors, fingerprint, layer_parameters, select_layers, weight_matrix
 from fishergeo.estimation import Fisher
 from fishergeo.operators import ROUNDINGS, FactoredKronecker, SymmetricOperator
 from fishergeo.updates import LowRank
@@ -26,7 +26,8 @@ def layers_of(model: nn.Module, fisher: Curvature, argument: str = "fisher") -> 
         argument: its name, for the message.
 
     Raises:
-        ValueError: if it is of another model, of no layer, or an operator does not fit its layer; by name.
+        ValueError: if it is of another model, of no layer, of a parameter twice (as ``"fc"`` and ``"fc+bias"``), or an operator
+            does not fit its layer; by name.
     """
     if not len(fisher):
         raise ValueError(f"{argument} has no layer")
@@ -36,7 +37,14 @@ def layers_of(model: nn.Module, fisher: Curvature, argument: str = "fisher") -> 
         except ValueError as error:
             raise ValueError(f"{argument}: {error}") from error
     layers = select_layers(model, list(fisher))
+    holders: dict[tuple[int, object], str] = {}
     for name, layer in layers.items():
+        for parameter in layer_parameters(layer):
+            other = holders.setdefault((id(parameter), layer.expert), name)
+            if other != name:
+                raise ValueError(
+                    f"{argument}: layers {other!r} and {name!r} hold one parameter, which would count twice; pass one"
+                )
         if not isinstance(fisher, Fisher):
             check_fits(name, fisher[name], layer.shape, argument)
     return layers

@@ -47,6 +47,10 @@ class Convolution(Kind):
             return 1.0
         return linear_scale(name, module, args, kwargs, lambda x, w, b: base._conv_forward(conv, x, w, b))
 
+    def factor(self, call: Call) -> float:
+        """What :meth:`examine` found."""
+        return 1.0 if call.note is None else float(call.note)
+
     def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
         """Patches (n, L, q) and gradients (n, L, p); every position once for each group."""
         conv = cast(nn.Conv2d, module)
@@ -54,7 +58,7 @@ class Convolution(Kind):
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
         patches, g = _patches(x, conv, call.gradient.shape[2:]), self.output_gradient(call)
-        g = g if call.note in (None, 1.0) else g * call.note
+        g = g if self.factor(call) == 1.0 else g * self.factor(call)
         if conv.groups == 1:
             return patches, g
         return _in_turn(patches, conv.groups), _apart(g, conv.groups)
@@ -85,6 +89,10 @@ class TransposedConvolution(Kind):
         """A forward of its own is not probed."""
         plain = any(type(module).forward is kind.forward for kind in _TRANSPOSED.values())
         return None if plain else "has a forward of its own"
+
+    def geometry(self, module: nn.Module) -> tuple[Any, ...]:
+        """Of the inputs, which stand once for each group."""
+        return (cast(_ConvNd, module).groups,)
 
     def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Nothing but that the input is a batch."""

@@ -80,6 +80,14 @@ class Kind:
         """What a depends on beside the input tensor: layers that agree in both share their a."""
         return ()
 
+    def factor(self, call: Call) -> float:
+        """The constant by which g is larger than the gradient of the output, which the bias sees."""
+        return 1.0
+
+    def skipped(self, module: nn.Module, call: Call) -> Tensor | None:
+        """(...) bool, True at positions whose weight is not read; None if there are none."""
+        return None
+
     def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
         """(a, g): (..., q) and (..., p), of the weight."""
         return first_input(call.args, call.kwargs), call.gradient

@@ -53,9 +53,13 @@ class Linear(Kind):
             return 1.0
         return linear_scale(name, module, args, kwargs, functional.linear)
 
+    def factor(self, call: Call) -> float:
+        """What :meth:`examine` found."""
+        return 1.0 if call.note is None else float(call.note)
+
     def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
         """The input (..., in) and the gradient (..., out)."""
-        g = call.gradient if call.note in (None, 1.0) else call.gradient * call.note
+        g = call.gradient if self.factor(call) == 1.0 else call.gradient * self.factor(call)
         return first_input(call.args, call.kwargs), g
 
 
@@ -108,27 +112,54 @@ class Embedding(Kind):
         embedding = cast(nn.Embedding, module)
         return embedding.embedding_dim, embedding.num_embeddings
 
-    def examine(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """The constant that a derived class multiplies its rows by (Gemma's sqrt of the width)."""
+    def geometry(self, module: nn.Module) -> tuple[Any, ...]:
+        """Of the one-hot inputs."""
+        embedding = cast(nn.Embedding, module)
+        return embedding.num_embeddings, embedding.padding_idx
+
+    def examine(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[float, int | None]:
+        """The constant that a derived class multiplies its rows by (Gemma's sqrt of the width), and the id without gradient."""
+        padding = cast(nn.Embedding, module).padding_idx
         if type(module).forward is nn.Embedding.forward:
-            return 1.0
+            return 1.0, padding
         rows = functional.embedding(first_input(args, kwargs), cast(Tensor, module.weight)).detach().double()
         output = module.forward(*args, **kwargs).detach().double()
         if output.shape == rows.shape:
             scale = float((output * rows).sum() / rows.square().sum().clamp_min(1e-300))
             if float((output - scale * rows).norm()) <= tolerance(cast(Tensor, module.weight)) * float(output.norm()):
-                return scale
+                return scale, padding if padding is None or _passes_by(module, padding) else None
         raise ValueError(f"layers: {name!r} is a {type(module).__name__}, which is no multiple of its weight's rows")
 
     def terms(self, module: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
         """One-hot ids (..., rows) and gradients (..., width)."""
-        embedding = cast(nn.Embedding, module)
-        ids = first_input(call.args, call.kwargs)
-        g = call.gradient if call.note == 1.0 else call.gradient * call.note
-        if embedding.padding_idx is not None:
-            g = torch.where((ids == embedding.padding_idx)[..., None], 0, g)
+        embedding, (scale, _) = cast(nn.Embedding, module), call.note
+        g = call.gradient if scale == 1.0 else call.gradient * scale
         # Ids that all examples share stand once for each of them, as the gradient does.
-        return functional.one_hot(ids.long().expand(g.shape[:-1]), embedding.num_embeddings).to(g.dtype), g
+        ids = first_input(call.args, call.kwargs).long().expand(g.shape[:-1])
+        return functional.one_hot(ids, embedding.num_embeddings).to(g.dtype), g
+
+    def skipped(self, module: nn.Module, call: Call) -> Tensor | None:
+        """Positions of ``padding_idx``, whose row has no gradient."""
+        ids, (_, padding) = first_input(call.args, call.kwargs), call.note
+        return None if padding is None else (ids == padding).expand(call.gradient.shape[:-1])
+
+
+def _passes_by(module: nn.Module, padding: int) -> bool:
+    """Whether a derived embedding leaves the row of its ``padding_idx`` without a gradient, as nn.Embedding does."""
+    kept = module._parameters.get("weight")
+    if kept is None or type(kept) is not nn.Parameter:  # computed, or sharded
+        return True
+    probe = nn.Parameter(kept.detach().clone())
+    try:
+        module._parameters["weight"] = probe
+        with torch.enable_grad():
+            output = module.forward(torch.full((1, 1), padding, device=kept.device))
+            (gradient,) = torch.autograd.grad(output.sum(), [probe], allow_unused=True)
+    finally:
+        module._parameters["weight"] = kept
+    return gradient is None or not bool(gradient.any())
 
 
 KINDS: tuple[Kind, ...] = (

@@ -225,3 +225,114 @@ def test_bits_weight_standardised_convolution_is_refused():
     batch = {"pixel_values": data(3, 3, 32, 32), "labels": torch.tensor([0, 1, 2])}
     with pytest.raises(ValueError, match="WeightStandardizedConv2d, whose forward"):
         fg.estimate_fisher(model, [batch], "gram", layers="bit.embedder.convolution")
+
+
+# What layers that read one tensor share, and what an embedding's padding row is owed.
+
+
+def of_batches(model, batches, structure, loss, **options):
+    return fg.estimate_fisher(model, batches, structure, loss=loss, **options)
+
+
+class Side(nn.Module):
+    """Several modules that read one tensor."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return torch.cat([torch.tanh(module(x)).flatten(1) for module in self.children()], 1).square().mean(1)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "kfac-sketch", "ekfac", "diagonal", "exact"])
+@pytest.mark.parametrize("case", ["transposed", "embeddings", "scaled"])
+def test_layers_that_read_one_tensor_otherwise_share_nothing(case, structure):
+    torch.manual_seed(0)
+
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, 0.5 * self.weight, self.bias)
+
+    modules = {
+        "transposed": lambda: {"a": nn.ConvTranspose1d(4, 2, 2), "b": nn.ConvTranspose1d(4, 2, 2, groups=2)},
+        "embeddings": lambda: {
+            "a": nn.Embedding(5, 3),
+            "b": nn.Embedding(9, 3),
+            "c": nn.Embedding(5, 3, padding_idx=1),
+        },
+        "scaled": lambda: {"a": nn.Linear(4, 3), "b": Halved(4, 3)},
+    }[case]()
+    x = torch.randint(0, 5, (6, 4)) if case == "embeddings" else torch.randn(6, 4, 3).double()
+    x = x.mT if case == "scaled" else x
+    model = Side(**modules).double()
+    layers = [f"{name}+bias" for name in modules] if case == "scaled" else list(modules)
+    loss = lambda m, b: m(b)
+    together = of_batches(model, [x], structure, loss, layers=layers)
+    for layer in layers:
+        alone = of_batches(model, [x], structure, loss, layers=[layer])
+        torch.testing.assert_close(together[layer].to_dense(), alone[layer].to_dense())
+
+
+def test_a_factor_of_a_derived_linear_is_none_of_its_bias():
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, 0.5 * self.weight, self.bias)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Halved(3, 2), nn.Tanh()).double(), torch.randn(5, 3).double()
+    loss = lambda m, b: m(b).square().sum(1)
+    want = torch.zeros(2, 4).double()
+    for row in x:
+        w, b = torch.autograd.grad(loss(model, row[None]).sum(), [model[0].weight, model[0].bias])
+        want += torch.cat([w, b[:, None]], 1).square() / len(x)
+    for structure in ("diagonal", "exact"):
+        found = of_batches(model, [x], structure, loss, layers="0+bias")["0+bias"].diagonal()
+        torch.testing.assert_close(found.view(2, 4), want)
+
+
+def test_a_padding_row_has_no_curvature_and_counts_nowhere():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 6, (8, 10))
+    ids[:, 5:] = 0
+    loss = lambda m, b: (m[1](torch.tanh(m[0](b))).sum(2) * (b != 0)).square().mean(1)
+
+    def fisher(padding_idx, batch, structure):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(6, 3, padding_idx=padding_idx), nn.Linear(3, 2)).double()
+        return fg.estimate_fisher(model, [batch], structure, layers="0", loss=loss)["0"]
+
+    for structure in ("kfac", "kfac-sketch"):
+        by_row = fisher(0, ids, structure).diagonal().view(3, 6).sum(0)
+        assert abs(float(by_row[0])) < 1e-12 * float(by_row.sum()) and bool((by_row[1:] > 0).all())
+    factor = fisher(0, ids, "kfac").factors()[1]
+    counted = nn.functional.one_hot(ids[ids != 0], 6).double().mean(0)
+    torch.testing.assert_close(factor, torch.diag(counted))
+
+
+def test_a_derived_embedding_that_trains_its_padding_row_keeps_it():
+    class Trained(nn.Embedding):
+        def forward(self, ids):
+            return 2 * nn.functional.embedding(ids, self.weight)
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    loss = lambda m, b: torch.tanh(m(b)).sum((1, 2)).square()
+    ids = torch.tensor([[1, 2, 0], [0, 3, 3]])
+    for kind in (Trained, Scaled):
+        torch.manual_seed(0)
+        model = kind(4, 3, padding_idx=0).double()
+        nn.init.normal_(model.weight)
+        want = 0
+        for row in ids:
+            (g,) = torch.autograd.grad(loss(model, row[None]).sum(), model.weight)
+            want = want + g.mT.square() / len(ids)
+        # The first batch says nothing of the padding row.
+        batches = [torch.tensor([[1, 2, 3], [1, 2, 2]]), ids]
+        first = fg.estimate_fisher(model, batches[:1], "diagonal", layers="", loss=loss)[""].diagonal().view(3, 4)
+        found = fg.estimate_fisher(model, batches, "diagonal", layers="", loss=loss)[""].diagonal().view(3, 4)
+        torch.testing.assert_close(2 * found - first, want)
+        assert bool((want[:, 0] > 0).all()) == (kind is Trained)

@@ -335,3 +335,15 @@ def test_a_batch_that_shows_no_more_is_not_proven_again():
     seen[:] = [0, 0]
     fg.estimate_fisher(model, batches[::-1], "gram", layers=list(LAYERS))
     assert seen[1] - len(EXAMPLES) == 1 + 2
+
+
+def test_gradients_that_float16_does_not_hold_are_refused_or_told():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).half(), torch.randn(4, 3).half()
+    loss = lambda scale: lambda m, b: m(b).float().square().sum(1) * scale
+    fg.estimate_fisher(model, [x], "gram", loss=loss(1.0))
+    with pytest.raises(FloatingPointError, match=r"layer '.': its gradients reach .* float16.*multiply the loss"):
+        fg.estimate_fisher(model, [x], "gram", loss=loss(1e-6), verify=False)
+    with pytest.warns(UserWarning, match="zero in float16"):
+        fg.estimate_fisher(model, [x], "gram", loss=loss(1e-12), verify=False)
+    fg.estimate_fisher(model.float(), [x.float()], "gram", loss=loss(1e-9))

@@ -497,3 +497,10 @@ def test_quadratic_forms_of_a_stack_do_not_leave_the_range_of_half_precision(dty
     each = torch.stack([op.quadratic(delta[place]) for place, op in enumerate(operators)])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, each, rtol=1e-4, atol=0)
+
+
+def test_an_inverse_does_not_grow_with_damping():
+    operator = fg.DenseOperator(torch.diag(torch.tensor([1.0, -1.5e-6])))  # as rounding leaves zero in a sum of batches
+    for damping in (1.4e-6, 2.1e-6, 2.5e-6, 4e-6, 1e-3):
+        found = operator.inverse(damping).to_dense().diagonal()
+        torch.testing.assert_close(found, 1 / (torch.tensor([1.0, 0.0]) + damping), rtol=1e-4, atol=0)

@@ -290,3 +290,17 @@ def test_a_trace_that_differs_by_rounding_alone_is_not_refused(double):
         sketch.add_operator(term)
     assert float(sketch.eigh()[0].double().sum()) > sketch.trace * (1 + 1e-5)
     assert sketch.error().energy > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frequent_directions_are_the_same_matrix_whenever_asked(dtype):
+    torch.manual_seed(0)
+    sketch = fg.FrequentDirections(12, 5, dtype)
+    rows = torch.randn(40, 12, dtype=torch.float64)
+    sketch.add(rows)
+    first = sketch.matrix()
+    assert torch.equal(first, sketch.matrix()) and torch.equal(first, sketch.matrix())
+    lost = torch.linalg.matrix_norm(rows.T @ rows - (sketch.matrix().T @ sketch.matrix()).double(), 2)
+    assert lost <= sketch.bound * (1 + 1e-5)
+    sketch.add(rows[:1])
+    assert not torch.equal(first, sketch.matrix())

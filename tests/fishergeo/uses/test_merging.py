@@ -368,3 +368,18 @@ def test_weights_that_a_fisher_could_not_tell_apart_are_merged_as_they_are():
             merged = fg.merge_weights(models, [{"": operator}] * 2).state["weight"]
             assert merged.dtype == dtype
             assert float((merged - (first + second) / 2).abs().max()) < 0.02 * (second - first)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_models_of_other_ties_are_refused(order):
+    class Two(torch.nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.e, self.h = torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False)
+            if tied:
+                self.e.weight = self.h.weight
+
+    models = [Two(True), Two(False)][::order]
+    fisher = {"h": fg.DiagonalOperator(torch.ones(5, 3))}
+    with pytest.raises(ValueError, match=r"'e.weight', 'h.weight' are one tensor in only one of models"):
+        fg.merge_weights(models, [fisher, fisher])

@@ -197,3 +197,18 @@ def test_a_small_step_of_an_adapter_is_charged_for_what_it_is(step):
         for place, half in enumerate(halves):
             half.add_(step * half.abs().mean() * random(*half.shape, seed=place))
     assert penalty().item() == pytest.approx(0.5 * operator.quadratic(update() - before).item(), rel=1e-2)
+
+
+def test_a_base_that_trains_later_is_refused():
+    model = make("llama")
+    names = [name for name, _ in model.named_modules() if name.endswith("q_proj.base_layer")]
+    fisher = {n: fg.DiagonalOperator(torch.ones_like(model.get_submodule(n).weight)) for n in names}
+    for name in names:
+        model.get_submodule(name).weight.requires_grad_(False)
+    penalty = fg.QuadraticPenalty(model, fisher)
+    assert float(penalty()) == 0
+    model.get_submodule(names[0]).weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="trains now, and was frozen under its adapter"):
+        penalty()
+    penalty = fg.QuadraticPenalty(model, fisher)
+    assert float(penalty()) == 0

@@ -186,3 +186,55 @@ def test_what_is_refused_is_named():
     with pytest.raises(ValueError, match="no weight of layer '2'"):
         fg.natural_gradient(model, fisher, optimizer, damping=1.0)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def two_weights(operator=None):
+    """A weight (1, 2) at zero under F = diag(1, 4), whose gradient is (1, 1)."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fisher = {"": fg.DiagonalOperator(torch.tensor([[1.0, 4.0]]))}
+    return model, optimizer, fisher, fg.natural_gradient(model, fisher, optimizer)
+
+
+def test_gradients_that_are_kept_are_not_turned_twice():
+    model, optimizer, _, _ = two_weights()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert model.weight.grad.tolist() == [[1.0, 1.0]]
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), -torch.tensor([[2.0, 0.5]]))
+    model(torch.ones(1, 2)).sum().backward()  # adds up to (2, 2)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), -torch.tensor([[4.0, 1.0]]))
+
+
+def test_a_second_natural_gradient_on_one_optimizer_is_refused():
+    model, optimizer, fisher, first = two_weights()
+    with pytest.raises(ValueError, match=r"layer '' has a natural gradient on this optimizer already; refresh"):
+        fg.natural_gradient(model, fisher, optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()  # the refused one left no hook
+    torch.testing.assert_close(model.weight.detach(), -torch.tensor([[1.0, 0.25]]))
+    first.remove()
+    fg.natural_gradient(model, fisher, optimizer)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), -torch.tensor([[2.0, 0.5]]))
+
+
+def test_a_parameter_that_two_layers_hold_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    batches = [torch.eye(2)]
+    fisher = fg.estimate_fisher(model, batches, "diagonal", layers=["*", "*+bias"], loss=lambda m, b: m(b)[:, 0])
+    assert set(fisher) == {"0", "0+bias"}  # each of them is right by itself
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    uses = [
+        lambda: fg.natural_gradient(model, fisher, optimizer, damping=1.0),
+        lambda: fg.QuadraticPenalty(model, fisher),
+        lambda: fg.merge_weights([model, model], [fisher, fisher]),
+        lambda: fg.Laplace(model, fisher),
+        lambda: fg.rank_pattern(fisher, budget=20),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=r"hold one parameter|'0' twice"):
+            use()
