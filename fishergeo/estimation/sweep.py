@@ -181,7 +181,7 @@ class Sweep:
         advice = "multiply the loss, or load the model in bfloat16 or float32"
         found = {name: float(peak) for name, peak in self.half_peaks.items() if name in self.layers}
         for name, peak in found.items():
-            if 0 < peak < torch.finfo(torch.float16).tiny:
+            if 0 < peak < torch.finfo(torch.float16).tiny / 16:  # 64 of the steps that are left there
                 raise FloatingPointError(
                     f"layer {name!r}: its gradients reach {peak:.1g}, which float16 rounds to a few numbers or to zero; {advice}"
                 )

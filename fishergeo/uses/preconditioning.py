@@ -53,7 +53,7 @@ class NaturalGradient:
         self.damping = damping
         self.inverses: dict[str, SymmetricOperator] = {}
         self._layers: dict[str, Layer] = {}
-        self._plain: list[tuple[Tensor, Tensor]] = []
+        self._plain: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(lambda *_: self._restore()),
@@ -118,14 +118,16 @@ class NaturalGradient:
         for name, inverse in self.inverses.items():
             gradient = gradient_matrix(self._layers[name])
             if gradient is not None:
-                grads = [cast(Tensor, parameter.grad) for parameter in layer_parameters(self._layers[name])]
-                self._plain += [(grad, grad.clone()) for grad in grads]
+                for parameter in layer_parameters(self._layers[name]):
+                    if id(parameter) not in self._plain:  # which experts of one stack share
+                        grad = cast(Tensor, parameter.grad)
+                        self._plain[id(parameter)] = grad, grad.clone()
                 write_matrix(self._layers[name], inverse.apply(gradient), lambda parameter: parameter.grad)  # type: ignore[arg-type, return-value]
 
     @torch.no_grad()
     def _restore(self) -> None:
         """Puts back what was turned, so that gradients that are kept are not turned twice."""
-        for grad, plain in self._plain:
+        for grad, plain in self._plain.values():
             grad.copy_(plain)
         self._plain.clear()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routed import EXPERTS, Routed, routed_batch, summed
 from uses_cases import LAYERS, STRUCTURES, classifier, dense_fisher, estimated, examples, loss, moved, weights
 
 import fishergeo as fg
@@ -238,3 +239,16 @@ def test_a_parameter_that_two_layers_hold_is_refused():
     for use in uses:
         with pytest.raises(ValueError, match=r"hold one parameter|'0' twice"):
             use()
+
+
+def test_experts_of_one_stack_get_their_gradients_back():
+    model = Routed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fisher = fg.estimate_fisher(model, [routed_batch()], "diagonal", layers=EXPERTS, loss=summed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fg.natural_gradient(model, fisher, optimizer, damping=1.0)
+    summed(model, routed_batch()).sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    assert before and all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in before.items())
